@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python >= 3.10 with pip, a C++17 compiler and CMake; everything else they install themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: demo test lint format bench sanitize clean
+
+demo: $(READY)
+	$(BIN)/pycompress demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+	PYCOMPRESS_ISA=scalar $(BIN)/python -m pytest tests/test_kernels.py tests/test_ops.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+
+bench: $(READY)
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/models.py
+
+# The C++ core alone under AddressSanitizer and UBSan.
+sanitize: $(READY)
+	$(BIN)/cmake -S . -B build/sanitize -DPYCOMPRESS_NATIVE_TESTS=ON -DPYCOMPRESS_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize --parallel
+	build/sanitize/tests/native/kernels
+
+# The environment is made once, and again when a source of the native module or a dependency changes.
+$(READY): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build

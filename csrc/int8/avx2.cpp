@@ -1,0 +1,336 @@
+// AVX2 without VNNI (Haswell ... Zen 3): 4 rows x 16 channels, chains of depth 4, 2 and 1 (pack.h).
+//
+// Floor on Zen 3, per 32 products: `vpmaddubsw` and `vpmaddwd` share two pipes, so depth d costs (d + 1) / 2d of a cycle:
+// 64 (d=4: 51, d=2: 43, d=1: 32) products a cycle at most, beside 16 of fp32 FMA. Loads and broadcasts take the other pipes.
+#include <immintrin.h>
+
+#include "activation.h"
+#include "kernel_list.h"
+#include "pack.h"
+
+namespace pycompress::int8 {
+namespace {
+
+constexpr int kMr = 4, kNr = 16, kGroupBytes = 4 * kNr;
+
+inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+
+inline __m256i broadcast_group(const uint8_t* p) {
+  int32_t group;
+  __builtin_memcpy(&group, p, 4);
+  return _mm256_set1_epi32(group);
+}
+
+// Without this g++ reorders the sums of several rows into each other and spills the accumulators: a third of the speed.
+#define KEEP_IN_REGISTER(v) asm("" : "+x"(v))
+
+// u8 * s8 with the weights as memory operand: one register pair of weights (group 0) is all that there is room for.
+inline __m256i multiply_memory(__m256i a, const int8_t* w) {
+  __m256i product;
+  asm("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(a), "m"(*reinterpret_cast<const __m256i*>(w)));
+  return product;
+}
+
+// All chains of one depth: acc[row][half] += activations . weights. Advances offset and w past them.
+template <int kRows, int kDepth>
+inline __attribute__((always_inline)) void run_chains(const uint8_t* const (&a)[kMr], uint32_t chains,
+                                                      const uint16_t*& offset, const int8_t*& w,
+                                                      __m256i (&acc)[kMr][2]) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (uint32_t chain = 0; chain < chains; ++chain) {
+    __m256i w0 = load256(w), w1 = load256(w + 32);
+    KEEP_IN_REGISTER(w0);
+    KEEP_IN_REGISTER(w1);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      __m256i group = broadcast_group(a[i] + offset[0]);
+      __m256i sum0 = _mm256_maddubs_epi16(group, w0), sum1 = _mm256_maddubs_epi16(group, w1);
+#pragma GCC unroll 4
+      for (int d = 1; d < kDepth; ++d) {
+        group = broadcast_group(a[i] + offset[d]);
+        sum0 = _mm256_add_epi16(sum0, multiply_memory(group, w + kGroupBytes * d));
+        KEEP_IN_REGISTER(sum0);
+        sum1 = _mm256_add_epi16(sum1, multiply_memory(group, w + kGroupBytes * d + 32));
+        KEEP_IN_REGISTER(sum1);
+      }
+      acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(sum0, ones));
+      KEEP_IN_REGISTER(acc[i][0]);
+      acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(sum1, ones));
+      KEEP_IN_REGISTER(acc[i][1]);
+    }
+    offset += kDepth;
+    w += kGroupBytes * kDepth;
+  }
+}
+
+template <int kRows>
+void tile_rows(const uint8_t* a, ptrdiff_t lda, const void* panel, int32_t* c, bool accumulate) {
+  const uint32_t* chains = static_cast<const uint32_t*>(panel);
+  const uint16_t* offset = reinterpret_cast<const uint16_t*>(chains + 4);
+  const int8_t* w = static_cast<const int8_t*>(panel) + (16 + 2 * static_cast<size_t>(chains[3]) + 63) / 64 * 64;
+  const uint8_t* rows[kMr] = {a, a + lda, a + 2 * lda, a + 3 * lda};
+  __m256i acc[kMr][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    acc[i][0] = accumulate ? load256(c + kNr * i) : _mm256_setzero_si256();
+    acc[i][1] = accumulate ? load256(c + kNr * i + 8) : _mm256_setzero_si256();
+  }
+  run_chains<kRows, 4>(rows, chains[0], offset, w, acc);
+  run_chains<kRows, 2>(rows, chains[1], offset, w, acc);
+  run_chains<kRows, 1>(rows, chains[2], offset, w, acc);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    store256(c + kNr * i, acc[i][0]);
+    store256(c + kNr * i + 8, acc[i][1]);
+  }
+}
+
+void tile(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int, int32_t* c, bool accumulate) {
+  switch (rows) {
+    case 1:
+      return tile_rows<1>(a, lda, panel, c, accumulate);
+    case 2:
+      return tile_rows<2>(a, lda, panel, c, accumulate);
+    case 3:
+      return tile_rows<3>(a, lda, panel, c, accumulate);
+    default:
+      return tile_rows<4>(a, lda, panel, c, accumulate);
+  }
+}
+
+// --- quantize -----------------------------------------------------------------------------------------------------
+
+template <Type kType>
+inline __m256 load_floats(const void* x, ptrdiff_t i) {
+  if constexpr (kType == Type::float32) return _mm256_loadu_ps(static_cast<const float*>(x) + i);
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(x) + i));
+  if constexpr (kType == Type::bfloat16)
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  return _mm256_cvtph_ps(half);
+}
+
+// The last k % 8 elements of a row, zeros behind them: a zero changes neither the range nor, times zero, the sum.
+template <Type kType>
+inline __m256 load_tail(const void* x, ptrdiff_t i, int count) {
+  alignas(32) unsigned char buffer[32] = {};
+  constexpr int size = kType == Type::float32 ? 4 : 2;
+  for (int byte = 0; byte < count * size; ++byte) buffer[byte] = static_cast<const unsigned char*>(x)[i * size + byte];
+  return load_floats<kType>(buffer, 0);
+}
+
+inline float reduce(__m256 v, bool maximum) {
+  const __m128 high = _mm256_extractf128_ps(v, 1), low = _mm256_castps256_ps128(v);
+  __m128 r = maximum ? _mm_max_ps(low, high) : _mm_min_ps(low, high);
+  __m128 s = _mm_movehl_ps(r, r);
+  r = maximum ? _mm_max_ps(r, s) : _mm_min_ps(r, s);
+  s = _mm_shuffle_ps(r, r, 1);
+  return _mm_cvtss_f32(maximum ? _mm_max_ps(r, s) : _mm_min_ps(r, s));
+}
+
+struct Range {
+  float low, high;
+  bool finite;
+};
+
+template <Type kType>
+Range range_of(const void* x, ptrdiff_t begin, int k) {
+  __m256 low = _mm256_setzero_ps(), high = low, low2 = low, high2 = low, poison = low, poison2 = low;
+  const __m256 zero = low;
+  int i = 0;
+  for (; i + 16 <= k; i += 16) {
+    const __m256 v = load_floats<kType>(x, begin + i), u = load_floats<kType>(x, begin + i + 8);
+    low = _mm256_min_ps(low, v);
+    low2 = _mm256_min_ps(low2, u);
+    high = _mm256_max_ps(high, v);
+    high2 = _mm256_max_ps(high2, u);
+    poison = _mm256_fmadd_ps(v, zero, poison);  // 0 where finite, NaN for ever after NaN or Inf
+    poison2 = _mm256_fmadd_ps(u, zero, poison2);
+  }
+  for (; i < k; i += 8) {
+    const __m256 v = i + 8 <= k ? load_floats<kType>(x, begin + i) : load_tail<kType>(x, begin + i, k - i);
+    low = _mm256_min_ps(low, v);
+    high = _mm256_max_ps(high, v);
+    poison = _mm256_fmadd_ps(v, zero, poison);
+  }
+  poison = _mm256_add_ps(poison, poison2);
+  const bool finite = _mm256_movemask_ps(_mm256_cmp_ps(poison, poison, _CMP_UNORD_Q)) == 0;
+  return {reduce(_mm256_min_ps(low, low2), false), reduce(_mm256_max_ps(high, high2), true), finite};
+}
+
+template <Type kType>
+void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, uint8_t* data, float* scale,
+                  int32_t* zero_point) {
+  const Range range = range_of<kType>(x, begin, shape.k);
+  const float half_max = 0.5f * static_cast<float>(amax);
+  const float half = 0.5f * range.high - 0.5f * range.low;
+  float inverse = 0;
+  *scale = range.finite ? 0.0f : __builtin_nanf("");
+  if (range.finite && !(half < 0x1p-100f)) {
+    inverse = half_max / half;
+    *scale = half / half_max;
+  }
+  const int rounded = _mm_cvtss_si32(_mm_set_ss(range.finite ? -range.low * inverse : 0.0f));
+  const int zero = rounded < 0 ? 0 : rounded > amax ? amax : rounded;
+  *zero_point = zero;
+
+  const __m256 factor = _mm256_set1_ps(inverse);
+  const __m256i shift = _mm256_set1_epi16(static_cast<short>(zero)), top = _mm256_set1_epi8(static_cast<char>(amax));
+  const __m256i unlace = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the in-lane packs
+  const __m256i order1 = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  const __m256i order2 = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10, 12, 15, 13, 14));
+  for (int block = 0; block < shape.blocks(); ++block) {
+    uint8_t* out = data + shape.offset(block);
+    const int length = shape.length(block), first = block * kBlockK;
+    for (int i = 0; i < length; i += 32) {
+      __m256i q[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int at = first + i + 8 * j, left = shape.k - at;
+        const __m256 v = left >= 8  ? load_floats<kType>(x, begin + at)
+                         : left > 0 ? load_tail<kType>(x, begin + at, left)
+                                    : _mm256_setzero_ps();
+        q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));  // half to even; NaN gives INT_MIN, so 0 below
+      }
+      const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), shift);
+      const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), shift);
+      __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), unlace);
+      bytes = _mm256_min_epu8(bytes, top);
+      store256(out + i, bytes);
+      if (shape.versions == kVersions) {
+        store256(out + length + i, _mm256_shuffle_epi8(bytes, order1));
+        store256(out + 2 * length + i, _mm256_shuffle_epi8(bytes, order2));
+      }
+    }
+  }
+}
+
+// --- epilogue -----------------------------------------------------------------------------------------------------
+
+struct Vector {
+  __m256 value;
+  static Vector of(float v) { return {_mm256_set1_ps(v)}; }
+};
+inline Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.value, b.value)}; }
+inline Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.value, b.value)}; }
+inline Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.value, b.value)}; }
+inline Vector operator/(Vector a, Vector b) { return {_mm256_div_ps(a.value, b.value)}; }
+inline Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
+  return {_mm256_blendv_ps(no.value, yes.value, _mm256_cmp_ps(a.value, b.value, _CMP_LT_OQ))};
+}
+inline Vector power_of_two(Vector n) {
+  return {_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.value), _mm256_set1_epi32(127)), 23))};
+}
+
+inline __m128i to_bfloat16(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+template <Type kType>
+inline auto converted(__m256i acc, __m256 value) {
+  if constexpr (kType == Type::int32) return acc;
+  if constexpr (kType == Type::float32) return value;
+  if constexpr (kType == Type::bfloat16) return to_bfloat16(value);
+  if constexpr (kType == Type::float16) return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// Up to eight floats, zeros behind them.
+inline __m256 load_floats_up_to(const float* p, int count) {
+  if (p == nullptr) return _mm256_setzero_ps();
+  if (count >= 8) return _mm256_loadu_ps(p);
+  float buffer[8] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  return _mm256_loadu_ps(buffer);
+}
+
+// kVectors * 8 channels at a time, so that a row's results fill whole cache lines at once.
+template <Type kType, int kVectors>
+inline void finish_columns(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, uint8_t* y, ptrdiff_t ldy) {
+  constexpr int size = kType == Type::float32 || kType == Type::int32 ? 4 : 2;
+  __m256i column_sum[kVectors];
+  __m256 weight_scale[kVectors], bias[kVectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) {
+    column_sum[j] = load256(e.column_sum + 8 * j);
+    weight_scale[j] = load_floats_up_to(e.weight_scale == nullptr ? nullptr : e.weight_scale + 8 * j, columns - 8 * j);
+    bias[j] = load_floats_up_to(e.bias == nullptr ? nullptr : e.bias + 8 * j, columns - 8 * j);
+  }
+  for (int m = 0; m < rows; ++m) {
+    const __m256i zero_point = _mm256_set1_epi32(e.zero_point[m]);
+    const __m256 row_scale = _mm256_set1_ps(e.row_scale[m]);
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      const __m256i acc =
+          _mm256_sub_epi32(load256(c + m * nr + 8 * j), _mm256_mullo_epi32(column_sum[j], zero_point));
+      Vector v{_mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), row_scale), weight_scale[j])};
+      if (e.bias != nullptr) v = v + Vector{bias[j]};
+      if (e.activation != Activation::none) v = activate(e.activation, v);
+      const auto result = converted<kType>(acc, v.value);
+      uint8_t* at = y + (m * ldy + 8 * j) * size;
+      if (columns - 8 * j >= 8) {
+        __builtin_memcpy(at, &result, sizeof(result));
+      } else {
+        unsigned char buffer[sizeof(result)];
+        __builtin_memcpy(buffer, &result, sizeof(result));
+        for (int byte = 0; byte < (columns - 8 * j) * size; ++byte) at[byte] = buffer[byte];
+      }
+    }
+  }
+}
+
+template <Type kType>
+void finish_as(const int32_t* c, int nr, int rows, int columns, Epilogue e, void* y, ptrdiff_t ldy) {
+  constexpr int size = kType == Type::float32 || kType == Type::int32 ? 4 : 2;
+  auto* at = static_cast<uint8_t*>(y);
+  while (columns > 0) {
+    const int step = columns > 8 ? 16 : 8;
+    if (step == 16)
+      finish_columns<kType, 2>(c, nr, rows, columns, e, at, ldy);
+    else
+      finish_columns<kType, 1>(c, nr, rows, columns, e, at, ldy);
+    c += step;
+    at += step * size;
+    columns -= step;
+    e.column_sum += step;
+    if (e.weight_scale != nullptr) e.weight_scale += step;
+    if (e.bias != nullptr) e.bias += step;
+  }
+}
+
+}  // namespace
+
+void quantize_avx2(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, uint8_t* data,
+                   float* scale, int32_t* zero_point) {
+  for (int m = 0; m < rows; ++m, data += shape.stride()) {
+    const ptrdiff_t begin = m * ldx;
+    if (type == Type::float32) quantize_row<Type::float32>(x, begin, shape, amax, data, scale + m, zero_point + m);
+    if (type == Type::bfloat16) quantize_row<Type::bfloat16>(x, begin, shape, amax, data, scale + m, zero_point + m);
+    if (type == Type::float16) quantize_row<Type::float16>(x, begin, shape, amax, data, scale + m, zero_point + m);
+  }
+}
+
+void finish_avx2(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  switch (e.type) {
+    case Type::float32:
+      return finish_as<Type::float32>(c, nr, rows, columns, e, y, ldy);
+    case Type::bfloat16:
+      return finish_as<Type::bfloat16>(c, nr, rows, columns, e, y, ldy);
+    case Type::float16:
+      return finish_as<Type::float16>(c, nr, rows, columns, e, y, ldy);
+    case Type::int32:
+      return finish_as<Type::int32>(c, nr, rows, columns, e, y, ldy);
+  }
+}
+
+const Kernel kAvx2{"avx2_4x16_d4", Isa::avx2, kMr, kNr, 4, Layout::chains, quantize_avx2, tile, finish_avx2};
+
+}  // namespace pycompress::int8

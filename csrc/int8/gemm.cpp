@@ -1,0 +1,206 @@
+// The driver: which kernel, which rows and channels on which thread, blocks that fit the caches.
+#include "gemm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "../common/check.h"
+#include "../common/parallel.h"
+#include "kernel_list.h"
+#include "pack.h"
+
+namespace pycompress::int8 {
+namespace {
+
+const Kernel* const kKernels[] = {
+#if defined(PYCOMPRESS_X86)
+    &kAvx512Vnni, &kAvxVnni, &kAvx2,
+#endif
+    &kScalar};
+constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+
+// Quantized rows of one task: half of a 512 KiB L2, the other half is for the panels that stream past them.
+constexpr ptrdiff_t kActivationBytes = 256 * 1024;
+constexpr int kMaxTaskRows = 64, kMinTaskRows = 16;
+// Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
+constexpr double kSerialOperations = 1.5e6;
+
+// Scratch of one thread. It grows to what the largest layer needs and stays, so that a call allocates nothing.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { std::free(memory); }
+
+  uint8_t* reserve(size_t bytes) {
+    if (bytes > size) {
+      std::free(memory);
+      size = (bytes + 4095) / 4096 * 4096;
+      memory = std::aligned_alloc(64, size);
+      if (memory == nullptr) {
+        size = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return static_cast<uint8_t*>(memory);
+  }
+};
+thread_local Scratch scratch;
+
+const Kernel& kernel_for(const Header& header) {
+  bool known = false;
+  for (const Kernel* kernel : kKernels) {
+    if (kernel->layout != header.layout || kernel->nr != header.nr) continue;
+    if (isa_available(kernel->isa)) return *kernel;
+    known = true;
+  }
+  check(known, "packed int8 weight: no kernel reads layout ", static_cast<uint32_t>(header.layout), " with panels of ", header.nr);
+  check(false, "packed int8 weight: it was packed for an instruction set that this processor lacks or PYCOMPRESS_ISA "
+               "excludes; pack the canonical weight again here");
+  std::abort();
+}
+
+size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+
+// Rows [row, row + rows) and panels [panel, panel_end) of one problem.
+struct Task {
+  int64_t row;
+  int rows;
+  int64_t panel, panel_end;
+};
+
+void run(const Problem& p, const Header& header, const Kernel& kernel, const Task& task) {
+  const ActivationShape shape{header.k, header.versions};
+  const ptrdiff_t stride = shape.stride();
+  const int nr = kernel.nr, rows = task.rows;
+  const size_t activation_bytes = static_cast<size_t>(stride) * static_cast<size_t>(rows);
+  const size_t tile_bytes = static_cast<size_t>(rows * nr) * 4;
+  uint8_t* activations = scratch.reserve(activation_bytes + tile_bytes + static_cast<size_t>(rows) * 8 + 192);
+  int32_t* c = reinterpret_cast<int32_t*>(activations + (activation_bytes + 63) / 64 * 64);
+  float* scale = reinterpret_cast<float*>(c + rows * nr);
+  int32_t* zero_point = reinterpret_cast<int32_t*>(scale + rows);
+
+  const size_t x_size = size_of(p.x_type), y_size = size_of(p.y_type);
+  const auto* x = static_cast<const uint8_t*>(p.x) + static_cast<size_t>(task.row * p.ldx) * x_size;
+  kernel.quantize(x, p.x_type, p.ldx, rows, shape, (1 << header.activation_bits) - 1, activations, scale, zero_point);
+  if (task.panel == 0) {
+    if (p.row_scale != nullptr) std::copy_n(scale, rows, p.row_scale + task.row);
+    if (p.zero_point != nullptr) std::copy_n(zero_point, rows, p.zero_point + task.row);
+  }
+
+  const auto* offsets = reinterpret_cast<const uint64_t*>(p.packed + header.blocks);
+  const auto* column_sums = reinterpret_cast<const int32_t*>(p.packed + header.column_sums);
+  const int last = shape.blocks() - 1;
+  for (int64_t panel = task.panel; panel < task.panel_end; ++panel) {
+    const int64_t n = panel * nr;
+    const int columns = static_cast<int>(std::min<int64_t>(nr, header.n - n));
+    Epilogue epilogue{column_sums + n, p.weight_scale == nullptr ? nullptr : p.weight_scale + n,
+                      p.bias == nullptr ? nullptr : p.bias + n, scale, zero_point, p.activation, p.y_type};
+    auto* y = static_cast<uint8_t*>(p.y) + static_cast<size_t>(task.row * p.n + n) * y_size;
+    const size_t y_stride = static_cast<size_t>(p.n) * y_size;
+    // The block of weights stays in L1 while every row passes over it.
+    for (int block = 0; block <= last; ++block) {
+      const void* weights = p.packed + offsets[panel * shape.blocks() + block];
+      for (int i = 0; i < rows; i += kernel.mr) {
+        const int count = std::min(kernel.mr, rows - i);
+        // The lines of y are fetched while the tile is computed: a store that misses would stall the next one.
+        if (block == last)
+          for (int r = i; r < i + count; ++r) __builtin_prefetch(y + static_cast<size_t>(r) * y_stride, 1);
+        kernel.tile(activations + i * stride + shape.offset(block), stride, count, weights, shape.length(block), c + i * nr,
+                    block > 0);
+        if (block < last) continue;
+        epilogue.row_scale = scale + i;
+        epilogue.zero_point = zero_point + i;
+        kernel.finish(c + i * nr, nr, count, columns, epilogue, y + static_cast<size_t>(i) * y_stride, p.n);
+      }
+    }
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+const Kernel* kernels(int* count) {
+  static const auto list = [] {
+    auto copy = std::make_unique<Kernel[]>(kKernelCount);
+    for (int i = 0; i < kKernelCount; ++i) copy[static_cast<size_t>(i)] = *kKernels[i];
+    return copy;
+  }();
+  *count = kKernelCount;
+  return list.get();
+}
+
+const Kernel& best_kernel() {
+  for (const Kernel* kernel : kKernels)
+    if (isa_available(kernel->isa)) return *kernel;
+  return kScalar;
+}
+
+const Kernel& kernel_named(const char* name) {
+  for (const Kernel* kernel : kKernels) {
+    if (std::strcmp(kernel->name, name) != 0) continue;
+    check(isa_available(kernel->isa), "kernel ", name, " needs ", isa_name(kernel->isa),
+          ", which this processor lacks or PYCOMPRESS_ISA excludes");
+    return *kernel;
+  }
+  check(false, "no int8 kernel is named '", name, "'");
+  std::abort();
+}
+
+void linear(const Problem& p) {
+  const Header& header = header_of(p.packed, p.packed_bytes);
+  const Kernel& kernel = kernel_for(header);
+  check(p.k == header.k, "int8_linear: x is [", p.m, ", ", p.k, "], the packed weight expects k = ", header.k);
+  check(p.n == header.n, "int8_linear: the scale has ", p.n, " channels, the packed weight ", header.n);
+  if (p.m == 0) return;
+
+  int threads = usable_threads(p.threads);
+  const double operations = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+  if (operations < kSerialOperations) threads = 1;
+
+  // Rows are split first, because then each row is quantized once; with too few of them the channels are split and
+  // every thread quantizes the rows again, which is cheaper than a barrier. K is never split: sums do not depend on it.
+  const ActivationShape shape{header.k, header.versions};
+  const int64_t panels = divide_up(p.n, kernel.nr);
+  int64_t task_rows = std::clamp<int64_t>(kActivationBytes / shape.stride(), kMinTaskRows, kMaxTaskRows);
+  int64_t row_tasks = divide_up(p.m, task_rows), panel_tasks = 1;
+  if (row_tasks < threads) {
+    if (p.m >= threads * kMinTaskRows)
+      row_tasks = threads;
+    else
+      panel_tasks = std::min<int64_t>(panels, divide_up(threads, row_tasks));
+  } else if (row_tasks % threads != 0 && row_tasks < 4 * threads) {
+    row_tasks = divide_up(row_tasks, threads) * threads;  // few tasks: give every thread the same number
+  }
+  task_rows = divide_up(divide_up(p.m, row_tasks), kernel.mr) * kernel.mr;
+  row_tasks = divide_up(p.m, task_rows);
+  const int64_t task_panels = divide_up(panels, panel_tasks), tasks = row_tasks * panel_tasks;
+
+  std::atomic<int64_t> next{0};
+  parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+    for (int64_t t = next++; t < tasks; t = next++) {
+      const int64_t row = t / panel_tasks * task_rows, panel = t % panel_tasks * task_panels;
+      const int rows = static_cast<int>(std::min(task_rows, p.m - row));
+      run(p, header, kernel, {row, rows, panel, std::min(panels, panel + task_panels)});
+    }
+  });
+}
+
+void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,
+              float* scale, int32_t* zero_point) {
+  check(bits == 7 || bits == 8, "int8_quantize: activation_bits is ", bits, ", expected 7 or 8");
+  check(k >= 1 && k <= kMaxK, "int8_quantize: x has ", k, " columns, expected 1 to ", kMaxK);
+  const ActivationShape shape{static_cast<int>(k), 1};
+  uint8_t* row = scratch.reserve(static_cast<size_t>(shape.stride()));
+  for (int64_t i = 0; i < m; ++i) {
+    const auto* at = static_cast<const uint8_t*>(x) + static_cast<size_t>(i * ldx) * size_of(type);
+    kernel.quantize(at, type, ldx, 1, shape, (1 << bits) - 1, row, scale + i, zero_point + i);
+    std::memcpy(q + i * k, row, static_cast<size_t>(k));
+  }
+}
+
+}  // namespace pycompress::int8

@@ -1,0 +1,114 @@
+// int8 linear: the contract of the op. `scalar.cpp` is its specification; every other kernel equals it to the bit.
+//
+//   y[m, n]   = act((float(acc[m, n]) * sx[m]) * sw[n] + bias[n])      each step rounded to float32, no fma
+//   acc[m, n] = sum_k (q[m, k] - zp[m]) * w[n, k]                      exact int32; k <= kMaxK rules out overflow
+//
+//   w   int8  [n, k]   weights in [-127, 127], one scale sw per output channel
+//   q   uint8 [m, k]   activations in [0, amax], amax = 2^bits - 1 (127 or 255), quantized per row inside the op:
+//       lo = min(0, min x), hi = max(0, max x), half = hi/2 - lo/2   (never overflows)
+//       sx = half / (amax/2), inv = (amax/2) / half                  (both 0 where half < 2^-100)
+//       zp = clamp(rint(-lo * inv)), q = clamp(rint(x * inv) + zp)   to [0, amax], half to even
+//   A row of x that holds NaN or Inf gives a row of NaN (q = zp = 0, sx = NaN).
+//
+// The floor of the op: 2mnk operations at the machine's integer peak, or the packed bytes at its read bandwidth.
+// On AVX2 the peak depends on the lane budget, see pack.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/isa.h"
+
+namespace pycompress::int8 {
+
+constexpr int64_t kMaxK = 65536;  // 255 * 127 * 65536 < 2^31
+constexpr int kBlockK = 1024;     // positions of k whose panel stays in a 32 KiB L1 beside four rows of activations
+
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3 };  // int32: the accumulators as they are
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+
+// How the weights of one panel (nr output channels) lie in memory.
+//   rows:   int8 [nr][k]                     read by the scalar kernel
+//   dot4:   int8 [ceil(k/4)][nr][4]          read by the VNNI kernels; k is padded with zero weights
+//   chains: see pack.h                       read by the AVX2 kernels, which need the lane budget
+enum class Layout : uint32_t { rows = 0, dot4 = 1, chains = 2 };
+
+// Four positions can share their two 16-bit lanes in three ways; the chains layout picks one per group.
+// Version v of the activations stores position kOrder[v][j] of each group of four at byte j.
+constexpr int kVersions = 3;
+constexpr uint8_t kOrder[kVersions][4] = {{0, 1, 2, 3}, {0, 2, 1, 3}, {0, 3, 1, 2}};
+
+// Quantized activations of some rows: row-major bytes, cut along k into blocks of kBlockK positions.
+// A block of `length` positions (the last one is padded up to 32) holds `versions` reorderings of itself:
+//   byte(row, position) of version v in block b = data[row * stride + b * versions * kBlockK + v * length(b) + ...]
+struct ActivationShape {
+  int k, versions;
+  int blocks() const { return (k + kBlockK - 1) / kBlockK; }
+  int length(int block) const {
+    const int rest = k - block * kBlockK;
+    return rest >= kBlockK ? kBlockK : (rest + 31) / 32 * 32;
+  }
+  ptrdiff_t offset(int block) const { return static_cast<ptrdiff_t>(block) * versions * kBlockK; }
+  ptrdiff_t stride() const { return offset(blocks() - 1) + static_cast<ptrdiff_t>(versions) * length(blocks() - 1); }
+};
+
+// Quantizes `rows` rows of x [rows, shape.k] (row stride ldx elements) into `data`, with sx and zp per row.
+using Quantize = void (*)(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax,
+                          uint8_t* data, float* scale, int32_t* zero_point);
+
+// c[rows, nr] (+)= activations . panel over one block of k; rows <= mr; `c` has row stride nr.
+// a: the rows' bytes of this block, row stride `lda`; panel: the packed block; length: positions in it.
+using Tile = void (*)(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int length, int32_t* c,
+                      bool accumulate);
+
+// Columns [0, columns) of one panel: y = act((c - zp * colsum) * sx * sw + bias), or c - zp * colsum for Type::int32.
+struct Epilogue {
+  const int32_t* column_sum;  // [nr], zero padded
+  const float* weight_scale;  // [columns]
+  const float* bias;          // [columns] or null
+  const float* row_scale;     // [rows]
+  const int32_t* zero_point;  // [rows]
+  Activation activation;
+  Type type;
+};
+using Finish = void (*)(const int32_t* c, int nr, int rows, int columns, const Epilogue& epilogue, void* y,
+                        ptrdiff_t ldy);
+
+struct Kernel {
+  const char* name;
+  Isa isa;
+  int mr, nr, kr;
+  Layout layout;
+  Quantize quantize;
+  Tile tile;
+  Finish finish;
+};
+
+// All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available.
+const Kernel* kernels(int* count);
+const Kernel& best_kernel();
+const Kernel& kernel_named(const char* name);  // throws where there is none, or the processor cannot run it
+
+// y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.
+struct Problem {
+  const void* x;
+  Type x_type;
+  int64_t m, k, ldx;
+  const uint8_t* packed;
+  int64_t packed_bytes, n;
+  const float* weight_scale;
+  const float* bias;
+  Activation activation;
+  void* y;
+  Type y_type;
+  float* row_scale;     // [m] or null: where the caller wants sx and zp too
+  int32_t* zero_point;  // [m] or null
+  int threads;
+};
+void linear(const Problem& problem);
+
+// The quantizer alone, in the order of k: q uint8 [m, k], scale [m], zero_point [m].
+void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,
+              float* scale, int32_t* zero_point);
+
+}  // namespace pycompress::int8

