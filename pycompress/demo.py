@@ -118,9 +118,7 @@ class Variant:
 
     forward: Callable[[Batch], torch.Tensor]  # -> last hidden state float32 [batch, length, features]
     file_bytes: int
-    linear_bytes: (
-        int | None
-    )  # the linear layers' share of the file; None where other weights were compressed too
+    linear_bytes: int | None  # the linear layers' share of the file; None where other weights were compressed too
 
 
 BuildVariant = Callable[[nn.Module, Path], Variant]  # (the float32 model, a folder to save to)
@@ -128,9 +126,7 @@ BuildVariant = Callable[[nn.Module, Path], Variant]  # (the float32 model, a fol
 
 def linear_share(model: nn.Module, file_bytes: int) -> int:
     """What of a file is left for the linear layers when everything else in it is float32 as in `model`."""
-    linear = {
-        id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()
-    }
+    linear = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     others = [tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in linear]
     return file_bytes - sum(tensor.nbytes for tensor in others)
 
@@ -152,18 +148,14 @@ def torch_dynamic(model: nn.Module, folder: Path, *, engine: str) -> Variant:
     path = folder / f"{engine}.pt"
     quantized = benchmark.quantize_dynamic(model, engine)
     torch.save(quantized.state_dict(), path)
-    return Variant(
-        partial(call_module, quantized), path.stat().st_size, linear_share(model, path.stat().st_size)
-    )
+    return Variant(partial(call_module, quantized), path.stat().st_size, linear_share(model, path.stat().st_size))
 
 
 def pycompress_int8(model: nn.Module, folder: Path, *, activation_bits: int) -> Variant:
     path = folder / f"pycompress_a{activation_bits}.safetensors"
     compressed = compress(model, Int8(activation_bits=activation_bits))
     save(compressed, path)
-    return Variant(
-        partial(call_module, compressed), path.stat().st_size, linear_share(model, path.stat().st_size)
-    )
+    return Variant(partial(call_module, compressed), path.stat().st_size, linear_share(model, path.stat().st_size))
 
 
 def ort_fp32(model: nn.Module, folder: Path) -> Variant:
@@ -256,9 +248,7 @@ PEERS: dict[str, BuildVariant] = {
 }
 
 
-def build(
-    model: nn.Module, folder: Path, peers: Mapping[str, BuildVariant]
-) -> tuple[dict[str, Variant], Record]:
+def build(model: nn.Module, folder: Path, peers: Mapping[str, BuildVariant]) -> tuple[dict[str, Variant], Record]:
     """The baseline, the peers that run here and our variants, by name; why the other peers are missing."""
     variants = {BASELINE: torch_fp32(model, folder)}
     missing: Record = {}
@@ -276,15 +266,17 @@ def build(
 
 def embed(variant: Variant, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32) -> torch.Tensor:
     """Sentence embeddings float32 [sentences, features]: mean over the tokens, normalised to length 1."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding, as its users do it
     rows = []
-    for start in range(0, len(sentences), batch_size):
-        tokens = tokenizer(list(sentences[start : start + batch_size]), padding=True, return_tensors="pt")
+    for start in range(0, len(order), batch_size):
+        texts = [sentences[i] for i in order[start : start + batch_size]]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
         batch = {name: tokens[name] for name in INPUTS}
         with torch.inference_mode():
             mask = batch["attention_mask"].unsqueeze(-1)
             mean = (variant.forward(batch) * mask).sum(dim=1) / mask.sum(dim=1)
             rows.append(nn.functional.normalize(mean, dim=1))
-    return torch.cat(rows)
+    return torch.cat(rows)[torch.tensor(order).argsort()]
 
 
 def closeness(embeddings: torch.Tensor, reference: torch.Tensor) -> Record:
@@ -312,9 +304,7 @@ def token_batch(tokenizer: Any, sentences: Sequence[str], batch: int, length: in
     body = length - 2
     repeats = -(-batch * body // len(stream))
     text = torch.tensor((stream * repeats)[: batch * body]).view(batch, body)
-    first, last = (
-        torch.full((batch, 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    )
+    first, last = (torch.full((batch, 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
     ids = torch.cat([first, text, last], dim=1)
     return dict(zip(INPUTS, (ids, torch.ones_like(ids), torch.zeros_like(ids)), strict=True))
 
@@ -418,7 +408,7 @@ def run(
     console.print(table(records, missing))
     console.print("layers MB: the linear layers' share of the file; (x): speed over torch fp32, turn by turn")
     with console.status("validating"):
-        return validated(console, model, token_batch(tokenizer, sentences, 8, 32))
+        return validated(console, model, token_batch(tokenizer, sentences, 4, 32))
 
 
 def validated(console: Console, model: nn.Module, batch: Batch) -> bool:

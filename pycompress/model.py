@@ -337,8 +337,8 @@ def compress(
         progress: show a progress bar; None: on a terminal, where the model is large.
     Returns:
         The compressed model. A linear layer followed by ReLU, GELU or SiLU takes the activation into its kernel, and the activation
-        module becomes ``nn.Identity``. :func:`summary` tells what became of each layer. Weights that were shared among linear layers
-        stay shared; a weight shared with another kind of layer (an embedding) stays dense.
+        module becomes ``nn.Identity``. :func:`summary` tells what became of each layer. Weights that linear layers shared stay
+        shared; a weight shared with another kind of layer (an embedding) stays dense.
     Raises:
         TypeError: the plan is no method and no mapping of globs to methods, or there is nothing to compress in that type.
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
@@ -447,7 +447,11 @@ class Summary:
             )
         )
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) if i in (0, 2, 8) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
+        left = {0, 2, len(head) - 1}
+        lines = []
+        for row in rows:
+            cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append("  ".join(cells))
         return "\n".join(line.rstrip() for line in lines)
 
     @staticmethod

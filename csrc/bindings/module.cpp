@@ -52,7 +52,8 @@ void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
   int8::linear(problem);
 }
 
-py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel, int threads) {
+py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel,
+                    int threads) {
   const int8::Kernel& chosen = kernel.empty() ? int8::best_kernel() : int8::kernel_named(kernel.c_str());
   std::vector<uint8_t> packed;
   {

@@ -1,7 +1,8 @@
 // AVX2 without VNNI (Haswell ... Zen 3): 4 rows x 16 channels, chains of depth 4, 2 and 1 (pack.h).
 //
-// Floor on Zen 3, per 32 products: `vpmaddubsw` and `vpmaddwd` share two pipes, so depth d costs (d + 1) / 2d of a cycle:
-// 64 (d=4: 51, d=2: 43, d=1: 32) products a cycle at most, beside 16 of fp32 FMA. Loads and broadcasts take the other pipes.
+// Floor on Zen 3, per 32 products: `vpmaddubsw` and `vpmaddwd` share two pipes, so depth d costs (d + 1) / 2d of a
+// cycle: 64 (d=4: 51, d=2: 43, d=1: 32) products a cycle at most, beside 16 of fp32 FMA. Loads and broadcasts take the
+// other pipes.
 #include <immintrin.h>
 
 #include "activation.h"
@@ -105,8 +106,7 @@ template <Type kType>
 inline __m256 load_floats(const void* x, ptrdiff_t i) {
   if constexpr (kType == Type::float32) return _mm256_loadu_ps(static_cast<const float*>(x) + i);
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(x) + i));
-  if constexpr (kType == Type::bfloat16)
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  if constexpr (kType == Type::bfloat16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   return _mm256_cvtph_ps(half);
 }
 
@@ -177,10 +177,10 @@ void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int ama
   const __m256 factor = _mm256_set1_ps(inverse);
   const __m256i shift = _mm256_set1_epi16(static_cast<short>(zero)), top = _mm256_set1_epi8(static_cast<char>(amax));
   const __m256i unlace = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the in-lane packs
-  const __m256i order1 = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
-  const __m256i order2 = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10, 12, 15, 13, 14));
+  const __m256i order1 =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  const __m256i order2 =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 3, 1, 2, 4, 7, 5, 6, 8, 11, 9, 10, 12, 15, 13, 14));
   for (int block = 0; block < shape.blocks(); ++block) {
     uint8_t* out = data + shape.offset(block);
     const int length = shape.length(block), first = block * kBlockK;
@@ -254,7 +254,8 @@ inline __m256 load_floats_up_to(const float* p, int count) {
 
 // kVectors * 8 channels at a time, so that a row's results fill whole cache lines at once.
 template <Type kType, int kVectors>
-inline void finish_columns(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, uint8_t* y, ptrdiff_t ldy) {
+inline void finish_columns(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, uint8_t* y,
+                           ptrdiff_t ldy) {
   constexpr int size = kType == Type::float32 || kType == Type::int32 ? 4 : 2;
   __m256i column_sum[kVectors];
   __m256 weight_scale[kVectors], bias[kVectors];
@@ -269,8 +270,7 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
     const __m256 row_scale = _mm256_set1_ps(e.row_scale[m]);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      const __m256i acc =
-          _mm256_sub_epi32(load256(c + m * nr + 8 * j), _mm256_mullo_epi32(column_sum[j], zero_point));
+      const __m256i acc = _mm256_sub_epi32(load256(c + m * nr + 8 * j), _mm256_mullo_epi32(column_sum[j], zero_point));
       Vector v{_mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), row_scale), weight_scale[j])};
       if (e.bias != nullptr) v = v + Vector{bias[j]};
       if (e.activation != Activation::none) v = activate(e.activation, v);

@@ -1,5 +1,5 @@
-// AVX-512 VNNI (Cascade Lake, Zen 4 and later): 12 rows x 32 channels. `vpdpbusd` adds four u8 * s8 products straight into
-// 32 bits without saturating. Floor: one vpdpbusd per 64 products, two a cycle on Intel servers, one on Zen 4.
+// AVX-512 VNNI (Cascade Lake, Zen 4 and later): 12 rows x 32 channels. `vpdpbusd` adds four u8 * s8 products straight
+// into 32 bits without saturating. Floor: one vpdpbusd per 64 products, two a cycle on Intel servers, one on Zen 4.
 #include <immintrin.h>
 
 #include "kernel_list.h"
@@ -37,15 +37,15 @@ void tile_rows(const uint8_t* a, ptrdiff_t lda, const int8_t* w, int groups, int
 
 void tile(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int length, int32_t* c, bool accumulate) {
   using Rows = void (*)(const uint8_t*, ptrdiff_t, const int8_t*, int, int32_t*, bool);
-  static constexpr Rows table[kMr] = {tile_rows<1>, tile_rows<2>, tile_rows<3>,  tile_rows<4>,
-                                      tile_rows<5>, tile_rows<6>, tile_rows<7>,  tile_rows<8>,
+  static constexpr Rows table[kMr] = {tile_rows<1>, tile_rows<2>,  tile_rows<3>,  tile_rows<4>,
+                                      tile_rows<5>, tile_rows<6>,  tile_rows<7>,  tile_rows<8>,
                                       tile_rows<9>, tile_rows<10>, tile_rows<11>, tile_rows<12>};
   table[rows - 1](a, lda, static_cast<const int8_t*>(panel), length / 4, c, accumulate);
 }
 
 }  // namespace
 
-const Kernel kAvx512Vnni{"avx512_vnni_12x32", Isa::avx512_vnni, kMr,        kNr, 4,
+const Kernel kAvx512Vnni{"avx512_vnni_12x32", Isa::avx512_vnni, kMr,  kNr,        4,
                          Layout::dot4,        quantize_avx2,    tile, finish_avx2};
 
 }  // namespace pycompress::int8

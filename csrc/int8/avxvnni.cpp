@@ -1,5 +1,5 @@
-// AVX-VNNI (Alder Lake, Zen 5 and later): 6 rows x 16 channels. `vpdpbusd` adds four u8 * s8 products straight into 32 bits
-// without saturating. Floor: one vpdpbusd per 32 products, two a cycle.
+// AVX-VNNI (Alder Lake, Zen 5 and later): 6 rows x 16 channels. `vpdpbusd` adds four u8 * s8 products straight into 32
+// bits without saturating. Floor: one vpdpbusd per 32 products, two a cycle.
 #include <immintrin.h>
 
 #include "kernel_list.h"
@@ -38,7 +38,8 @@ void tile_rows(const uint8_t* a, ptrdiff_t lda, const int8_t* w, int groups, int
 
 void tile(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int length, int32_t* c, bool accumulate) {
   using Rows = void (*)(const uint8_t*, ptrdiff_t, const int8_t*, int, int32_t*, bool);
-  static constexpr Rows table[kMr] = {tile_rows<1>, tile_rows<2>, tile_rows<3>, tile_rows<4>, tile_rows<5>, tile_rows<6>};
+  static constexpr Rows table[kMr] = {tile_rows<1>, tile_rows<2>, tile_rows<3>,
+                                      tile_rows<4>, tile_rows<5>, tile_rows<6>};
   table[rows - 1](a, lda, static_cast<const int8_t*>(panel), length / 4, c, accumulate);
 }
 

@@ -57,9 +57,11 @@ const Kernel& kernel_for(const Header& header) {
     if (isa_available(kernel->isa)) return *kernel;
     known = true;
   }
-  check(known, "packed int8 weight: no kernel reads layout ", static_cast<uint32_t>(header.layout), " with panels of ", header.nr);
-  check(false, "packed int8 weight: it was packed for an instruction set that this processor lacks or PYCOMPRESS_ISA "
-               "excludes; pack the canonical weight again here");
+  check(known, "packed int8 weight: no kernel reads layout ", static_cast<uint32_t>(header.layout), " with panels of ",
+        header.nr);
+  check(false,
+        "packed int8 weight: it was packed for an instruction set that this processor lacks or PYCOMPRESS_ISA "
+        "excludes; pack the canonical weight again here");
   std::abort();
 }
 
@@ -97,8 +99,13 @@ void run(const Problem& p, const Header& header, const Kernel& kernel, const Tas
   for (int64_t panel = task.panel; panel < task.panel_end; ++panel) {
     const int64_t n = panel * nr;
     const int columns = static_cast<int>(std::min<int64_t>(nr, header.n - n));
-    Epilogue epilogue{column_sums + n, p.weight_scale == nullptr ? nullptr : p.weight_scale + n,
-                      p.bias == nullptr ? nullptr : p.bias + n, scale, zero_point, p.activation, p.y_type};
+    Epilogue epilogue{column_sums + n,
+                      p.weight_scale == nullptr ? nullptr : p.weight_scale + n,
+                      p.bias == nullptr ? nullptr : p.bias + n,
+                      scale,
+                      zero_point,
+                      p.activation,
+                      p.y_type};
     auto* y = static_cast<uint8_t*>(p.y) + static_cast<size_t>(task.row * p.n + n) * y_size;
     const size_t y_stride = static_cast<size_t>(p.n) * y_size;
     // The block of weights stays in L1 while every row passes over it.
@@ -109,8 +116,8 @@ void run(const Problem& p, const Header& header, const Kernel& kernel, const Tas
         // The lines of y are fetched while the tile is computed: a store that misses would stall the next one.
         if (block == last)
           for (int r = i; r < i + count; ++r) __builtin_prefetch(y + static_cast<size_t>(r) * y_stride, 1);
-        kernel.tile(activations + i * stride + shape.offset(block), stride, count, weights, shape.length(block), c + i * nr,
-                    block > 0);
+        kernel.tile(activations + i * stride + shape.offset(block), stride, count, weights, shape.length(block),
+                    c + i * nr, block > 0);
         if (block < last) continue;
         epilogue.row_scale = scale + i;
         epilogue.zero_point = zero_point + i;
@@ -151,9 +158,10 @@ const Kernel& kernel_named(const char* name) {
   std::abort();
 }
 
-void linear(const Problem& p) {
+void linear(const Problem& p) { linear(p, kernel_for(header_of(p.packed, p.packed_bytes))); }
+
+void linear(const Problem& p, const Kernel& kernel) {
   const Header& header = header_of(p.packed, p.packed_bytes);
-  const Kernel& kernel = kernel_for(header);
   check(p.k == header.k, "int8_linear: x is [", p.m, ", ", p.k, "], the packed weight expects k = ", header.k);
   check(p.n == header.n, "int8_linear: the scale has ", p.n, " channels, the packed weight ", header.n);
   if (p.m == 0) return;

@@ -105,7 +105,8 @@ struct Problem {
   int32_t* zero_point;  // [m] or null
   int threads;
 };
-void linear(const Problem& problem);
+void linear(const Problem& problem);                        // by the best kernel that reads `packed`
+void linear(const Problem& problem, const Kernel& kernel);  // by this one, which must read its layout
 
 // The quantizer alone, in the order of k: q uint8 [m, k], scale [m], zero_point [m].
 void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,

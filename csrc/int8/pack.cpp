@@ -239,7 +239,8 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
                           int threads) {
   check(n >= 1 && n <= 1 << 24, "int8_pack: out_features is ", n, ", expected 1 to ", 1 << 24);
   check(k >= 1 && k <= kMaxK, "int8_pack: in_features is ", k, ", expected 1 to ", kMaxK);
-  check(activation_bits == 7 || activation_bits == 8, "int8_pack: activation_bits is ", activation_bits, ", expected 7 or 8");
+  check(activation_bits == 7 || activation_bits == 8, "int8_pack: activation_bits is ", activation_bits,
+        ", expected 7 or 8");
   check(std::find(values, values + n * k, int8_t{-128}) == values + n * k,
         "int8_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)");
 
@@ -289,8 +290,7 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
   std::memcpy(out.data(), &header, sizeof(header));
   std::memcpy(out.data() + header.column_sums, column_sums.data(), column_sums.size() * 4);
   std::memcpy(out.data() + header.blocks, offsets.data(), offsets.size() * 8);
-  for (size_t i = 0; i < packed.size(); ++i)
-    std::memcpy(out.data() + offsets[i], packed[i].data(), packed[i].size());
+  for (size_t i = 0; i < packed.size(); ++i) std::memcpy(out.data() + offsets[i], packed[i].data(), packed[i].size());
   return out;
 }
 
@@ -337,13 +337,13 @@ void unpack(const uint8_t* packed, int64_t bytes, int8_t* values) {
     const uint16_t* offset = reinterpret_cast<const uint16_t*>(block + 16);
     const int8_t* w = reinterpret_cast<const int8_t*>(block + round_up<size_t>(16 + 2 * items, 64));
     for (uint32_t i = 0; i < items; ++i, w += 4 * kNr) {
-      const uint8_t(&order)[4] = kOrder[offset[i] / length];
+      const uint8_t (&order)[4] = kOrder[offset[i] / length];
       const int64_t position = begin + offset[i] % length;
       for (int c = 0; c < channels; ++c)
         for (int j = 0; j < 4; ++j)
           if (position + order[j] < k)
-            values[(first + c) * k + position + order[j]] = static_cast<int8_t>(
-                values[(first + c) * k + position + order[j]] + w[4 * c + j]);
+            values[(first + c) * k + position + order[j]] =
+                static_cast<int8_t>(values[(first + c) * k + position + order[j]] + w[4 * c + j]);
     }
   });
 }

@@ -5,9 +5,9 @@
 // and no activation in [0, amax] overflows it if
 //     amax * (sum of its positive weights) <= 32767  and  amax * (sum of its negative ones) >= -32768.
 // That lane budget (258 for 7-bit activations, 128 for 8-bit ones) decides which groups of four positions may form a
-// chain of depth 4 or 2, added with plain 16-bit adds and widened once, and which stay alone. Which groups meet in a chain
-// is free (the kernel reads the activations through offsets), so they are matched here until the budget holds.
-// A group that breaks the budget even alone is split into two whose weights add up to it. Every sum is exact.
+// chain of depth 4 or 2, added with plain 16-bit adds and widened once, and which stay alone. Which groups meet in a
+// chain is free (the kernel reads the activations through offsets), so they are matched here until the budget holds. A
+// group that breaks the budget even alone is split into two whose weights add up to it. Every sum is exact.
 //
 // One block of a panel:  uint32 chains[3] (depth 4, 2, 1), uint32 items; uint16 offset[items], padded to 64 bytes;
 //                        int8 weights[items][nr][4].   An offset is that of the group's bytes in the activation block.

@@ -14,7 +14,9 @@ inline __m256i multiply_bytes(__m256i a, __m256i b) {
 inline void add16(__m256i& sum, __m256i v) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v)); }
 inline void widen(__m256i& v, __m256i ones) { asm volatile("vpmaddwd %1, %0, %0" : "+x"(v) : "x"(ones)); }
 inline void add32(__m256i& sum, __m256i v) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(v)); }
-inline void fma(__m256& sum, __m256 a, __m256 b) { asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+inline void fma(__m256& sum, __m256 a, __m256 b) {
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+}
 
 constexpr int kChains = 8;  // independent accumulators: enough to hide every latency
 

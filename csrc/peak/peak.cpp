@@ -55,7 +55,8 @@ double operations(const char* loop, double seconds, int threads) {
 }
 
 double bandwidth(int64_t bytes, double seconds, int threads) {
-  check(isa_available(Isa::avx2), "bandwidth: the loop needs AVX2, which this processor lacks or PYCOMPRESS_ISA excludes");
+  check(isa_available(Isa::avx2),
+        "bandwidth: the loop needs AVX2, which this processor lacks or PYCOMPRESS_ISA excludes");
   check(bytes >= 65536, "bandwidth: bytes is ", bytes, ", expected at least 65536");
 #if defined(PYCOMPRESS_X86)
   const std::vector<uint8_t> data(static_cast<size_t>(bytes), 1);

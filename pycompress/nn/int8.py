@@ -89,7 +89,7 @@ class Int8Linear(nn.Module):
         return ops.int8_linear(x, self.packed, self.weight_scale, self.bias, self.activation)
 
     def _forward_with_gradient(self, x: Tensor) -> Tensor:
-        y: Tensor = _InputGradient.apply(x, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _InputGradient.apply(x, self)
         return _DIFFERENTIABLE[self.activation](y)
 
     def extra_repr(self) -> str:
@@ -137,7 +137,7 @@ class Int8Linear(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.packed = ops.int8_pack(self.packed, self.activation_bits)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
@@ -147,7 +147,7 @@ class Int8Linear(nn.Module):
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:  # noqa: ARG002
         # `.to(dtype)`, `.half()` and the like are meant for activations: scale and bias follow the device, not the dtype.
         for name, buffer in self._buffers.items():
             if buffer is None:
