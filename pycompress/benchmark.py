@@ -151,6 +151,7 @@ class Environment:
     l3_bytes: int
     versions: dict[str, str]
     kernels: tuple[str, ...]
+    load_average: float  # before measuring: near the number of cores, somebody else was using them
     date: str
 
     @classmethod
@@ -163,6 +164,7 @@ class Environment:
             l3_bytes=l3_bytes(),
             versions=versions(PACKAGES),
             kernels=tuple(f"{kernel['op']}: {kernel['name']}" for kernel in chosen_kernels()),
+            load_average=os.getloadavg()[0],
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
@@ -278,7 +280,8 @@ def quantize_dynamic(model: nn.Module, engine: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces the end of torch.ao.quantization at every call
             torch.backends.quantized.engine = engine
-            return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+            quantize: Any = torch.ao.quantization.quantize_dynamic
+            return quantize(model, {nn.Linear}, dtype=torch.qint8)
     finally:
         torch.backends.quantized.engine = before
 

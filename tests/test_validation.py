@@ -83,6 +83,7 @@ def test_exact_model_passes_with_no_difference(dtype: torch.dtype, bits: int) ->
         assert (record.rows, record.rows_seen, record.status, record.reason) == (35, 35, "ok", "")
         assert (record.integers_equal, record.max_ulp, record.relative_error) == (True, 0, 0.0)
     assert (report.model.tensors, report.model.max_difference, report.model.cosine) == (1, 0.0, 1.0)
+    assert report.model.perturbed_cosine is None
 
 
 @pytest.mark.parametrize("bits", [7, 8])
@@ -94,13 +95,51 @@ def test_smooth_activations_pass_within_the_bound(activation: str, dtype: torch.
     report = validate(model, torch.randn(35, 48).to(dtype))
     assert report.ok, str(report)
     assert all(record.integers_equal for record in report.layers)
-    assert report.layers[1].max_ulp == 0  # its own activation is none
-    assert report.layers[0].relative_error is not None
-    assert (
-        report.layers[0].relative_error
-        < {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    )
+    assert [record.max_ulp for record in report.layers] == [None, 0, None]  # "1" has no activation
+    assert report.layers[1].share_of_bound is None
+    for record in [report.layers[0], report.layers[2]]:
+        assert record.share_of_bound is not None
+        assert record.share_of_bound <= 1
+        assert record.relative_error is not None
+        assert record.relative_error < {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert report.model.cosine > 0.9999
+
+
+def test_a_chain_that_amplifies_last_bits_is_held_against_itself() -> None:
+    chain = [module for _ in range(12) for module in (int8(64, 64, "gelu"), nn.LayerNorm(64))]
+    report = validate(nn.Sequential(*chain), torch.randn(256, 64))
+    assert report.ok, str(report)
+    assert report.model.perturbed_cosine is not None
+    assert 0.9 < report.model.perturbed_cosine < 1
+    assert f"cosine {report.model.perturbed_cosine:.9f} to itself" in str(report)
+
+
+def compare(expected: Tensor, actual: Tensor, perturbed: Tensor | None) -> validation.ModelRecord:
+    third = None if perturbed is None else {"y": perturbed}
+    return validation._compare_outputs({"y": expected}, {"y": actual}, third)
+
+
+def test_whole_model_limits() -> None:
+    def at(cosine: float) -> Tensor:
+        return torch.tensor([cosine, (1 - cosine**2) ** 0.5], dtype=torch.float64)
+
+    one = at(1.0)
+    assert compare(one, one.clone(), None).status == "ok"
+    assert compare(one, one + 1e-15, None).status == "diverged"
+    assert compare(one, at(0.9991), one).status == "ok"  # SMALLEST_COSINE
+    assert compare(one, at(0.9989), one).status == "diverged"
+    assert compare(one, at(0.9989), at(0.9995)).status == "ok"  # the native model moves as much by itself
+    assert compare(one, at(0.97), at(0.99)).status == "ok"
+    assert compare(one, at(0.95), at(0.99)).status == "diverged"
+    assert "expected at least 0.960000" in compare(one, at(0.95), at(0.99)).reason
+    assert compare(one, at(0.97), at(0.99)).perturbed_cosine == pytest.approx(0.99)
+    broken = torch.tensor([1.0, torch.nan], dtype=torch.float64)
+    assert compare(one, broken, one).status == "diverged"
+    assert compare(broken, broken.clone(), broken).status == "ok"
+    assert compare(one, torch.zeros(3, dtype=torch.float64), None).reason == (
+        "y is [2] with native layers, [3] with ONNX Runtime's"
+    )
+    assert validation._compare_outputs({"y": one}, {}, None).reason.endswith("absent with ONNX Runtime's")
 
 
 def test_rows_at_the_limits_of_float32_pass() -> None:
@@ -148,9 +187,7 @@ def test_a_scale_one_ulp_off_is_found_though_all_integers_agree(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("activation", SMOOTH)
-def test_a_scale_far_off_is_found_behind_a_smooth_activation(
-    activation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scale_far_off_is_found_behind_a_smooth_activation(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(activation)
 
     def slightly_larger(array: Any) -> None:
@@ -160,6 +197,8 @@ def test_a_scale_far_off_is_found_behind_a_smooth_activation(
     report = validate(model, torch.randn(64, 48))
     assert report.first_divergence == "0"
     assert report.layers[0].integers_equal
+    assert report.layers[0].share_of_bound is not None
+    assert report.layers[0].share_of_bound > 1
 
 
 def test_a_wrong_packed_buffer_is_found_against_both_references() -> None:
@@ -292,9 +331,7 @@ class Nested(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Output:
         y = self.layer(x) * scale
-        return self.Output(
-            y, y.argmax(dim=-1), (y + 1, y[..., :2]), {"mean": y.mean(), "none": None, "name": "y"}
-        )
+        return self.Output(y, y.argmax(dim=-1), (y + 1, y[..., :2]), {"mean": y.mean(), "none": None, "name": "y"})
 
 
 def test_inputs_and_outputs_may_be_nested() -> None:
@@ -427,22 +464,19 @@ def test_the_table_is_aligned_and_ends_in_the_verdict(monkeypatch: pytest.Monkey
     assert lines[0].split("  ")[0] == "layer"
     assert lines[-1].startswith("DIVERGED: first at 1")
     assert (
-        str(validate(network(), torch.randn(5, 48)))
-        .splitlines()[-1]
-        .startswith("OK: 3 layer(s) and the whole model")
+        str(validate(network(), torch.randn(5, 48))).splitlines()[-1].startswith("OK: 3 layer(s) and the whole model")
     )
 
 
 def test_ulp_distance() -> None:
     one = torch.tensor([1.0, -1.0, 0.0, -0.0, torch.nan, torch.nan, torch.inf])
-    two = torch.tensor(
-        [1 + 2.0**-23, -1 - 2.0**-22, -0.0, 2.0**-149, torch.nan, 1.0, torch.finfo(torch.float32).max]
-    )
+    two = torch.tensor([1 + 2.0**-23, -1 - 2.0**-22, -0.0, 2.0**-149, torch.nan, 1.0, torch.finfo(torch.float32).max])
     assert ulp_distance(one, two).tolist() == [1, 2, 0, 1, 0, 2**32, 1]
     assert ulp_distance(two, one).tolist() == [1, 2, 0, 1, 0, 2**32, 1]
-    assert ulp_distance(
-        torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([1.0078125, 2.0]).bfloat16()
-    ).tolist() == [1, 32768]
+    assert ulp_distance(torch.tensor([1.0, -2.0]).bfloat16(), torch.tensor([1.0078125, 2.0]).bfloat16()).tolist() == [
+        1,
+        32768,
+    ]
     assert ulp_distance(torch.tensor([1.0]).half(), torch.tensor([1.0 - 2**-11]).half()).tolist() == [1]
 
 
@@ -453,9 +487,7 @@ def test_activation_bound_is_zero_where_the_result_is_exact() -> None:
 
 @pytest.mark.parametrize("activation", SMOOTH)
 def test_activation_bound_holds_for_torch_and_is_not_loose(activation: str) -> None:
-    v = torch.cat(
-        [torch.linspace(-20, 20, 100_001), torch.logspace(-30, 30, 2001), -torch.logspace(-30, 30, 2001)]
-    )
+    v = torch.cat([torch.linspace(-20, 20, 100_001), torch.logspace(-30, 30, 2001), -torch.logspace(-30, 30, 2001)])
     function = {
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda t: nn.functional.gelu(t, approximate="tanh"),

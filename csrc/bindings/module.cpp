@@ -7,6 +7,7 @@
 #include "../int8/gemm.h"
 #include "../int8/pack.h"
 #include "../peak/peak.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 using namespace pycompress;
@@ -50,6 +51,71 @@ void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
                               threads};
   const MaybeReleaseGil gil(m * n * k > kReleaseGil);
   int8::linear(problem);
+}
+
+const dlpack::ExchangeTable* exchange = nullptr;
+
+// Whether tensors can be read through this capsule (torch.Tensor.__dlpack_c_exchange_api__).
+bool use_exchange(const py::object& capsule) {
+  auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (table == nullptr) throw py::error_already_set();
+  if (table->major != 1) return false;
+  exchange = table;
+  return true;
+}
+
+bool read(py::handle object, dlpack::Tensor* tensor) {
+  if (exchange->tensor_from_object(object.ptr(), tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return tensor->device_type == dlpack::kCpu && tensor->dense();
+}
+
+int8::Type type_of(const dlpack::Tensor& tensor) {
+  if (tensor.is(dlpack::kFloat, 32)) return int8::Type::float32;
+  if (tensor.is(dlpack::kBfloat, 16)) return int8::Type::bfloat16;
+  return tensor.is(dlpack::kFloat, 16) ? int8::Type::float16 : int8::Type::int32;
+}
+
+// The short way for what is usual: dense float x, y of its dtype, operands of the right kind. Anything else is left
+// alone (false), for ops.py to handle or to refuse.
+bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::handle scale_object, py::handle bias_object,
+                         int activation, py::handle y_object, int threads) {
+  dlpack::Tensor x, packed, scale, bias{}, y;
+  if (!read(x_object, &x) || !read(packed_object, &packed) || !read(scale_object, &scale) || !read(y_object, &y))
+    return false;
+  if (!bias_object.is_none() && !read(bias_object, &bias)) return false;
+  const int8::Type type = type_of(x);
+  const bool operands =
+      packed.is(dlpack::kUInt, 8) && packed.ndim == 1 && scale.is(dlpack::kFloat, 32) && scale.ndim == 1 &&
+      (bias_object.is_none() || (bias.is(dlpack::kFloat, 32) && bias.ndim == 1 && bias.shape[0] == scale.shape[0]));
+  if (!operands || type == int8::Type::int32 || type_of(y) != type || x.ndim == 0 || y.ndim != x.ndim) return false;
+  int64_t m = 1;
+  for (int i = 0; i + 1 < x.ndim; ++i) m *= x.shape[i];
+  const int64_t k = x.shape[x.ndim - 1], n = scale.shape[0];
+  int64_t y_size = 1;
+  for (int i = 0; i < y.ndim; ++i) y_size *= y.shape[i];
+  if (y_size != m * n) return false;
+  const int8::Problem problem{x.data == nullptr ? nullptr : x.pointer<const void>(),
+                              type,
+                              m,
+                              k,
+                              k,
+                              packed.pointer<const uint8_t>(),
+                              packed.shape[0],
+                              n,
+                              scale.pointer<const float>(),
+                              bias_object.is_none() ? nullptr : bias.pointer<const float>(),
+                              static_cast<int8::Activation>(activation),
+                              y.pointer<void>(),
+                              type,
+                              nullptr,
+                              nullptr,
+                              threads};
+  const MaybeReleaseGil gil(m * n * k > kReleaseGil);
+  int8::linear(problem);
+  return true;
 }
 
 py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel,
@@ -104,6 +170,8 @@ py::dict instruction_sets() {
 PYBIND11_MODULE(_C, m) {
   isa_available(Isa::scalar);  // an unknown PYCOMPRESS_ISA fails here, at import, and not in the middle of a model
   m.def("int8_linear", &int8_linear);
+  m.def("use_exchange", &use_exchange);
+  m.def("int8_linear_tensors", &int8_linear_tensors);
   m.def("int8_pack", &int8_pack);
   m.def("int8_unpack", [](uintptr_t packed, int64_t bytes, uintptr_t values) {
     int8::unpack(pointer<const uint8_t>(packed), bytes, pointer<int8_t>(values));

@@ -86,7 +86,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             return self._forward_with_gradient(x)
-        return ops.int8_linear(x, self.packed, self.weight_scale, self.bias, self.activation)
+        own = self._buffers  # read directly: nn.Module.__getattr__ costs 0.4 us a name
+        return ops.int8_linear(x, own["packed"], own["weight_scale"], own["bias"], self.activation)  # type: ignore[arg-type]
 
     def _forward_with_gradient(self, x: Tensor) -> Tensor:
         y: Tensor = _InputGradient.apply(x, self)

@@ -1,0 +1,184 @@
+"""Int8().compress: the canonical rules of the weights, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import pycompress as pc
+from pycompress.methods.int8 import Int8, Int8Weight
+
+TOP = {7: 63, 8: 127}
+TINY = torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 48), (17, 1)])
+def test_symmetric_per_row(bits: int, shape: tuple[int, int]) -> None:
+    w = torch.randn(shape) * torch.logspace(-6, 6, shape[0])[:, None]
+    weight = Int8(weight_bits=bits).compress(w)
+    top = TOP[bits]
+    assert weight.values.dtype == torch.int8
+    assert weight.scale.dtype == torch.float32
+    assert (weight.weight_bits, weight.activation_bits) == (bits, 8)
+    assert torch.equal(weight.scale, w.abs().amax(1) / top)
+    assert (weight.values.abs().amax(1) == top).all(), "the largest weight of a row takes the largest integer"
+    exact = (w.double() / weight.scale.double()[:, None]).round().clamp(-top, top)
+    # The quotient is rounded to float32 before it is rounded to an integer, which can only tip a near tie.
+    off = exact != weight.values
+    tie = ((w.double() / weight.scale.double()[:, None]).abs() % 1 - 0.5).abs()
+    assert (tie[off] < top * 2**-23).all()
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_error_at_most_half_a_step(bits: int) -> None:
+    w = torch.randn(64, 300)
+    weight = Int8(weight_bits=bits).compress(w)
+    error = (weight.decompress().double() - w.double()).abs()
+    # Half a step, and the roundings of scale, quotient and product: three times half an ulp of the largest weight.
+    assert (error <= weight.scale.double()[:, None] * (0.5 + 3 * TOP[bits] * 2**-24)).all()
+
+
+def test_rounds_half_to_even() -> None:
+    w = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    assert Int8().compress(w).values.tolist() == [[127, 0, 2, 2, 0, -2, -2]]
+
+
+def test_rows_of_zeros() -> None:
+    w = torch.randn(4, 8)
+    w[1], w[3] = 0.0, -0.0
+    weight = Int8().compress(w)
+    assert (weight.scale > 0).all()
+    assert not weight.values[[1, 3]].any()
+    assert torch.equal(weight.decompress()[1], torch.zeros(8))
+
+
+@pytest.mark.parametrize("largest", [1e-45, 1e-40, TINY, 100 * TINY, 126 * TINY, 128 * TINY, 1e-30, 3e38])
+def test_extreme_rows(largest: float) -> None:
+    w = torch.tensor([[largest, -largest, largest / 2, 0.0]])
+    weight = Int8().compress(w)
+    assert ((weight.scale >= TINY) & torch.isfinite(weight.scale)).all()
+    assert torch.isfinite(weight.decompress()).all()
+    error = (weight.decompress().double() - w.double()).abs().max()
+    assert error <= max(largest / 127 * 0.501, 127 * TINY), "half a step, or below 127 times the smallest normal float"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_float_dtypes(dtype: torch.dtype) -> None:
+    w = torch.randn(8, 16).to(dtype)
+    weight, expected = Int8().compress(w), Int8().compress(w.float())
+    assert torch.equal(weight.values, expected.values)
+    assert torch.equal(weight.scale, expected.scale)
+
+
+def test_non_contiguous_and_parameters() -> None:
+    w = torch.nn.Parameter(torch.randn(16, 8))
+    transposed = w.T
+    weight = Int8().compress(transposed)
+    assert torch.equal(weight.values, Int8().compress(transposed.detach().contiguous()).values)
+    assert not weight.scale.requires_grad
+
+
+def test_does_not_write_to_the_weight() -> None:
+    w = torch.randn(8, 16)
+    before = w.clone()
+    Int8().compress(w)
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_are_refused(value: float) -> None:
+    w = torch.randn(4, 8)
+    w[2, 3] = value
+    with pytest.raises(ValueError, match=r"\[4, 8\].*holds 1 NaN or Inf"):
+        Int8().compress(w)
+
+
+def test_a_float64_weight_beyond_float32_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        Int8().compress(torch.full((2, 2), 1e300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.randn(8), torch.randn(2, 3, 4), torch.tensor(1.0), torch.ones(2, 2, dtype=torch.int32)]
+)
+def test_not_a_matrix_of_floats(weight: Tensor) -> None:
+    with pytest.raises(TypeError, match="expected floating point"):
+        Int8().compress(weight)
+
+
+def test_complex_weight() -> None:
+    with pytest.raises(TypeError, match="complex64"):
+        Int8().compress(torch.ones(2, 2, dtype=torch.complex64))
+
+
+def test_meta_weight() -> None:
+    with pytest.raises(ValueError, match="meta device"):
+        Int8().compress(torch.empty(2, 2, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_weights_compress_to_empty_ones(shape: tuple[int, int]) -> None:
+    weight = Int8().compress(torch.empty(shape))
+    assert weight.values.shape == shape
+    assert weight.decompress().shape == shape
+
+
+@pytest.mark.parametrize("field", ["activation_bits", "weight_bits"])
+@pytest.mark.parametrize("bits", [0, 4, 6, 9, 16, -8, None, "8"])
+def test_number_of_bits(field: str, bits: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} is {bits!r}, expected 7 or 8"):
+        Int8(**{field: bits})
+
+
+def test_method_is_a_value() -> None:
+    assert Int8.name == "int8"
+    assert pc.Int8 is Int8
+    assert Int8() == Int8(activation_bits=8, weight_bits=8)
+    assert hash(Int8(7)) == hash(Int8(7))
+    with pytest.raises(AttributeError):
+        Int8().activation_bits = 7  # type: ignore[misc]
+
+
+def canonical(**changes: object) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "values": torch.ones(2, 3, dtype=torch.int8),
+        "scale": torch.ones(2),
+        "activation_bits": 8,
+        "weight_bits": 8,
+    }
+    return {**fields, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": torch.ones(2, 3)}, "expected int8"),
+        ({"values": torch.ones(6, dtype=torch.int8)}, "expected int8"),
+        ({"values": torch.full((2, 3), -128, dtype=torch.int8)}, r"\[-128, -128\], expected \[-127, 127\]"),
+        ({"values": torch.full((2, 3), 64, dtype=torch.int8), "weight_bits": 7}, r"expected \[-63, 63\]"),
+        ({"values": torch.full((2, 3), -64, dtype=torch.int8), "weight_bits": 7}, r"expected \[-63, 63\]"),
+        ({"scale": torch.ones(3)}, r"\[3\], expected float32 \[2\]"),
+        ({"scale": torch.ones(2, 1)}, r"\[2, 1\], expected float32 \[2\]"),
+        ({"scale": torch.ones(2, dtype=torch.float64)}, "torch.float64"),
+        ({"scale": torch.ones(2, dtype=torch.bfloat16)}, "torch.bfloat16"),
+        ({"scale": torch.tensor([1.0, 0.0])}, "not a positive finite number"),
+        ({"scale": torch.tensor([1.0, -1.0])}, "not a positive finite number"),
+        ({"scale": torch.tensor([1.0, float("nan")])}, "not a positive finite number"),
+        ({"scale": torch.tensor([1.0, float("inf")])}, "not a positive finite number"),
+        ({"activation_bits": 6}, "activation_bits is 6"),
+        ({"weight_bits": 9}, "weight_bits is 9"),
+    ],
+)
+def test_what_a_canonical_weight_must_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Int8Weight(**canonical(**changes))  # type: ignore[arg-type]
+
+
+def test_a_good_canonical_weight() -> None:
+    values = torch.tensor([[-127, 0, 127], [1, 2, 3]], dtype=torch.int8)
+    weight = Int8Weight(**canonical(values=values, scale=torch.tensor([2.0, 0.5])))  # type: ignore[arg-type]
+    assert torch.equal(weight.decompress(), torch.tensor([[-254.0, 0.0, 254.0], [0.5, 1.0, 1.5]]))
+    with pytest.raises(AttributeError):
+        weight.values = values  # type: ignore[misc]
