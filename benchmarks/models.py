@@ -31,7 +31,7 @@ def peers() -> dict[str, demo.BuildVariant]:
         "torch quantize_dynamic, onednn": partial(demo.torch_dynamic, engine="onednn"),
         "onnxruntime dynamic int8, spinning": partial(dynamic, spinning=True),
         "onnxruntime dynamic int8, per channel": partial(dynamic, per_channel=True),
-        "onnxruntime dynamic int8, per channel, 7 bits": partial(dynamic, per_channel=True, reduce_range=True),
+        "onnxruntime dynamic int8, reduced range": partial(dynamic, per_channel=True, reduce_range=True),
         **u8_weights,
     }
 

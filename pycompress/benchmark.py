@@ -1,5 +1,4 @@
-"""The measuring harness, the peers and the int8 grid behind `pycompress bench` and the scripts in
-benchmarks/.
+"""The measuring harness, the peers and the int8 grid of `pycompress bench` and of the scripts in benchmarks/.
 
 Candidates take turns in one process (A B C A B C ...), because the clock of a shared machine drifts by a
 fifth within seconds: two turns of the same round can be compared, two separate runs cannot. Every ratio is
@@ -27,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,7 +248,7 @@ def module_call(layer: nn.Module) -> Bind:
     """How torch layers are called: the module itself, under an inference_mode entered once by the caller."""
 
     def bind(x: torch.Tensor) -> Call:
-        run = lambda: layer(x)  # noqa: E731 - shorter than a def, and no slower
+        run = partial(layer, x)
         return Call(run, run)
 
     return bind
@@ -314,7 +314,7 @@ def ort_call(session: Any, n: int) -> Bind:
         binding = session.io_binding()
         binding.bind_ortvalue_input("x", OrtValue.ortvalue_from_numpy(x.numpy()))
         binding.bind_ortvalue_output("y", y)
-        return Call(lambda: session.run_with_iobinding(binding), lambda: torch.from_numpy(y.numpy()))
+        return Call(partial(session.run_with_iobinding, binding), lambda: torch.from_numpy(y.numpy()))
 
     return bind
 
@@ -461,11 +461,11 @@ def measure_int8(
     """Time the candidates on each cell of `int8_cells`, and yield its records, one per candidate.
 
     `spinning` holds candidates for the warm one-row cells alone. A record holds the cell and: `candidate`,
-    `us` (median) and `us_quartiles`, `gops`, `peak_gops` (the probe at that moment), `share_of_peak` (of
-    maddubs_d2; of fp32_fma for the fp32 candidates), `weight_gbs` (weight bytes read per second, in 1e9),
-    `bandwidth_gbs` (one-row cells: the probe's rate at the size of the int8 weight, or beyond the cache for
-    cold weights), `relative_error` (Frobenius, to fp32), and `time_ratio`: median and quartiles of each other
-    candidate's time over this one's.
+    `us` (median) and `us_quartiles`, `gops`, `peak_gops` (the faster of the probes before and after),
+    `share_of_peak` (of maddubs_d2; of fp32_fma for the fp32 candidates), `weight_gbs` (weight bytes read per
+    second, in 1e9), `bandwidth_gbs` (one-row cells: the probe's rate at the size of the int8 weight, or
+    beyond the cache for cold weights), `relative_error` (Frobenius, to fp32), and `time_ratio`: median and
+    quartiles of each other candidate's time over this one's.
     """
     built: dict[str, Bind] = {}
     built_for = None
@@ -482,9 +482,10 @@ def measure_int8(
             extra = {name: build(linear) for name, build in (spinning or {}).items()} if m == 1 else {}
             calls = {name: bind(x) for name, bind in {**built, **extra}.items()}
         with torch.inference_mode():
-            limits = _limits(cell)
+            before = probe_peaks()
             runs = {name: call.run for name, call in calls.items()}
             timings = interleave(runs, rounds=rounds, min_time_s=min_time_s, pause_s=pause_s)
+            limits = _limits(cell, before)
             errors = {name: relative_error(call.output(), linear(x)) for name, call in calls.items()}
         yield [_record(cell, name, timings, errors[name], limits) for name in calls]
 
@@ -509,10 +510,11 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.linalg.norm((y - expected).double()) / torch.linalg.norm(expected.double()))
 
 
-def _limits(cell: Record) -> Record:
-    """What the machine can do at this moment: its arithmetic peaks, and at one row its read bandwidth."""
+def _limits(cell: Record, before: dict[str, float]) -> Record:
+    """What the machine could do around this cell: its arithmetic peaks, and at one row its read bandwidth."""
+    peaks = {loop: max(before[loop], after) for loop, after in probe_peaks().items()}
     read = 2 * l3_bytes() if cell["weights"] == "cold" else cell["k"] * cell["n"]
-    return {"peak_gops": probe_peaks(), "bandwidth_gbs": probe_bandwidth(read) if cell["m"] == 1 else None}
+    return {"peak_gops": peaks, "bandwidth_gbs": probe_bandwidth(read) if cell["m"] == 1 else None}
 
 
 def _record(cell: Record, name: str, timings: dict[str, Timing], error: float, limits: Record) -> Record:
@@ -544,8 +546,7 @@ def measured(record: Record, peers: Iterable[str]) -> bool:
 
 
 def best_ratio(record: Record, peers: Iterable[str]) -> float:
-    """Time of the fastest of `peers` over that of this record's candidate: above 1 where the candidate is
-    faster.
+    """Time of the fastest of `peers` over that of this record's candidate: above 1 where they are slower.
 
     Peers that did not run are left out; raises ValueError where none did.
     """

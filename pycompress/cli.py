@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from pycompress.benchmark import Record
 
-WIDTH = 120  # of tables in a file or a pipe
+WIDTH = 130  # of tables in a file or a pipe
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -367,10 +367,12 @@ def measure(
 
 def table(records: Sequence[Record], missing: Mapping[str, str]) -> Table:
     """One row per variant, then the peers that are missing."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     shapes = [f"{cell['batch']}x{cell['length']}" for cell in records[0]["latency"]]
-    result = Table(title=f"all-MiniLM-L6-v2, cosines over {records[0]['sentences']} sentences")
+    title = f"all-MiniLM-L6-v2, cosines over {records[0]['sentences']} sentences"
+    result = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     result.add_column("variant", no_wrap=True)
     columns = ["file MB", "layers MB", *(f"{shape} ms" for shape in shapes)]
     for heading in (*columns, "cosine", "least", f"top-{NEIGHBOURS}"):
@@ -381,7 +383,7 @@ def table(records: Sequence[Record], missing: Mapping[str, str]) -> Table:
             record["candidate"],
             f"{record['file_bytes'] / 1e6:.1f}",
             "-" if linear is None else f"{linear / 1e6:.1f}",
-            *(f"{cell['ms']:.1f} ({cell['speedup']:.2f}x)" for cell in record["latency"]),
+            *(f"{cell['ms']:.4g} ({cell['speedup']:.2f}x)" for cell in record["latency"]),
             f"{record['cosine_mean']:.4f}",
             f"{record['cosine_min']:.4f}",
             f"{record['neighbour_overlap']:.1%}",
@@ -416,5 +418,5 @@ def validated(console: Console, model: nn.Module, batch: Batch) -> bool:
     """Print for each of our variants whether its layers equal ONNX Runtime and NumPy; True where all do."""
     reports = {bits: validate(compress(model, Int8(activation_bits=bits)), batch) for bits in ACTIVATION_BITS}
     for bits, report in reports.items():
-        console.print(f"validation, {bits}-bit activations: {report.verdict}", highlight=False)
+        console.print(f"validation, {bits}-bit activations: {report.verdict}", highlight=False, soft_wrap=True)
     return all(report.ok for report in reports.values())

@@ -83,9 +83,7 @@ def lower_int8_linear(layer: Int8Linear) -> onnx.ModelProto:
     values = weight.values.detach().cpu().numpy()  # int8 [n, k]
     n, k = values.shape
     if values.nbytes > MAX_WEIGHT_BYTES:
-        raise ValueError(
-            f"lower: the weight [{n}, {k}] has {values.nbytes} bytes, expected at most {MAX_WEIGHT_BYTES}"
-        )
+        raise ValueError(f"lower: the weight [{n}, {k}] has {values.nbytes} bytes, expected at most {MAX_WEIGHT_BYTES}")
     amax = 2**weight.activation_bits - 1
     graph = Graph()
     zero = graph.constant("zero", 0.0)
@@ -103,9 +101,7 @@ def lower_int8_linear(layer: Int8Linear) -> onnx.ModelProto:
     acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t), shift, output="acc")
 
     v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
-    v = graph.node(
-        "Mul", v, graph.constant("weight_scale", weight.scale.detach().float().cpu().numpy()[None, :])
-    )
+    v = graph.node("Mul", v, graph.constant("weight_scale", weight.scale.detach().float().cpu().numpy()[None, :]))
     if layer.bias is not None:
         v = graph.node("Add", v, graph.constant("bias", layer.bias.detach().float().cpu().numpy()[None, :]))
     v = ACTIVATIONS[layer.activation](graph, v)
@@ -148,9 +144,7 @@ def _gelu_tanh(graph: Graph, v: str) -> str:
     """0.5 v (1 + tanh u) = v sigmoid(2u), u = sqrt(2 / pi) (v + 0.044715 v^3)"""
     cube = graph.node("Mul", graph.node("Mul", v, v), v)
     inner = graph.node("Add", v, graph.node("Mul", cube, graph.constant("cube_factor", 0.044715)))
-    return _times_sigmoid(
-        graph, v, graph.node("Mul", inner, graph.constant("twice_sqrt", 2 * (2 / np.pi) ** 0.5))
-    )
+    return _times_sigmoid(graph, v, graph.node("Mul", inner, graph.constant("twice_sqrt", 2 * (2 / np.pi) ** 0.5)))
 
 
 def _silu(graph: Graph, v: str) -> str:
@@ -202,6 +196,4 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -127,7 +127,7 @@ def _check_operand(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def _int8_linear_fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001
     if x.dtype not in _FLOATS:
         raise TypeError(f"int8_linear: x is {x.dtype}, expected float32, bfloat16 or float16")
-    return x.new_empty(_out_shape(x, scale.shape[0]))
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 def _not_on_cpu(op: str, *tensors: Tensor | None) -> None:

@@ -48,8 +48,10 @@ class LayerRecord:
     rows: int  # compared
     rows_seen: int  # more than ``rows`` where MAX_ROWS cut them
     integers_equal: bool | None  # q and acc: native, ONNX Runtime and NumPy
-    max_ulp: int | None  # native y from ONNX Runtime's, see ulp_distance(); None after gelu and silu:
-    share_of_bound: float | None  # ... there the largest distance over its bound, as ulps grow near their zeros
+    # How far native y is from ONNX Runtime's. After none and relu in ulp_distance(); after the others, whose values near
+    # zero are billions of ulps from 0, as a share of activation_bound(). The figure that does not apply is None.
+    max_ulp: int | None
+    share_of_bound: float | None
     relative_error: float | None  # the largest distance over the largest |y| of its row
     status: str  # "ok", "diverged" or "not called"
     reason: str  # why it diverged or was not compared, one line for each disagreement
@@ -159,7 +161,7 @@ def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = No
     Args:
         model: has at least one compressed layer.
         inputs: a Tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        layers: names or glob patterns of the layers to compare, all by default. Others run natively twice.
+        layers: names or glob patterns of the layers to compare, all by default. Others always run natively.
     Returns:
         The report. Layers that were never called are listed in it; a layer under several names is there once.
     Raises:

@@ -126,7 +126,7 @@ def test_empty_weights_compress_to_empty_ones(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("field", ["activation_bits", "weight_bits"])
-@pytest.mark.parametrize("bits", [0, 4, 6, 9, 16, -8, None, "8"])
+@pytest.mark.parametrize("bits", [0, 4, 6, 9, 16, -8, 8.0, None, "8"])
 def test_number_of_bits(field: str, bits: object) -> None:
     with pytest.raises(ValueError, match=f"{field} is {bits!r}, expected 7 or 8"):
         Int8(**{field: bits})

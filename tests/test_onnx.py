@@ -122,9 +122,7 @@ def extreme_rows(k: int) -> Array:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("activation_bits", "weight_bits"), BITS)
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (1, 17), (3, 16), (16, 3), (17, 17), (64, 64), (257, 33)])
-def test_equals_the_formula_to_the_bit(
-    k: int, n: int, activation_bits: int, weight_bits: int, bias: bool
-) -> None:
+def test_equals_the_formula_to_the_bit(k: int, n: int, activation_bits: int, weight_bits: int, bias: bool) -> None:
     layer = make_layer(k, n, activation_bits, weight_bits, bias)
     runtime = session(lower(layer))
     extremes = extreme_rows(k)
@@ -182,9 +180,7 @@ def test_activations(activation: str, activation_bits: int) -> None:
     assert 0.5 < np.abs(v[:3]).mean() < 5  # the curve is tested,
     assert np.abs(v[finite]).max() > 1e30  # and so are its ends
     error = np.abs(y[finite].astype(np.float64) - activate64(v[finite], activation))
-    allowed = (
-        8 * 2.0**-24 * np.abs(v[finite].astype(np.float64)) + 2.0**-126
-    )  # see validation.activation_bound
+    allowed = 8 * 2.0**-24 * np.abs(v[finite].astype(np.float64)) + 2.0**-126  # see validation.activation_bound
     if activation in ("none", "relu"):
         allowed = np.zeros_like(error)
     assert (error <= allowed).all(), f"worst excess {np.max(error - allowed)}"
