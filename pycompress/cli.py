@@ -1,7 +1,6 @@
 """The command line: `pycompress info`, `pycompress bench int8` and `pycompress demo`.
 
 Exit codes: 0 for success, 1 for a failure (such as a validation that found a difference), 2 for wrong usage.
-torch is imported by the commands that need it, not here, so that help and completion answer at once.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 // Quantized rows of one task: half of a 512 KiB L2, the other half is for the panels that stream past them.
 constexpr ptrdiff_t kActivationBytes = 256 * 1024;
-constexpr int kMaxTaskRows = 64, kMinTaskRows = 16;
+constexpr int kMaxTaskRows = 64, kMinTaskRows = 16, kTasksPerThread = 4;
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1.5e6;
 
@@ -67,65 +67,79 @@ const Kernel& kernel_for(const Header& header) {
 
 size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
 
-// Rows [row, row + rows) and panels [panel, panel_end) of one problem.
-struct Task {
-  int64_t row;
-  int rows;
-  int64_t panel, panel_end;
-};
-
-void run(const Problem& p, const Header& header, const Kernel& kernel, const Task& task) {
-  const ActivationShape shape{header.k, header.versions};
-  const ptrdiff_t stride = shape.stride();
-  const int nr = kernel.nr, rows = task.rows;
-  const size_t activation_bytes = static_cast<size_t>(stride) * static_cast<size_t>(rows);
-  const size_t tile_bytes = static_cast<size_t>(rows * nr) * 4;
-  uint8_t* activations = scratch.reserve(activation_bytes + tile_bytes + static_cast<size_t>(rows) * 8 + 192);
-  int32_t* c = reinterpret_cast<int32_t*>(activations + (activation_bytes + 63) / 64 * 64);
-  float* scale = reinterpret_cast<float*>(c + rows * nr);
-  int32_t* zero_point = reinterpret_cast<int32_t*>(scale + rows);
-
-  const size_t x_size = size_of(p.x_type), y_size = size_of(p.y_type);
-  const auto* x = static_cast<const uint8_t*>(p.x) + static_cast<size_t>(task.row * p.ldx) * x_size;
-  kernel.quantize(x, p.x_type, p.ldx, rows, shape, (1 << header.activation_bits) - 1, activations, scale, zero_point);
-  if (task.panel == 0) {
-    if (p.row_scale != nullptr) std::copy_n(scale, rows, p.row_scale + task.row);
-    if (p.zero_point != nullptr) std::copy_n(zero_point, rows, p.zero_point + task.row);
+// One thread's share of a call: it quantizes some rows into its scratch, then multiplies them with panels of weights.
+class Worker {
+ public:
+  Worker(const Problem& problem, const Header& header, const Kernel& kernel, int64_t max_rows)
+      : p_(problem), header_(header), kernel_(kernel), shape_{header.k, header.versions} {
+    const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(kernel.nr);
+    const size_t bytes = (static_cast<size_t>(shape_.stride()) * rows + 63) / 64 * 64;
+    activations_ = scratch.reserve(bytes + rows * (nr + 2) * 4);
+    c_ = reinterpret_cast<int32_t*>(activations_ + bytes);
+    scale_ = reinterpret_cast<float*>(c_ + rows * nr);
+    zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
   }
 
-  const auto* offsets = reinterpret_cast<const uint64_t*>(p.packed + header.blocks);
-  const auto* column_sums = reinterpret_cast<const int32_t*>(p.packed + header.column_sums);
-  const int last = shape.blocks() - 1;
-  for (int64_t panel = task.panel; panel < task.panel_end; ++panel) {
+  // Rows that are there already, from the task before, are not quantized again.
+  void quantize(int64_t row, int rows) {
+    if (row == row_) return;
+    row_ = row;
+    rows_ = rows;
+    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
+    const int amax = (1 << header_.activation_bits) - 1;
+    kernel_.quantize(x, p_.x_type, p_.ldx, rows, shape_, amax, activations_, scale_, zero_point_);
+  }
+
+  // The thread that has the first panel of some rows hands out their scales.
+  void report() const {
+    if (p_.row_scale != nullptr) std::copy_n(scale_, rows_, p_.row_scale + row_);
+    if (p_.zero_point != nullptr) std::copy_n(zero_point_, rows_, p_.zero_point + row_);
+  }
+
+  void multiply(int64_t panel) {
+    const int mr = kernel_.mr, nr = kernel_.nr, last = shape_.blocks() - 1;
     const int64_t n = panel * nr;
-    const int columns = static_cast<int>(std::min<int64_t>(nr, header.n - n));
+    const int columns = static_cast<int>(std::min<int64_t>(nr, header_.n - n));
+    const auto* column_sums = reinterpret_cast<const int32_t*>(p_.packed + header_.column_sums);
+    const auto* blocks = reinterpret_cast<const uint64_t*>(p_.packed + header_.blocks) + panel * shape_.blocks();
     Epilogue epilogue{column_sums + n,
-                      p.weight_scale == nullptr ? nullptr : p.weight_scale + n,
-                      p.bias == nullptr ? nullptr : p.bias + n,
-                      scale,
-                      zero_point,
-                      p.activation,
-                      p.y_type};
-    auto* y = static_cast<uint8_t*>(p.y) + static_cast<size_t>(task.row * p.n + n) * y_size;
-    const size_t y_stride = static_cast<size_t>(p.n) * y_size;
+                      p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
+                      p_.bias == nullptr ? nullptr : p_.bias + n,
+                      scale_,
+                      zero_point_,
+                      p_.activation,
+                      p_.y_type};
+    const size_t y_size = size_of(p_.y_type), y_stride = static_cast<size_t>(p_.n) * y_size;
+    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * y_size;
     // The block of weights stays in L1 while every row passes over it.
-    for (int block = 0; block <= last; ++block) {
-      const void* weights = p.packed + offsets[panel * shape.blocks() + block];
-      for (int i = 0; i < rows; i += kernel.mr) {
-        const int count = std::min(kernel.mr, rows - i);
+    for (int block = 0; block <= last; ++block)
+      for (int i = 0; i < rows_; i += mr) {
+        const int count = std::min(mr, rows_ - i);
         // The lines of y are fetched while the tile is computed: a store that misses would stall the next one.
         if (block == last)
           for (int r = i; r < i + count; ++r) __builtin_prefetch(y + static_cast<size_t>(r) * y_stride, 1);
-        kernel.tile(activations + i * stride + shape.offset(block), stride, count, weights, shape.length(block),
-                    c + i * nr, block > 0);
+        const uint8_t* a = activations_ + i * shape_.stride() + shape_.offset(block);
+        kernel_.tile(a, shape_.stride(), count, p_.packed + blocks[block], shape_.length(block), c_ + i * nr,
+                     block > 0);
         if (block < last) continue;
-        epilogue.row_scale = scale + i;
-        epilogue.zero_point = zero_point + i;
-        kernel.finish(c + i * nr, nr, count, columns, epilogue, y + static_cast<size_t>(i) * y_stride, p.n);
+        epilogue.row_scale = scale_ + i;
+        epilogue.zero_point = zero_point_ + i;
+        kernel_.finish(c_ + i * nr, nr, count, columns, epilogue, y + static_cast<size_t>(i) * y_stride, p_.n);
       }
-    }
   }
-}
+
+ private:
+  const Problem& p_;
+  const Header& header_;
+  const Kernel& kernel_;
+  const ActivationShape shape_;
+  uint8_t* activations_;
+  int32_t* c_;
+  float* scale_;
+  int32_t* zero_point_;
+  int64_t row_ = -1;
+  int rows_ = 0;
+};
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -172,28 +186,27 @@ void linear(const Problem& p, const Kernel& kernel) {
 
   // Rows are split first, because then each row is quantized once; with too few of them the channels are split and
   // every thread quantizes the rows again, which is cheaper than a barrier. K is never split: sums do not depend on it.
+  // There are more tasks than threads, taken as they come: the cores of a shared machine are not equally fast.
   const ActivationShape shape{header.k, header.versions};
   const int64_t panels = divide_up(p.n, kernel.nr);
   int64_t task_rows = std::clamp<int64_t>(kActivationBytes / shape.stride(), kMinTaskRows, kMaxTaskRows);
-  int64_t row_tasks = divide_up(p.m, task_rows), panel_tasks = 1;
-  if (row_tasks < threads) {
-    if (p.m >= threads * kMinTaskRows)
-      row_tasks = threads;
-    else
-      panel_tasks = std::min<int64_t>(panels, divide_up(threads, row_tasks));
-  } else if (row_tasks % threads != 0 && row_tasks < 4 * threads) {
-    row_tasks = divide_up(row_tasks, threads) * threads;  // few tasks: give every thread the same number
-  }
+  int64_t panel_tasks = 1;
+  if (p.m >= threads * kMinTaskRows)
+    task_rows = std::clamp<int64_t>(divide_up(p.m, kTasksPerThread * threads), kMinTaskRows, task_rows);
+  else if (threads > 1)
+    panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
+  const int64_t row_tasks = divide_up(p.m, task_rows);
   task_rows = divide_up(divide_up(p.m, row_tasks), kernel.mr) * kernel.mr;
-  row_tasks = divide_up(p.m, task_rows);
-  const int64_t task_panels = divide_up(panels, panel_tasks), tasks = row_tasks * panel_tasks;
+  const int64_t task_panels = divide_up(panels, panel_tasks), tasks = divide_up(p.m, task_rows) * panel_tasks;
 
   std::atomic<int64_t> next{0};
   parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+    Worker worker(p, header, kernel, std::min(task_rows, p.m));
     for (int64_t t = next++; t < tasks; t = next++) {
-      const int64_t row = t / panel_tasks * task_rows, panel = t % panel_tasks * task_panels;
-      const int rows = static_cast<int>(std::min(task_rows, p.m - row));
-      run(p, header, kernel, {row, rows, panel, std::min(panels, panel + task_panels)});
+      const int64_t row = t / panel_tasks * task_rows, first = t % panel_tasks * task_panels;
+      worker.quantize(row, static_cast<int>(std::min(task_rows, p.m - row)));
+      if (first == 0) worker.report();
+      for (int64_t panel = first; panel < std::min(panels, first + task_panels); ++panel) worker.multiply(panel);
     }
   });
 }
