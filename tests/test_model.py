@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -117,7 +117,7 @@ def test_a_model_without_linear_layers() -> None:
 
 @pytest.mark.parametrize("model", [None, "model", lambda x: x, {"0": nn.Linear(2, 2)}])
 def test_not_a_module(model: Any) -> None:
-    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         pc.compress(model, INT8)
 
 
@@ -617,27 +617,27 @@ def test_other_activations_stay(activation: nn.Module, block: Build) -> None:
     assert cosine(result(x), model(x)) > 0.999
 
 
-class Forward(nn.Module):
+class Used(nn.Module):
     """Two linear layers and an activation, with the forward that a test gives."""
 
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.fc, self.other, self.act = nn.Linear(16, 16), nn.Linear(16, 16), nn.SiLU()
         self._forward = forward
 
-    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
-        return self._forward(self, *arguments, **keywords)
-
-
-class Used(Forward):
     def forward(self, x: Tensor) -> Tensor:
         return self._forward(self, x)
+
+
+def sum_used_elsewhere(self: Any, x: Tensor) -> Tensor:
+    h = self.fc(x)
+    return torch.as_tensor(self.act(h) + h)
 
 
 NOT_FUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "the activation twice": lambda self, x: self.act(self.fc(x)) + self.act(self.other(x)),
     "the layer twice": lambda self, x: self.act(self.fc(x)) + self.fc(x),
-    "the sum used elsewhere": lambda self, x: (lambda h: self.act(h) + h)(self.fc(x)),
+    "the sum used elsewhere": sum_used_elsewhere,
     "something between": lambda self, x: self.act(self.fc(x) + 1),
     "a layer, not the activation": lambda self, x: self.other(self.fc(x)),
     "in place between": lambda self, x: self.act(self.fc(x).mul_(2)),
@@ -685,7 +685,7 @@ class TrainedOtherwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(x)
         if self.training:
-            h = h - 3
+            h = h - 0.5
         y: Tensor = self.act(h)
         return y
 
@@ -1002,7 +1002,6 @@ def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> 
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 MEMORY = """
-import ctypes, sys
 import torch
 from torch import nn
 import pycompress as pc
@@ -1010,40 +1009,33 @@ import pycompress as pc
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
-torch.set_num_threads(2)
-width, depth = 2048, 12
-layer = 4 * width * width
+width = 2048
 pc.compress(nn.Sequential(nn.Linear(width, 16)), pc.Int8())(torch.zeros(1, width))  # what is allocated once
-model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
-ctypes.CDLL(None).malloc_trim(0)
-open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
-before = status("VmRSS")
-result = pc.compress(model, pc.Int8(), inplace=sys.argv[1] == "inplace")
-peak = status("VmHWM")
-del model
-ctypes.CDLL(None).malloc_trim(0)
-print((peak - before) / layer, (status("VmRSS") - before) / layer)
+for depth, inplace in ((12, True), (4, False)):
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    for layer in model:
+        nn.init.normal_(layer.weight)
+    del layer
+    open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM
+    before = status("VmRSS")
+    result = pc.compress(model, pc.Int8(activation_bits=7), inplace=inplace)
+    print((status("VmHWM") - before) / (4 * width * width), (status("VmRSS") - before) / (4 * width * width))
+    del model, result
 """
 
 
-@pytest.mark.parametrize("how", ["inplace", "copy"])
-def test_peak_memory(how: str, python: Python) -> None:
-    """Twelve dense layers: in place the peak is a few of them above the model; a copy adds its int8 weights."""
+def test_peak_memory(python: Python) -> None:
+    """In layers of 16 MiB: in place, a few above the model at the most, and three quarters of it gone at the end."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError as error:
         pytest.skip(f"the peak of the resident memory cannot be reset here: {error}")
-    result = python(MEMORY, how)
+    # A fixed threshold: glibc otherwise comes to keep freed blocks of this size, and what is held cannot be told.
+    result = python(MEMORY, MALLOC_MMAP_THRESHOLD_="1048576")
     assert result.returncode == 0, result.stderr
-    peak, after = map(float, result.stdout.split())
-    assert peak < (4.5 if how == "inplace" else 4.5 + 12 * 0.27), f"{peak:.1f} dense layers above the model"
-    assert after < -12 * 0.6, f"{after:.1f} dense layers beside the model when the dense weights are gone"
-
-
-@pytest.fixture(autouse=True)
-def _no_records_left() -> Iterator[None]:
-    """compress() keeps its records on the model, never in the module."""
-    before = dict(vars(model_module))
-    yield
-    assert {k: id(v) for k, v in vars(model_module).items()} == {k: id(v) for k, v in before.items()}
+    (peak, after), (copy_peak, copy_after) = (map(float, line.split()) for line in result.stdout.splitlines())
+    assert peak < 4
+    assert after < -12 * 0.7
+    assert copy_peak < 4 + 4 * 0.3
+    assert copy_after < 4 * 0.3

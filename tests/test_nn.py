@@ -118,9 +118,7 @@ def test_takes_the_keyword_of_nn_linear(same: Same) -> None:
 
 
 def test_repr() -> None:
-    assert repr(layer()) == (
-        "Int8Linear(in_features=36, out_features=24, bias=True, activation_bits=8, weight_bits=8)"
-    )
+    assert repr(layer()) == ("Int8Linear(in_features=36, out_features=24, bias=True, activation_bits=8, weight_bits=8)")
     assert repr(layer("silu", bias=False, bits=7, weight_bits=7)) == (
         "Int8Linear(in_features=36, out_features=24, bias=False, activation_bits=7, weight_bits=7, activation=silu)"
     )
@@ -522,11 +520,11 @@ def test_bad_input_names_what_was_expected(same: Same) -> None:
     expected = made(good)
     with pytest.raises(ValueError, match=rf"x is \[3, 100\], the packed weight expects k = {K}"):
         made(torch.randn(3, 100))
-    with pytest.raises(TypeError, match="x is torch.int64"):
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
         made(torch.ones(3, K, dtype=torch.int64))
-    with pytest.raises(TypeError, match="x is torch.float64"):
+    with pytest.raises(TypeError, match=r"x is torch\.float64"):
         made(torch.ones(3, K, dtype=torch.float64))
-    with pytest.raises(TypeError, match="x is torch.float64"):
+    with pytest.raises(TypeError, match=r"x is torch\.float64"):
         made(torch.ones(3, K, dtype=torch.float64, requires_grad=True))
     with pytest.raises(ValueError, match="x is a scalar"):
         made(torch.tensor(1.0))

@@ -406,7 +406,7 @@ def test_rows_with_nan_or_inf_are_nan_and_leave_the_others_alone(
 
 
 def test_integers_of_a_row_with_nan() -> None:
-    values, packed, *_ = weights(20, 33)
+    _, packed, *_ = weights(20, 33)
     x = torch.randn(3, 33)
     x[1, 32] = math.nan
     q, scale, zero = ops.int8_quantize(x, 8)
@@ -510,7 +510,7 @@ def test_wrong_scale(change: Callable[[Tensor], Tensor], message: str) -> None:
 )
 def test_wrong_bias(change: Callable[[Tensor], Tensor]) -> None:
     _, packed, scale, bias = weights(24, 20)
-    with pytest.raises(ValueError, match="int8_linear: bias is .*expected"):
+    with pytest.raises(ValueError, match=r"int8_linear: bias is .*expected"):
         ops.int8_linear(torch.randn(3, 20), packed, scale, change(bias))
 
 

@@ -226,6 +226,17 @@ def test_with_the_extension_hidden(case: Path, python: Python) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_import_without_a_place_for_the_cache_of_numba(python: Python) -> None:
+    """An unprivileged user, a package that is not theirs and no home: nothing can be cached, and nothing need be."""
+    result = python(
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "import pycompress.reference, numpy\n"
+        "pycompress.reference.quantize(numpy.zeros((1, 4), numpy.float32), 255)"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_with_the_extension_absent(case: Path, tmp_path: Path, python: Python) -> None:
     """The package as it is where no compiler was found: no file of that name at all."""
     source = Path(pycompress.__file__).parent

@@ -23,8 +23,9 @@ const Kernel* const kKernels[] = {
     &kScalar};
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
-// Quantized rows of one task: half of a 512 KiB L2, the other half is for the panels that stream past them.
-constexpr ptrdiff_t kActivationBytes = 256 * 1024;
+// Quantized rows of one task, at most: they are walked block by block, so they need not fit the L2 as a whole.
+constexpr ptrdiff_t kActivationBytes = 1024 * 1024;
+constexpr int kFinishRows = 16;  // rows of results whose cache lines are fetched at once
 constexpr int kMaxTaskRows = 64, kMinTaskRows = 16, kTasksPerThread = 4;
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1.5e6;
@@ -70,13 +71,14 @@ size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 
 // One thread's share of a call: it quantizes some rows into its scratch, then multiplies them with panels of weights.
 class Worker {
  public:
-  Worker(const Problem& problem, const Header& header, const Kernel& kernel, int64_t max_rows)
+  Worker(const Problem& problem, const Header& header, const Kernel& kernel, int64_t max_rows, int64_t max_panels)
       : p_(problem), header_(header), kernel_(kernel), shape_{header.k, header.versions} {
     const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(kernel.nr);
+    const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
     const size_t bytes = (static_cast<size_t>(shape_.stride()) * rows + 63) / 64 * 64;
-    activations_ = scratch.reserve(bytes + rows * (nr + 2) * 4);
-    c_ = reinterpret_cast<int32_t*>(activations_ + bytes);
-    scale_ = reinterpret_cast<float*>(c_ + rows * nr);
+    activations_ = scratch.reserve(bytes + (sums + 2 * rows) * 4);
+    sums_ = reinterpret_cast<int32_t*>(activations_ + bytes);
+    scale_ = reinterpret_cast<float*>(sums_ + sums);
     zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
   }
 
@@ -96,45 +98,63 @@ class Worker {
     if (p_.zero_point != nullptr) std::copy_n(zero_point_, rows_, p_.zero_point + row_);
   }
 
-  void multiply(int64_t panel) {
-    const int mr = kernel_.mr, nr = kernel_.nr, last = shape_.blocks() - 1;
-    const int64_t n = panel * nr;
-    const int columns = static_cast<int>(std::min<int64_t>(nr, header_.n - n));
-    const auto* column_sums = reinterpret_cast<const int32_t*>(p_.packed + header_.column_sums);
-    const auto* blocks = reinterpret_cast<const uint64_t*>(p_.packed + header_.blocks) + panel * shape_.blocks();
-    Epilogue epilogue{column_sums + n,
-                      p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
-                      p_.bias == nullptr ? nullptr : p_.bias + n,
-                      scale_,
-                      zero_point_,
-                      p_.activation,
-                      p_.y_type};
-    const size_t y_size = size_of(p_.y_type), y_stride = static_cast<size_t>(p_.n) * y_size;
-    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * y_size;
-    // The block of weights stays in L1 while every row passes over it.
+  // Block by block of k, so that the rows' share of a block stays in L2 while all panels pass over it, and a panel's
+  // share stays in L1 while the rows pass over it. The sums of all panels wait in between; a single block needs those
+  // of one.
+  void multiply(int64_t first, int64_t end) {
+    const int last = shape_.blocks() - 1;
     for (int block = 0; block <= last; ++block)
-      for (int i = 0; i < rows_; i += mr) {
-        const int count = std::min(mr, rows_ - i);
-        // The lines of y are fetched while the tile is computed: a store that misses would stall the next one.
-        if (block == last)
-          for (int r = i; r < i + count; ++r) __builtin_prefetch(y + static_cast<size_t>(r) * y_stride, 1);
-        const uint8_t* a = activations_ + i * shape_.stride() + shape_.offset(block);
-        kernel_.tile(a, shape_.stride(), count, p_.packed + blocks[block], shape_.length(block), c_ + i * nr,
-                     block > 0);
-        if (block < last) continue;
-        epilogue.row_scale = scale_ + i;
-        epilogue.zero_point = zero_point_ + i;
-        kernel_.finish(c_ + i * nr, nr, count, columns, epilogue, y + static_cast<size_t>(i) * y_stride, p_.n);
+      for (int64_t panel = first; panel < end; ++panel) {
+        int32_t* sums = last == 0 ? sums_ : sums_ + (panel - first) * rows_ * kernel_.nr;
+        if (block < last)
+          add_block(panel, block, sums, 0, rows_);
+        else
+          finish(panel, sums);
       }
   }
 
  private:
+  void add_block(int64_t panel, int block, int32_t* sums, int row, int end) const {
+    const auto* blocks = reinterpret_cast<const uint64_t*>(p_.packed + header_.blocks) + panel * shape_.blocks();
+    const uint8_t* weights = p_.packed + blocks[block];
+    const ptrdiff_t stride = shape_.stride();
+    const uint8_t* a = activations_ + shape_.offset(block);
+    const int mr = kernel_.mr, nr = kernel_.nr, length = shape_.length(block);
+    for (int i = row; i < end; i += mr)
+      kernel_.tile(a + i * stride, stride, std::min(mr, end - i), weights, length, sums + i * nr, block > 0);
+  }
+
+  // The last block and the epilogue, some rows at a time. The lines of y are fetched while the sums are computed: a
+  // store that misses would stall the next one.
+  void finish(int64_t panel, int32_t* sums) const {
+    const int nr = kernel_.nr, step = (kFinishRows + kernel_.mr - 1) / kernel_.mr * kernel_.mr;
+    const int64_t n = panel * nr;
+    const int columns = static_cast<int>(std::min<int64_t>(nr, header_.n - n));
+    const auto* column_sums = reinterpret_cast<const int32_t*>(p_.packed + header_.column_sums);
+    const size_t y_size = size_of(p_.y_type), y_stride = static_cast<size_t>(p_.n) * y_size;
+    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * y_size;
+    for (int i = 0; i < rows_; i += step) {
+      const int count = std::min(step, rows_ - i);
+      uint8_t* at = y + static_cast<size_t>(i) * y_stride;
+      for (int r = 0; r < count; ++r) __builtin_prefetch(at + static_cast<size_t>(r) * y_stride, 1);
+      add_block(panel, shape_.blocks() - 1, sums, i, i + count);
+      const Epilogue epilogue{column_sums + n,
+                              p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
+                              p_.bias == nullptr ? nullptr : p_.bias + n,
+                              scale_ + i,
+                              zero_point_ + i,
+                              p_.activation,
+                              p_.y_type};
+      kernel_.finish(sums + i * nr, nr, count, columns, epilogue, at, p_.n);
+    }
+  }
+
   const Problem& p_;
   const Header& header_;
   const Kernel& kernel_;
   const ActivationShape shape_;
   uint8_t* activations_;
-  int32_t* c_;
+  int32_t* sums_;
   float* scale_;
   int32_t* zero_point_;
   int64_t row_ = -1;
@@ -201,12 +221,12 @@ void linear(const Problem& p, const Kernel& kernel) {
 
   std::atomic<int64_t> next{0};
   parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
-    Worker worker(p, header, kernel, std::min(task_rows, p.m));
+    Worker worker(p, header, kernel, std::min(task_rows, p.m), task_panels);
     for (int64_t t = next++; t < tasks; t = next++) {
       const int64_t row = t / panel_tasks * task_rows, first = t % panel_tasks * task_panels;
       worker.quantize(row, static_cast<int>(std::min(task_rows, p.m - row)));
       if (first == 0) worker.report();
-      for (int64_t panel = first; panel < std::min(panels, first + task_panels); ++panel) worker.multiply(panel);
+      worker.multiply(first, std::min(panels, first + task_panels));
     }
   });
 }

@@ -49,7 +49,10 @@ struct ActivationShape {
     return rest >= kBlockK ? kBlockK : (rest + 31) / 32 * 32;
   }
   ptrdiff_t offset(int block) const { return static_cast<ptrdiff_t>(block) * versions * kBlockK; }
-  ptrdiff_t stride() const { return offset(blocks() - 1) + static_cast<ptrdiff_t>(versions) * length(blocks() - 1); }
+  // One cache line longer than it need be: rows that lie a multiple of 4 KiB apart would fall into the same L1 sets.
+  ptrdiff_t stride() const {
+    return offset(blocks() - 1) + static_cast<ptrdiff_t>(versions) * length(blocks() - 1) + 64;
+  }
 };
 
 // Quantizes `rows` rows of x [rows, shape.k] (row stride ldx elements) into `data`, with sx and zp per row.

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 
+# The root mean square of a row's integers, as a share of the largest integer, is at most this: 34 of 127. Rows with a heavy tail lie
+# below it anyway; a row that fills its range evenly would get steps finer than the others', which buys little (its rounding error
+# stays at 1 / (34 sqrt 12) = 0.8 % of its rms) and costs much: with larger integers most pairs of weights exceed the 16-bit lane
+# budget of 8-bit activations (csrc/int8/pack.h), and the product takes 1.4 times as long on AVX2. benchmarks/NOTES.md has the figures.
+LARGEST_RMS = 34 / 127
+
+
 @dataclass(frozen=True)
 class Int8:
     """int8 weights and 8- or 7-bit activations, quantized as the model runs.
@@ -36,7 +43,7 @@ class Int8:
                 raise ValueError(f"Int8: {field} is {getattr(self, field)!r}, expected 7 or 8")
 
     def compress(self, weight: Tensor) -> Int8Weight:
-        """Rounds each row to integers (half to even) with scale max|row| / wmax.
+        """Rounds each row to integers, half to even, with scale max(max|row|, rms(row) / LARGEST_RMS) / wmax.
 
         Args:
             weight: floating point [n, k], on any device; the result lies on the CPU.
@@ -52,11 +59,18 @@ class Int8:
             bad = int((~torch.isfinite(w)).sum())
             raise ValueError(f"Int8: the weight {list(w.shape)} holds {bad} NaN or Inf, expected finite values")
         top = 2 ** (self.weight_bits - 1) - 1
-        scale = (w.abs().amax(dim=1) if w.shape[1] else w.new_zeros(w.shape[0])) / top
+        if w.shape[1] == 0:
+            return Int8Weight(w.to(torch.int8), torch.ones(w.shape[0]), self.activation_bits, self.weight_bits)
+        scale = torch.maximum(w.abs().amax(dim=1), _rms(w) / LARGEST_RMS) / top
         # A row of zeros, or so small that its scale is not a normal float: any scale gives zeros; 1 keeps it valid.
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
         values = (w / scale[:, None]).round_().clamp_(-top, top).to(torch.int8)
         return Int8Weight(values, scale, self.activation_bits, self.weight_bits)
+
+
+def _rms(w: Tensor) -> Tensor:
+    """Root mean square per row, without overflow or underflow: float32 [n]."""
+    return w.to(torch.float64).square().mean(dim=1).sqrt().to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
