@@ -460,7 +460,7 @@ def measure_int8(
 ) -> Iterator[list[Record]]:
     """Time the candidates on each cell of `int8_cells`, and yield its records, one per candidate.
 
-    `spinning` holds candidates for the warm one-row cells alone. A record holds the cell and: `candidate`,
+    `spinning` holds candidates for the warm one-row cells alone, timed after the others. A record holds the cell and: `candidate`,
     `us` (median) and `us_quartiles`, `gops`, `peak_gops` (the faster of the probes before and after),
     `share_of_peak` (of maddubs_d2; of fp32_fma for the fp32 candidates), `weight_gbs` (weight bytes read per
     second, in 1e9), `bandwidth_gbs` (one-row cells: the probe's rate at the size of the int8 weight, or
@@ -469,12 +469,13 @@ def measure_int8(
     """
     built: dict[str, Bind] = {}
     built_for = None
+    extra: dict[str, Bind]
     for cell in cells:
         k, n, m = cell["k"], cell["n"], cell["m"]
         linear = dense_linear(k, n, weights)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
         if cell["weights"] == "cold":
-            calls = {name: _cold_call(build, linear, x, name) for name, build in builds.items()}
+            extra, calls = {}, {name: _cold_call(build, linear, x, name) for name, build in builds.items()}
         else:
             if built_for != (k, n):
                 built = {name: build(linear) for name, build in builds.items()}
@@ -483,8 +484,11 @@ def measure_int8(
             calls = {name: bind(x) for name, bind in {**built, **extra}.items()}
         with torch.inference_mode():
             before = probe_peaks()
-            runs = {name: call.run for name, call in calls.items()}
-            timings = interleave(runs, rounds=rounds, min_time_s=min_time_s, pause_s=pause_s)
+            # Workers that spin on would steal the cores from whoever is next: they take their turns afterwards.
+            timings: dict[str, Timing] = {}
+            for group in (built.keys() if cell["weights"] == "warm" else calls.keys(), extra.keys()):
+                runs = {name: calls[name].run for name in group}
+                timings |= interleave(runs, rounds=rounds, min_time_s=min_time_s, pause_s=pause_s)
             limits = _limits(cell, before)
             errors = {name: relative_error(call.output(), linear(x)) for name, call in calls.items()}
         yield [_record(cell, name, timings, errors[name], limits) for name in calls]

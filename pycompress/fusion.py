@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch.fx
 from torch import nn
 
@@ -33,31 +35,55 @@ class _ChildrenAreLeaves(torch.fx.Tracer):
         return True
 
 
+def _calls(parent: nn.Module, training: bool) -> list[torch.fx.Node]:
+    """The calls of children in ``parent.forward``, traced on a stand-in so that what forward assigns stays off the parent."""
+    stand_in = copy(parent)
+    stand_in.__dict__.update({name: dict(value) for name, value in vars(parent).items() if isinstance(value, dict)})
+    stand_in.training = training
+    graph = _ChildrenAreLeaves().trace(stand_in)
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        return []  # a branch on another argument would be traced one way only
+    return [node for node in graph.nodes if node.op == "call_module"]
+
+
+def _pairs(calls: list[torch.fx.Node], activations: dict[str, str]) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for node in calls:
+        target = str(node.target)
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if target not in activations or not isinstance(source, torch.fx.Node) or source.op != "call_module":
+            continue
+        once = all(sum(other.target == name for other in calls) == 1 for name in (node.target, source.target))
+        if once and len(source.users) == 1:
+            found[str(source.target)] = (target, activations[target])
+    return found
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Somebody watches the calls or the gradients of this module."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def followers(parent: nn.Module) -> dict[str, tuple[str, str]]:
     """Linear children of ``parent`` whose result goes into one activation child and nowhere else.
 
-    Found by tracing the parent's ``forward`` symbolically (torch.fx) with its children as leaves; a forward that cannot be traced
-    has no followers. Children that are called more than once are left out.
+    Found by tracing the parent's ``forward`` symbolically (torch.fx) with its children as leaves, in training and in evaluation;
+    a forward that cannot be traced has no followers. Left out are children that are called more than once, and activations that
+    have hooks or two names. What other code does with the children, past this forward, cannot be seen from here.
 
     Returns:
         {name of the linear child: (name of the activation child, the kernels' name of the activation)}
     """
+    children = {name: child for name, child in parent._modules.items() if child is not None}
     activations = {
-        name: kind for name, child in parent.named_children() if (kind := activation_name(child)) is not None
+        name: kind
+        for name, child in children.items()
+        if (kind := activation_name(child)) and not has_hooks(child) and sum(c is child for c in children.values()) == 1
     }
-    if not activations or len(list(parent.children())) < 2:
+    if not activations or len(children) < 2:
         return {}
     try:
-        graph = _ChildrenAreLeaves().trace(parent)
+        trained, evaluated = (_pairs(_calls(parent, training), activations) for training in (True, False))
     except Exception:
         return {}
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    found: dict[str, tuple[str, str]] = {}
-    for node in calls:
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if node.target not in activations or not isinstance(source, torch.fx.Node) or source.op != "call_module":
-            continue
-        once = all(sum(other.target == target for other in calls) == 1 for target in (node.target, source.target))
-        if once and len(source.users) == 1 and "." not in str(node.target):
-            found[str(source.target)] = (str(node.target), activations[str(node.target)])
-    return found
+    return {name: pair for name, pair in trained.items() if evaluated.get(name) == pair}

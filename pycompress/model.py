@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pycompress import fusion, ops
 from pycompress.measure import interleaved_us
@@ -96,9 +97,10 @@ class _Target:
     record: LayerRecord = field(init=False)
 
     def __post_init__(self) -> None:
-        n, k = dense_weight(self.module).shape
-        size = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        self.record = LayerRecord(self.names[0], type(self.module).__name__, (n, k), size, bytes=size)
+        lazy = any(is_lazy(p) for p in self.module.parameters())
+        shape = (0, 0) if lazy else tuple(dense_weight(self.module).shape)
+        size = 0 if lazy else sum(p.numel() * p.element_size() for p in self.module.parameters())
+        self.record = LayerRecord(self.names[0], type(self.module).__name__, (shape[0], shape[1]), size, bytes=size)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -120,6 +122,10 @@ def _targets(model: nn.Module) -> list[_Target]:
 
 def _assign_methods(targets: list[_Target], plan: Plan) -> None:
     """The first glob that matches one of a layer's names decides. Raises where a glob matches nothing."""
+    if not isinstance(plan, (Mapping, Int8)):
+        raise TypeError(
+            f"compress: the plan is {plan!r}, expected a method such as Int8() or a mapping of globs to methods"
+        )
     rules = dict(plan) if isinstance(plan, Mapping) else {"*": plan}
     for glob, method in rules.items():
         if not isinstance(glob, str) or not (method is None or isinstance(method, Int8)):
@@ -152,12 +158,14 @@ def _why_dense(target: _Target, model: nn.Module, owners: dict[int, list[str]]) 
     for name in target.names:
         if name and isinstance(model.get_submodule(_split(name)[0]), nn.MultiheadAttention):
             return "inside nn.MultiheadAttention, which reads its weights itself: left whole"
+    if any(is_lazy(p) for p in module.parameters()):
+        return "its parameters are not initialized yet"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"{type(module).__name__} is a subclass of Linear, which may do something else"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks, which would be lost"
+    if fusion.has_hooks(module):
+        return "it has hooks, which would be lost"
     weight = dense_weight(module)
-    users = [_split(name)[0] for name in owners[id(module.weight)]]
+    users = [_split(name)[0] for name in owners.get(id(module.weight), [])]
     foreign = [name for name in users if not _is_candidate(model.get_submodule(name))]
     if foreign:
         return f"its weight is shared with {foreign[0]}: compressing it would add bytes"
@@ -190,12 +198,13 @@ def _compressed(target: _Target, ties: dict[int, Int8Linear]) -> Int8Linear:
     weight = method.compress(dense)
     layer = Int8Linear(weight, module.bias if isinstance(module.bias, Tensor) else None, record.activation)
     layer.train(module.training)
-    record.bytes = sum(t.numel() * t.element_size() for t in (layer.weight_scale, layer.bias) if t is not None)
     first = layer if target.tie is None else ties.setdefault(target.tie, layer)
     if first is not layer and (first.activation_bits, first.weight_bits) == (layer.activation_bits, layer.weight_bits):
         layer.share(first)
+        own = [layer.bias]
     else:
-        record.bytes += weight.values.numel()
+        own = [layer.bias, layer.weight_scale, weight.values]
+    record.bytes = sum(t.numel() * t.element_size() for t in own if t is not None)
     norm = float(dense.float().norm())
     record.error = float((weight.decompress() - dense.float()).norm()) / norm if norm else 0.0
     record.method = method.name
@@ -203,12 +212,21 @@ def _compressed(target: _Target, ties: dict[int, Int8Linear]) -> Int8Linear:
 
 
 def install(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts a layer into its place. ``nn.TransformerEncoderLayer`` has a fast path that reads float weights: switched off."""
-    parent_name, attribute = _split(name)
-    parent = model.get_submodule(parent_name)
-    setattr(parent, attribute, layer)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0
+    """Puts a layer into its place, in the mode (training or not) of the one that was there."""
+    parent, attribute = _split(name)
+    layer.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), attribute, layer)
+
+
+def switch_off_fast_paths(model: nn.Module) -> None:
+    """torch's transformer encoder has a fast path that reads float weights, and packs padded batches for it: not with ours."""
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) or not compressed_layers(module):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        else:
+            module.use_nested_tensor = module.enable_nested_tensor = False
 
 
 def _install(model: nn.Module, target: _Target, layer: Int8Linear) -> None:
@@ -255,10 +273,11 @@ def _input_shapes(
     """The shapes in which the example inputs reach each target, one entry a call."""
     calls: dict[int, list[tuple[torch.Size, torch.dtype]]] = {id(t.module): [] for t in targets}
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        calls[id(module)].append((args[0].shape, args[0].dtype))
+    def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        (x,) = (*args, *keywords.values())
+        calls[id(module)].append((x.shape, x.dtype))
 
-    handles = [t.module.register_forward_pre_hook(note) for t in targets]
+    handles = [t.module.register_forward_pre_hook(note, with_kwargs=True) for t in targets]
     try:
         with _evaluating(model):
             call_model(model, inputs)
@@ -274,14 +293,16 @@ def _keep_if_faster(model: nn.Module, targets: list[_Target], inputs: Inputs, pr
     for target in _track(targets, "measuring", progress):
         shapes = calls[id(target.module)]
         if not shapes:
-            target.method, target.record.reason = (
-                None,
-                "example_inputs never reach it, so it could not be shown to be faster",
-            )
+            _keep_dense(target, "example_inputs never reach it, so it could not be shown to be faster")
             continue
         layer = _compressed(target, {})
         activations = [model.get_submodule(name) for name in target.fused[:1]]
-        dense = nn.Sequential(target.module, *activations).eval() if activations else target.module
+
+        def dense(x: Tensor, steps: Sequence[nn.Module] = (target.module, *activations)) -> Tensor:
+            for step in steps:
+                x = step(x)
+            return x
+
         dense_us = us = 0.0
         with torch.inference_mode():
             for shape, dtype in shapes:
@@ -291,11 +312,13 @@ def _keep_if_faster(model: nn.Module, targets: list[_Target], inputs: Inputs, pr
         record = target.record
         record.dense_us, record.us = dense_us, us
         if us >= dense_us:
-            target.method, target.fused = None, []
-            target.record = replace(
-                record, method=None, bytes=record.dense_bytes, error=None, activation="none",
-                reason=f"dense is faster here: {dense_us:.0f} us against {us:.0f} us",
-            )  # fmt: skip
+            _keep_dense(target, f"dense is faster here: {dense_us:.0f} us against {us:.0f} us")
+
+
+def _keep_dense(target: _Target, reason: str) -> None:
+    record = target.record
+    target.method, target.fused = None, []
+    target.record = replace(record, method=None, bytes=record.dense_bytes, error=None, activation="none", reason=reason)
 
 
 def _track(items: list[_Target], what: str, show: bool) -> Iterator[_Target]:
@@ -371,17 +394,35 @@ def compress(
         _keep_if_faster(model, chosen, example_inputs, progress)
         chosen = [target for target in chosen if target.method is not None]
     records = [target.record for target in targets]
+    _count_shared_weights_once(targets)
     _number_ties(chosen)
     result = _replace_in_place(model, chosen, progress) if inplace else _replace_in_copy(model, chosen, progress)
-    result.__dict__[_RECORDS] = records
+    earlier = [record for record in model.__dict__.get(_RECORDS, []) if record.method is not None]
+    again = {record.name for record in records}
+    records += [record for record in earlier if record.name not in again]
+    order = {name: i for i, (name, _) in enumerate(result.named_modules(remove_duplicate=False))}
+    result.__dict__[_RECORDS] = sorted(records, key=lambda record: order.get(record.name, len(order)))
+    switch_off_fast_paths(result)
     return result
 
 
 _RECORDS = "_pycompress_records"
 
 
+def _count_shared_weights_once(targets: list[_Target]) -> None:
+    seen: set[int] = set()
+    for target in targets:
+        weight = target.module.weight
+        if id(weight) in seen and isinstance(weight, Tensor):  # (a lazy one is never shared)
+            target.record.dense_bytes -= weight.numel() * weight.element_size()
+            if target.method is None:
+                target.record.bytes = target.record.dense_bytes
+        seen.add(id(weight))
+
+
 def _number_ties(targets: list[_Target]) -> None:
-    weights = [id(target.module.weight) for target in targets]
+    # Conv1D reads a weight transposed: it cannot share a packed weight with a Linear.
+    weights = [(id(target.module.weight), is_conv1d(target.module)) for target in targets]
     for target, weight in zip(targets, weights, strict=True):
         if weights.count(weight) > 1:
             target.tie = weights.index(weight)
@@ -478,7 +519,7 @@ def summary(model: nn.Module) -> Summary:
             if tensor is not None:
                 seen[id(tensor)] = tensor
     packed = {id(layer.packed): layer for layer in compressed_layers(model).values()}
-    total = sum(t.numel() * t.element_size() for key, t in seen.items() if key not in packed)
+    total = sum(t.numel() * t.element_size() for key, t in seen.items() if key not in packed and not is_lazy(t))
     total += sum(layer.in_features * layer.out_features for layer in packed.values())
     records: list[LayerRecord] | None = model.__dict__.get(_RECORDS)
     if records is None:

@@ -6,6 +6,8 @@ Every op is registered with ``torch.library`` (``define`` and ``impl``, the chea
 
 from __future__ import annotations
 
+import ctypes
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,8 +18,7 @@ from pycompress import reference
 _C: Any
 try:
     # After torch, whose libgomp the extension then shares: one pool, one thread count.
-    from pycompress import _C
-
+    _C = import_module("pycompress._C")
     _extension_error: str | None = None
 except ModuleNotFoundError as error:  # built without a compiler: the numba twin stands in
     _C = reference.Native()
@@ -76,6 +77,8 @@ def _rows(op: str, x: Tensor) -> tuple[Tensor, int]:
         raise TypeError(f"{op}: x is {x.dtype}, expected float32, bfloat16 or float16")
     if x.dim() == 0:
         raise ValueError(f"{op}: x is a scalar, expected [..., k]")
+    if x.is_neg() or x._is_zerotensor():  # views without memory of their own kind
+        x = x.resolve_neg() if x.is_neg() else torch.zeros(x.shape, dtype=x.dtype)
     if x.is_contiguous():
         return x, x.shape[-1]
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
@@ -96,13 +99,13 @@ def _int8_linear_cpu(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | No
     code = ACTIVATIONS.get(activation)
     if code is None:
         raise ValueError(f"int8_linear: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    _check_operand("packed", packed, torch.uint8)
-    _check_operand("scale", scale, torch.float32)
+    _check_operand("int8_linear", "packed", packed, torch.uint8)
+    _check_operand("int8_linear", "scale", scale, torch.float32)
     shape, n = x.shape, scale.shape[0]
     k = shape[-1]
     bias_address = 0
     if bias is not None:
-        _check_operand("bias", bias, torch.float32)
+        _check_operand("int8_linear", "bias", bias, torch.float32)
         if bias.shape[0] != n:
             raise ValueError(f"int8_linear: bias is {list(bias.shape)}, expected [{n}]")
         bias_address = bias.data_ptr()
@@ -115,11 +118,11 @@ def _int8_linear_cpu(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | No
     return y
 
 
-def _check_operand(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _check_operand(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if tensor.dtype is dtype and tensor.is_cpu and tensor.dim() == 1 and tensor.is_contiguous():
         return
     raise ValueError(
-        f"int8_linear: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected a dense {dtype} vector on "
+        f"{op}: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected a dense {dtype} vector on "
         "the CPU" + (" from int8_pack" if name == "packed" else " with one value per output channel")
     )
 
@@ -145,9 +148,20 @@ def _int8_linear_elsewhere(x: Tensor, packed: Tensor, scale: Tensor, bias: Tenso
 _library.impl("int8_linear", _int8_linear_cpu, "CPU")
 _library.impl("int8_linear", _int8_linear_elsewhere, "CUDA")
 torch.library.register_fake("pycompress::int8_linear", _int8_linear_fake, lib=_library)
+
+
+def _int8_linear_vmap(_info: Any, in_dims: tuple[Any, ...], x: Tensor, *operands: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError("int8_linear: vmap over the weights, expected over x only")
+    y: Tensor = torch.ops.pycompress.int8_linear.default(x.movedim(in_dims[0], 0), *operands)
+    return y, 0
+
+
+torch.library.register_vmap("pycompress::int8_linear", _int8_linear_vmap, lib=_library)
 _int8_linear_op = torch.ops.pycompress.int8_linear.default
 
 _tracing = getattr(torch._C, "_is_tracing", None)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
@@ -165,6 +179,9 @@ def _is_plain(x: Tensor) -> bool:
         and type(x) is Tensor
         and not x.requires_grad
         and x.is_cpu
+        and not x.is_neg()
+        and _transforms is not None
+        and _transforms() is None
         and _tracing is not None
         and not _tracing()
         and _dispatch_modes is not None
@@ -192,7 +209,7 @@ def int8_linear(
         TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: a tensor is not on the CPU.
     """
     if _is_plain(x):
-        if _reads_tensors:
+        if _reads_tensors and scale.dim() == 1 and x.dim() != 0:
             y = x.new_empty((*x.shape[:-1], scale.shape[0]))
             code = ACTIVATIONS.get(activation, -1)
             if code >= 0 and _C.int8_linear_tensors(x, packed, scale, bias, code, y, torch.get_num_threads()):
@@ -213,7 +230,9 @@ def _int8_pack_cpu(values: Tensor, activation_bits: int, kernel: str = "") -> Te
     values = values.contiguous()
     n, k = values.shape
     data = _C.int8_pack(values.data_ptr(), n, k, activation_bits, kernel, torch.get_num_threads())
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()  # clone: memory aligned by torch
+    packed = torch.empty(len(data), dtype=torch.uint8)  # aligned by torch, and filled without its thread pool (fork)
+    ctypes.memmove(packed.data_ptr(), data, len(data))
+    return packed
 
 
 def _int8_pack_fake(values: Tensor, activation_bits: int, kernel: str = "") -> Tensor:  # noqa: ARG001
@@ -238,16 +257,45 @@ def int8_pack(values: Tensor, activation_bits: int, kernel: str = "") -> Tensor:
     return packed
 
 
-def int8_unpack(packed: Tensor) -> Tensor:
-    """The int8 [n, k] that :func:`int8_pack` was given, exactly. Costs a pass over the weight."""
+_library.define("int8_unpack(Tensor packed, int n, int k) -> Tensor")
+
+
+def _int8_unpack_cpu(packed: Tensor, n: int, k: int) -> Tensor:
+    _check_operand("int8_unpack", "packed", packed, torch.uint8)
     header = _C.int8_header(packed.data_ptr(), packed.numel())
-    values = torch.empty((header["n"], header["k"]), dtype=torch.int8)
+    _check(
+        (header["n"], header["k"]) == (n, k),
+        f"int8_unpack: the packed weight is {header['n']}x{header['k']}, not {n}x{k}",
+    )
+    values = torch.empty((n, k), dtype=torch.int8)
     _C.int8_unpack(packed.data_ptr(), packed.numel(), values.data_ptr())
+    return values
+
+
+def _int8_unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:
+    return packed.new_empty((n, k), dtype=torch.int8)
+
+
+_library.impl("int8_unpack", _int8_unpack_cpu, "CPU")
+torch.library.register_fake("pycompress::int8_unpack", _int8_unpack_fake, lib=_library)
+
+
+def int8_unpack(packed: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+    """The int8 [n, k] that :func:`int8_pack` was given, exactly. Costs a pass over the weight.
+
+    Args:
+        shape: (n, k); read from the packed weight where it is not given.
+    """
+    if shape is None:
+        header = int8_depths(packed)
+        shape = header["n"], header["k"]
+    values: Tensor = torch.ops.pycompress.int8_unpack.default(packed, *shape)
     return values
 
 
 def int8_depths(packed: Tensor) -> dict[str, Any]:
     """How a packed weight spends its lane budget: ``groups`` of four positions, and ``items`` run at depth 4, 2 and 1."""
+    _check_operand("int8_depths", "packed", packed, torch.uint8)
     header: dict[str, Any] = _C.int8_header(packed.data_ptr(), packed.numel())
     return header
 
@@ -294,6 +342,7 @@ def int8_accumulate(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     x, ldx = _rows("int8_accumulate", x)
     _check(x.dim() == 2, f"int8_accumulate: x is {list(x.shape)}, expected [m, k]")
+    _check_operand("int8_accumulate", "packed", packed, torch.uint8)
     m, k = x.shape
     n = _C.int8_header(packed.data_ptr(), packed.numel())["n"]
     acc = torch.empty((m, n), dtype=torch.int32)

@@ -16,11 +16,21 @@ from numba import njit
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+
+def _jit(function: Any) -> Any:
+    """Compiled once and cached beside the package or in the user's home; where neither can be written, compiled anew."""
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:
+        return njit(function)
+
+
 _HALF = np.float32(0.5)
 _TINY = np.float32(2.0**-100)
 
 
-@njit(cache=True)
+@_jit
 def quantize(x: Array, amax: int) -> tuple[Array, Array, Array]:
     """Per-row asymmetric quantization to unsigned integers.
 
@@ -56,7 +66,7 @@ def quantize(x: Array, amax: int) -> tuple[Array, Array, Array]:
     return q, scale, zero_point
 
 
-@njit(cache=True)
+@_jit
 def accumulate(q: Array, zero_point: Array, w: Array) -> Array:
     """acc[m, n] = sum_k (q[m, k] - zero_point[m]) w[n, k]: q uint8 [m, k], zero_point int32 [m], w int8 [n, k] -> int32 [m, n]."""
     (m, k), n = q.shape, w.shape[0]
@@ -70,7 +80,7 @@ def accumulate(q: Array, zero_point: Array, w: Array) -> Array:
     return acc
 
 
-@njit(cache=True)
+@_jit
 def activate(code: int, v: float) -> float:
     """The activation of :data:`pycompress.ops.ACTIVATIONS` with this code, in float64."""
     if code == 1:
@@ -84,7 +94,7 @@ def activate(code: int, v: float) -> float:
     return v
 
 
-@njit(cache=True)
+@_jit
 def finish(acc: Array, row_scale: Array, weight_scale: Array, bias: Array, code: int) -> Array:
     """y = act(acc * row_scale * weight_scale + bias) in float32; ``bias`` is empty where there is none."""
     m, n = acc.shape
@@ -110,7 +120,10 @@ def linear(
 
 def _view(address: int, dtype: Any, *shape: int) -> Array:
     count = math.prod(shape)
-    raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address) if count else b""
+    if count == 0:
+        empty: Array = np.empty(shape, dtype)
+        return empty
+    raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
     return np.frombuffer(raw, dtype=dtype).reshape(shape)
 
 

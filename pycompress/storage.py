@@ -16,14 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pycompress import ops
+from pycompress.fusion import activation_name
 from pycompress.methods.int8 import Int8, Int8Weight
-from pycompress.model import compressed_layers, dense_weight, install, is_conv1d
+from pycompress.model import compressed_layers, dense_weight, install, is_conv1d, switch_off_fast_paths
 from pycompress.nn import Int8Linear
 
 VERSION = 1
 _KEY = "pycompress"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Path = str | PathLike[str]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 
 
 def _unique(state: dict[str, Tensor], layers: dict[str, Int8Linear]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -31,6 +36,7 @@ def _unique(state: dict[str, Tensor], layers: dict[str, Int8Linear]) -> tuple[di
     first: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    stored: set[int] = set()
     for name, tensor in state.items():
         owner, _, kind = name.rpartition(".")
         # The int8 weights of layers that share their packed weight are unpacked anew each time: compare that one.
@@ -40,7 +46,10 @@ def _unique(state: dict[str, Tensor], layers: dict[str, Int8Linear]) -> tuple[di
             aliases[name] = first[key]
         else:
             first[key] = name
-            tensors[name] = tensor.detach().contiguous()
+            memory = tensor.untyped_storage().data_ptr()
+            # A view into what is stored already is stored as a tensor of its own: safetensors takes no overlaps.
+            tensors[name] = tensor.detach().clone() if memory in stored else tensor.detach().contiguous()
+            stored.add(memory)
     return tensors, aliases
 
 
@@ -87,10 +96,10 @@ def _read_plan(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise _fail(path, "no pycompress plan in its metadata, expected a file that pycompress.save wrote")
     try:
         plan = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _fail(path, f"its plan is not JSON: {error}") from None
     version = plan.get("version") if isinstance(plan, dict) else None
-    if version != VERSION:
+    if type(version) is not int or version != VERSION:
         raise _fail(path, f"its plan has version {version!r}, expected {VERSION}")
     layers, aliases, identities = plan.get("layers"), plan.get("aliases"), plan.get("identities")
     if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
@@ -111,7 +120,7 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
     for key, allowed in expected.items():
         if type(entry.get(key)) is not type(allowed[0]) or entry[key] not in allowed:
             raise _fail(path, f"layer {name}: {key} is {entry.get(key)!r}, expected one of {allowed}")
-    if entry.get("activation") not in ops.ACTIVATIONS:
+    if not isinstance(entry.get("activation"), str) or entry["activation"] not in ops.ACTIVATIONS:
         raise _fail(
             path, f"layer {name}: activation is {entry.get('activation')!r}, expected one of {tuple(ops.ACTIVATIONS)}"
         )
@@ -140,6 +149,10 @@ class _File:
             raise _fail(
                 self.path, f"{name} is {found[1]} {list(found[0])}, expected {dtype or 'any dtype'} {list(shape)}"
             )
+
+    def dtype(self, name: str) -> str:
+        found: str = self.handle.get_slice(self.aliases.get(name, name)).get_dtype()
+        return found
 
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self.handle.get_tensor(self.aliases.get(name, name))
@@ -175,7 +188,8 @@ def _read_layer(file: _File, name: str, entry: dict[str, Any], first: dict[str, 
         raise _fail(file.path, f"layer {name}: {error}") from None
     source = file.aliases.get(prefix + "weight", prefix + "weight")
     earlier = first.setdefault(source, layer)
-    if earlier is not layer and torch.equal(earlier.weight_scale, layer.weight_scale):
+    alike = earlier.activation_bits == layer.activation_bits and torch.equal(earlier.weight_scale, layer.weight_scale)
+    if earlier is not layer and alike:
         layer.share(earlier)
     return layer
 
@@ -205,11 +219,11 @@ def load(model: ModelT, path: Path) -> ModelT:
     if "" in layers:
         return layers[""]  # type: ignore[return-value]
     for name, layer in layers.items():
-        layer.train(model.get_submodule(name).training)
         install(model, name, layer)
     for name in plan["identities"]:
         if type(model.get_submodule(name)) is not nn.Identity:
             install(model, name, nn.Identity())
+    switch_off_fast_paths(model)
     _assign(model, rest)
     return model
 
@@ -226,11 +240,17 @@ def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str
         if entry["bias"]:
             file.expect(prefix + "bias", (n,), "F32")
             owned.add(prefix + "bias")
+    fused = {entry["activation"] for entry in plan["layers"].values()}
     for name in plan["identities"]:
         try:
-            model.get_submodule(name)
+            module = model.get_submodule(name)
         except AttributeError:
             raise _fail(file.path, f"the model has no module {name!r}") from None
+        if type(module) is not nn.Identity and activation_name(module) not in fused:
+            kind = type(module).__name__
+            raise _fail(
+                file.path, f"{name} is a {kind} in the model, in the file an activation that a layer applies itself"
+            )
     compressed = compressed_layers(model)
     dense = {
         name: tensor
@@ -244,7 +264,9 @@ def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str
     if unknown:
         raise _fail(file.path, f"the model has no tensor {min(unknown)!r}")
     for name, tensor in dense.items():
-        file.expect(name, tuple(tensor.shape), None)
+        file.expect(name, tuple(tensor.shape), None if tensor.is_floating_point() else _DTYPES.get(tensor.dtype))
+        if tensor.is_floating_point() and file.dtype(name) not in _FLOATS:
+            raise _fail(file.path, f"{name} is {file.dtype(name)}, expected floating point as in the model")
     first: dict[str, Int8Linear] = {}
     layers: dict[str, Int8Linear] = {}
     same: dict[int, Int8Linear] = {}  # one module under two names stays one module
@@ -258,4 +280,10 @@ def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     meta = any(t.is_meta for t in model.state_dict().values())
+    owners = [(*name.rpartition("."), parameter) for name, parameter in model.named_parameters(remove_duplicate=False)]
     model.load_state_dict(tensors, strict=False, assign=meta)
+    # Assigning makes a parameter of its own of each tensor: parameters that were one become one again.
+    first: dict[int, nn.Parameter] = {}
+    for parent, _, name, before in owners if meta else []:
+        module = model.get_submodule(parent)
+        setattr(module, name, first.setdefault(id(before), getattr(module, name)))

@@ -59,6 +59,15 @@ def test_a_row_with_an_outlier_takes_the_whole_range(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [7, 8])
+def test_seven_bit_activations_leave_every_row_the_whole_range(bits: int) -> None:
+    """Their products leave room for any weights, so no row gets coarser steps than it needs."""
+    w = torch.rand(16, 300) - 0.5
+    weight = Int8(activation_bits=7, weight_bits=bits).compress(w)
+    assert torch.equal(weight.scale, w.abs().amax(1) / TOP[bits])
+    assert (weight.values.abs().amax(1) == TOP[bits]).all()
+
+
+@pytest.mark.parametrize("bits", [7, 8])
 def test_rows_that_fill_their_range_stay_below_a_root_mean_square(bits: int) -> None:
     """So that pairs of weights fit the 16-bit lanes of the AVX2 kernels."""
     for w in (torch.rand(16, 300) - 0.5, torch.ones(16, 300), torch.randn(16, 300)):

@@ -96,7 +96,7 @@ bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::hand
   const int64_t k = x.shape[x.ndim - 1], n = scale.shape[0];
   int64_t y_size = 1;
   for (int i = 0; i < y.ndim; ++i) y_size *= y.shape[i];
-  if (y_size != m * n) return false;
+  if (y_size != m * n || (x.data == nullptr && m * k != 0)) return false;
   const int8::Problem problem{x.data == nullptr ? nullptr : x.pointer<const void>(),
                               type,
                               m,
@@ -168,6 +168,7 @@ py::dict instruction_sets() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  watch_fork();
   isa_available(Isa::scalar);  // an unknown PYCOMPRESS_ISA fails here, at import, and not in the middle of a model
   m.def("int8_linear", &int8_linear);
   m.def("use_exchange", &use_exchange);

@@ -14,15 +14,14 @@ namespace {
 
 std::atomic<bool> forked{false};
 
+}  // namespace
+
 void watch_fork() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
   (void)registered;
 }
 
-}  // namespace
-
 int usable_threads(int requested) {
-  watch_fork();
   if (requested <= 1 || forked.load(std::memory_order_relaxed) || omp_in_parallel()) return 1;
   return requested;
 }
@@ -33,6 +32,7 @@ void run_parallel(int threads, ParallelBody body, void* context) {
   body(omp_get_thread_num(), omp_get_num_threads(), context);
 }
 #else
+void watch_fork() {}
 int usable_threads(int) { return 1; }
 void run_parallel(int, ParallelBody body, void* context) { body(0, 1, context); }
 #endif

@@ -7,6 +7,9 @@ namespace pycompress {
 // survive a fork, and a new region would wait for them for ever; GCC bug 60035) and inside another parallel region.
 int usable_threads(int requested);
 
+// Call once at import, so that a fork before the first use is noticed too.
+void watch_fork();
+
 using ParallelBody = void (*)(int thread, int threads, void* context);
 
 // Runs body(thread, threads, context) once on each of `threads` threads; inline, without a region, where that is 1.

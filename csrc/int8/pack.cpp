@@ -18,6 +18,16 @@ T round_up(T value, T unit) {
   return (value + unit - 1) / unit * unit;
 }
 
+// FNV-1a over the header but its checksum: an edited one must not send the kernels out of the buffer.
+uint32_t checksum_of(Header header) {
+  header.checksum = 0;
+  unsigned char bytes[sizeof(Header)];
+  std::memcpy(bytes, &header, sizeof(header));
+  uint32_t hash = 2166136261u;
+  for (const unsigned char byte : bytes) hash = (hash ^ byte) * 16777619u;
+  return hash;
+}
+
 template <class T>
 void append(std::vector<uint8_t>& out, const T* values, size_t count) {
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(values);
@@ -285,6 +295,7 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
     at = round_up<uint64_t>(at + block.size(), 64);
   }
   header.bytes = at;
+  header.checksum = checksum_of(header);
 
   std::vector<uint8_t> out(at, 0);
   std::memcpy(out.data(), &header, sizeof(header));
@@ -300,6 +311,7 @@ const Header& header_of(const uint8_t* packed, int64_t bytes) {
   const Header& header = *reinterpret_cast<const Header*>(packed);
   check(std::memcmp(header.magic, kMagic, sizeof(kMagic)) == 0 && header.version == kVersion,
         "packed int8 weight: unknown format, expected what int8_pack of this version returns");
+  check(header.checksum == checksum_of(header), "packed int8 weight: its header was changed");
   check(header.bytes == static_cast<uint64_t>(bytes), "packed int8 weight: ", bytes, " bytes, its header says ",
         header.bytes);
   return header;

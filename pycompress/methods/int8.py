@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-
-# The root mean square of a row's integers, as a share of the largest integer, is at most this: 34 of 127. Rows with a heavy tail lie
-# below it anyway; a row that fills its range evenly would get steps finer than the others', which buys little (its rounding error
-# stays at 1 / (34 sqrt 12) = 0.8 % of its rms) and costs much: with larger integers most pairs of weights exceed the 16-bit lane
-# budget of 8-bit activations (csrc/int8/pack.h), and the product takes 1.4 times as long on AVX2. benchmarks/NOTES.md has the figures.
+# For 8-bit activations the root mean square of a row's integers, as a share of the largest one, is at most this: 34 of 127.
+# Rows with a heavy tail lie below it anyway; a row that fills its range evenly would get steps finer than the others', which
+# buys little (its rounding error stays at 1 / (34 sqrt 12) = 0.8 % of its rms) and costs much: with larger integers most pairs
+# of weights exceed the 16-bit lane budget (csrc/int8/pack.h), and the product takes 1.4 times as long on AVX2. 7-bit
+# activations leave room for any weights. benchmarks/NOTES.md has the figures.
 LARGEST_RMS = 34 / 127
 
 
@@ -39,11 +39,13 @@ class Int8:
 
     def __post_init__(self) -> None:
         for field in ("activation_bits", "weight_bits"):
-            if getattr(self, field) not in (7, 8):
+            bits = getattr(self, field)
+            if type(bits) is not int or bits not in (7, 8):
                 raise ValueError(f"Int8: {field} is {getattr(self, field)!r}, expected 7 or 8")
 
     def compress(self, weight: Tensor) -> Int8Weight:
-        """Rounds each row to integers, half to even, with scale max(max|row|, rms(row) / LARGEST_RMS) / wmax.
+        """Rounds each row to integers, half to even, with scale max|row| / wmax; for 8-bit activations the scale is at least
+        rms(row) / LARGEST_RMS / wmax.
 
         Args:
             weight: floating point [n, k], on any device; the result lies on the CPU.
@@ -61,7 +63,10 @@ class Int8:
         top = 2 ** (self.weight_bits - 1) - 1
         if w.shape[1] == 0:
             return Int8Weight(w.to(torch.int8), torch.ones(w.shape[0]), self.activation_bits, self.weight_bits)
-        scale = torch.maximum(w.abs().amax(dim=1), _rms(w) / LARGEST_RMS) / top
+        reach = w.abs().amax(dim=1)
+        if self.activation_bits == 8:
+            reach = torch.maximum(reach, _rms(w) / LARGEST_RMS)
+        scale = reach.clamp_(max=torch.finfo(torch.float32).max) / top
         # A row of zeros, or so small that its scale is not a normal float: any scale gives zeros; 1 keeps it valid.
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
         values = (w / scale[:, None]).round_().clamp_(-top, top).to(torch.int8)
@@ -70,7 +75,8 @@ class Int8:
 
 def _rms(w: Tensor) -> Tensor:
     """Root mean square per row, without overflow or underflow: float32 [n]."""
-    return w.to(torch.float64).square().mean(dim=1).sqrt().to(torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    return (norm / w.shape[1] ** 0.5).to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,14 +19,16 @@ class _InputGradient(torch.autograd.Function):
     """Straight-through gradient for the input; the weight is fixed (Bengio et al. 2013, arXiv:1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Int8Linear) -> Tensor:
-        ctx.layer = layer
-        return ops.int8_linear(x, layer.packed, layer.weight_scale, layer.bias)
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(packed, scale)
+        ctx.shape = scale.shape[0], x.shape[-1]
+        return ops.int8_linear(x.detach(), packed, scale, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return grad @ ctx.layer.canonical().decompress().to(grad.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,), (packed, scale) = grads, ctx.saved_tensors
+        weight = ops.int8_unpack(packed, ctx.shape).to(torch.float32) * scale[:, None]
+        return grad @ weight.to(grad.dtype), None, None, None
 
 
 class Int8Linear(nn.Module):
@@ -77,20 +79,23 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """int8 [n, k], unpacked at each access."""
-        return ops.int8_unpack(self.packed)
+        shape = self.out_features, self.in_features
+        if self.packed.is_meta:
+            return torch.empty(shape, dtype=torch.int8, device="meta")
+        return ops.int8_unpack(self.packed, shape)
 
     def canonical(self) -> Int8Weight:
         """The canonical weight, unpacked at each call."""
         return Int8Weight(self.weight, self.weight_scale, self.activation_bits, self.weight_bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            return self._forward_with_gradient(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
+        if input.requires_grad and torch.is_grad_enabled():
+            return self._forward_with_gradient(input)
         own = self._buffers  # read directly: nn.Module.__getattr__ costs 0.4 us a name
-        return ops.int8_linear(x, own["packed"], own["weight_scale"], own["bias"], self.activation)  # type: ignore[arg-type]
+        return ops.int8_linear(input, own["packed"], own["weight_scale"], own["bias"], self.activation)  # type: ignore[arg-type]
 
     def _forward_with_gradient(self, x: Tensor) -> Tensor:
-        y: Tensor = _InputGradient.apply(x, self)
+        y: Tensor = _InputGradient.apply(x, self.packed, self.weight_scale, self.bias)
         return _DIFFERENTIABLE[self.activation](y)
 
     def extra_repr(self) -> str:
@@ -109,25 +114,33 @@ class Int8Linear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,  # noqa: ARG002
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        key = prefix + "weight"
-        values = state_dict.get(key)
-        if values is None:
-            missing_keys.append(key)
-        else:
-            try:
-                if values.shape != (self.out_features, self.in_features):
-                    raise ValueError(f"{list(values.shape)}, expected [{self.out_features}, {self.in_features}]")
-                scale = state_dict.get(prefix + "weight_scale", self.weight_scale)
-                weight = Int8Weight(values.cpu(), scale.cpu(), self.activation_bits, self.weight_bits)
-            except (ValueError, AttributeError) as error:
-                error_msgs.append(f"{key}: {error}")
-            else:
-                self.packed = ops.int8_pack(weight.values, self.activation_bits)
-        rest = {name: value for name, value in state_dict.items() if name != key}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        own = {"weight": None, "weight_scale": self.weight_scale, "bias": self.bias}
+        names = [name for name in own if name != "bias" or self.bias is not None]
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        missing = [prefix + name for name in names if name not in found]
+        if strict:
+            missing_keys += missing
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in names]
+        if not found:
+            return
+        try:  # all of it or nothing, also where load_state_dict(strict=False) forgives what is missing
+            for name, value in found.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
+            values = found["weight"].cpu() if "weight" in found else self.weight
+            scale = found.get("weight_scale", self.weight_scale).detach().cpu()
+            weight = Int8Weight(values, scale, self.activation_bits, self.weight_bits)
+            if values.shape != (self.out_features, self.in_features):
+                raise ValueError(f"weight is {list(values.shape)}, expected [{self.out_features}, {self.in_features}]")
+            fresh = Int8Linear(weight, found.get("bias", self.bias), self.activation)
+        except (TypeError, ValueError, RuntimeError) as error:
+            error_msgs.append(f"{prefix}weight, weight_scale or bias: {error}")
+            return
+        if not missing:
+            self.packed, self.weight_scale, self.bias = fresh.packed, fresh.weight_scale, fresh.bias
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle may be opened on another processor, so it holds the canonical weight.
