@@ -124,7 +124,8 @@ def _view(address: int, dtype: Any, *shape: int) -> Array:
         empty: Array = np.empty(shape, dtype)
         return empty
     raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(address)
-    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+    view: Array = np.frombuffer(raw, dtype=dtype).reshape(shape)
+    return view
 
 
 def _load(address: int, kind: int, m: int, k: int, ldx: int) -> Array:

@@ -27,8 +27,8 @@ struct Header {
   uint32_t version;
   Layout layout;
   int32_t n, k, nr, activation_bits;
-  int32_t versions;  // reorderings of the activations that the offsets refer to: 1 or kVersions
-  uint32_t checksum;  // of the other fields
+  int32_t versions;      // reorderings of the activations that the offsets refer to: 1 or kVersions
+  uint32_t checksum;     // of the other fields
   uint64_t column_sums;  // byte offset of int32 [panels * nr]
   uint64_t blocks;       // byte offset of uint64 [panels * blocks]: where each block of each panel begins
   uint64_t bytes;        // of the whole buffer

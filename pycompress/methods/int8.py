@@ -6,6 +6,7 @@ nothing to calibrate.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,7 +77,7 @@ class Int8:
 def _rms(w: Tensor) -> Tensor:
     """Root mean square per row, without overflow or underflow: float32 [n]."""
     norm: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
-    return (norm / w.shape[1] ** 0.5).to(torch.float32)
+    return (norm / math.sqrt(w.shape[1])).to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
