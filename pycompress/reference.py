@@ -113,9 +113,10 @@ def linear(
 ) -> Array:
     """The whole op: x float32 [m, k], w int8 [n, k], weight_scale float32 [n], bias float32 [n] or None -> float32 [m, n]."""
     q, row_scale, zero_point = quantize(x, 2**activation_bits - 1)
-    return finish(
+    y: Array = finish(
         accumulate(q, zero_point, w), row_scale, weight_scale, np.empty(0, np.float32) if bias is None else bias, code
     )
+    return y
 
 
 def _view(address: int, dtype: Any, *shape: int) -> Array:
