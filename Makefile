@@ -30,9 +30,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/models.py
 
 # The C++ core alone under AddressSanitizer and UBSan.
-sanitize: $(READY)
-	$(BIN)/cmake -S . -B build/sanitize -DPYCOMPRESS_NATIVE_TESTS=ON -DPYCOMPRESS_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize --parallel
+sanitize:
+	cmake -S . -B build/sanitize -DPYCOMPRESS_NATIVE_TESTS=ON -DPYCOMPRESS_SANITIZE=ON
+	cmake --build build/sanitize --parallel
 	build/sanitize/tests/native/kernels
 
 # The environment is made once, and again when a source of the native module or a dependency changes.
