@@ -1,16 +1,20 @@
-"""The int8 grid: `python benchmarks/kernels.py` measures it, prints the table and writes
-benchmarks/results/int8.jsonl.
+"""The grids: `python benchmarks/kernels.py` measures int8, `--op sparse` the sparse layers; prints the table and
+writes benchmarks/results/<op>.jsonl.
 
-Takes the options of `pycompress bench int8` (--quick, --shapes, --rows, --rounds, --weights, --json,
---output).
+Takes the options of `pycompress bench <op>` (--help lists them).
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-from pycompress.cli import int8
+from pycompress import cli
 
 RESULTS = Path(__file__).parent / "results"
+GRIDS = {"int8": cli.int8, "sparse": cli.sparse}
 
 if __name__ == "__main__":
-    int8(["--output", str(RESULTS / "int8.jsonl"), *sys.argv[1:]], prog_name="kernels.py")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--op", choices=GRIDS, default="int8")
+    chosen, options = parser.parse_known_args(sys.argv[1:])
+    GRIDS[chosen.op](["--output", str(RESULTS / f"{chosen.op}.jsonl"), *options], prog_name="kernels.py")

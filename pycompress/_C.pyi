@@ -1,4 +1,4 @@
-"""The native module: pointers as integers; `ops.py` checks what they point to."""
+"""The native module: pointers as integers; `ops` has checked what they point to."""
 
 from typing import Any
 
@@ -16,6 +16,23 @@ def int8_header(packed: int, packed_bytes: int, /) -> dict[str, Any]: ...
 def int8_quantize(
     x: int, x_type: int, m: int, k: int, ldx: int, bits: int, q: int, scale: int, zero_point: int, /
 ) -> None: ...
+def sparse_linear(
+    x: int, x_type: int, m: int, k: int, ldx: int, packed: int, packed_bytes: int, n: int, weight_scale: int,
+    bias: int, activation: int, y: int, y_type: int, row_scale: int, zero_point: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def sparse_conv2d(
+    x: int, x_type: int, images: int, channels: int, height: int, width: int, packed: int, packed_bytes: int, n: int,
+    bias: int, activation: int, kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_top: int, pad_left: int,
+    dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def sparse_linear_tensors(
+    x: object, packed: object, scale: object, bias: object, activation: int, y: object, threads: int, /
+) -> bool: ...
+def sparse_pack(
+    mask: int, values: int, n: int, k: int, nnz: int, bits: int, activation_bits: int, layout: str, threads: int, /
+) -> bytes: ...
+def sparse_unpack(packed: int, packed_bytes: int, mask: int, values: int, /) -> None: ...
+def sparse_header(packed: int, packed_bytes: int, /) -> dict[str, Any]: ...
 def kernels() -> list[dict[str, Any]]: ...
 def instruction_sets() -> dict[str, bool]: ...
 def peak(loop: str, seconds: float, threads: int, /) -> float: ...

@@ -1,4 +1,4 @@
-"""The command line: `pycompress info`, `pycompress bench int8` and `pycompress demo`.
+"""The command line: `pycompress info`, `pycompress bench int8`, `pycompress bench sparse` and `pycompress demo`.
 
 Exit codes: 0 for success, 1 for a failure (such as a validation that found a difference), 2 for wrong usage.
 """
@@ -23,9 +23,11 @@ except ModuleNotFoundError as error:
     sys.exit(f'pycompress: the command line needs {error.name}: pip install "pycompress[cli]"')
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from pycompress.benchmark import Record
+    from torch import nn
+
+    from pycompress.benchmark import Environment, Record
 
 WIDTH = 130  # of tables in a file or a pipe
 
@@ -38,7 +40,7 @@ def console(*, stderr: bool = False) -> Console:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pycompress")
 def pycompress() -> None:
-    """Compressed layers for PyTorch: exact, fast int8 kernels, validated against ONNX Runtime."""
+    """Compressed layers for PyTorch: fast int8 and sparse kernels, validated against ONNX Runtime."""
 
 
 # --------------------------------------------------------------------------------------------------- info
@@ -130,14 +132,23 @@ def bench() -> None:
     """Time the compressed layers beside the peers that are installed."""
 
 
+def grid_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all grids have."""
+    for option in (
+        click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write JSON lines here."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of the table."),
+        click.option("--rounds", type=click.IntRange(min=1), help="Turns of each candidate per cell."),
+        click.option("--rows", "-m", type=integers, help="Rows of x, such as 1,8,32."),
+        click.option("--shapes", "-s", type=shape, multiple=True, help="KxN, may be given several times."),
+    ):
+        command = option(command)
+    return command
+
+
 @bench.command()
-@click.option("--shapes", "-s", type=shape, multiple=True, help="KxN, may be given several times.")
-@click.option("--rows", "-m", type=integers, help="Rows of x, such as 1,8,32.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each candidate per cell.")
+@grid_options
 @click.option("--weights", type=click.Choice(["gaussian", "uniform"]), default="gaussian", show_default=True)
 @click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds, no cold weights.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of the table.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write JSON lines here.")
 def int8(
     *,
     shapes: tuple[tuple[int, int], ...],
@@ -159,25 +170,111 @@ def int8(
     peers, missing = benchmark.available(benchmark.PEERS)
     spinning, _ = benchmark.available(benchmark.SPINNING)
     environment = benchmark.Environment.collect()
-    measured = benchmark.measure_int8(
+    found = benchmark.measure_int8(
         cells,
         {**benchmark.OURS, **peers},
         spinning=spinning,
         rounds=rounds or (5 if quick else 15),
         weights=weights,
     )
-    progress = track(measured, "int8", total=len(cells), console=console(stderr=True), transient=True)
-    records = [record for cell in progress for record in cell]
+    records = collected(found, "int8", len(cells))
+    write_records(environment, records, output=output, as_json=as_json)
+    if not as_json:
+        show(environment, int8_table(records), benchmark.summarize_int8(records), missing)
+
+
+@bench.command()
+@grid_options
+@click.option(
+    "--weights",
+    type=click.Choice(["gaussian", "minilm"]),
+    default="gaussian",
+    show_default=True,
+    help="Which ones are pruned: random ones, or those of all-MiniLM-L6-v2 in its own shapes.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    default=25.0,
+    show_default=True,
+    help="Seconds after which a cell begins no further round; it has three at least.",
+)
+@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds.")
+def sparse(
+    *,
+    shapes: tuple[tuple[int, int], ...],
+    rows: tuple[int, ...] | None,
+    rounds: int | None,
+    weights: str,
+    budget: float,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """The sparse layers against dense ones and torch CSR, over a grid of shapes (k, n) and rows m."""
+    from pycompress import benchmark
+
+    layers = minilm_layers(shapes) if weights == "minilm" else None
+    default = benchmark.QUICK_SHAPES if quick else benchmark.SPARSE_SHAPES
+    cells = benchmark.sparse_cells(
+        shapes or tuple(key for key in default if layers is None or key in layers),
+        rows or (benchmark.QUICK_ROWS if quick else benchmark.SPARSE_ROWS),
+        weights,
+    )
+    peers, missing = benchmark.available(benchmark.SPARSE_PEERS)
+    environment = benchmark.Environment.collect()
+    found = benchmark.measure_sparse(
+        cells,
+        benchmark.sparse_candidates(peers),
+        layers=layers,
+        rounds=rounds or (5 if quick else 11),
+        budget_s=budget,
+    )
+    records = collected(found, "sparse", len(cells))
+    write_records(environment, records, output=output, as_json=as_json)
+    if not as_json:
+        summary = benchmark.summarize_sparse(records), benchmark.csr_forms(records), benchmark.break_even(records)
+        lines = [line for part in summary for line in part]
+        show(environment, sparse_table(records), lines, missing)
+
+
+def minilm_layers(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], nn.Linear]:
+    """The first linear layer of each shape (k, n) in all-MiniLM-L6-v2; refuses `shapes` that it lacks."""
+    from pycompress.benchmark import linear_layers
+    from pycompress.demo import load
+
+    model, _ = load()
+    layers = linear_layers(model)
+    for k, n in shapes:
+        if (k, n) not in layers:
+            found = ", ".join(f"{k}x{n}" for k, n in layers)
+            raise click.UsageError(f"all-MiniLM-L6-v2 has no layer {k}x{n}, expected one of {found}")
+    return layers
+
+
+def collected(found: Iterator[list[Record]], name: str, cells: int) -> list[Record]:
+    """All records of a grid, with a progress bar while they come in."""
+    progress = track(found, name, total=cells, console=console(stderr=True), transient=True)
+    return [record for cell in progress for record in cell]
+
+
+def write_records(environment: Environment, records: Sequence[Record], *, output: Path | None, as_json: bool) -> None:
+    """JSON lines into a file, to the standard output, into both or nowhere."""
+    from pycompress import benchmark
+
     if output is not None:
         benchmark.write_json_lines(output, environment, records)
     if as_json:
         click.echo(benchmark.json_lines(environment, records), nl=False)
-        return
+
+
+def show(environment: Environment, table: Table, lines: Iterable[object], missing: Mapping[str, str]) -> None:
+    """The table of a grid, the lines of its summary, and who took no part."""
     out = console()
     out.print(environment_text(environment.as_dict()))
-    out.print(int8_table(records))
-    for line in benchmark.summarize(records):
-        out.print(str(line), soft_wrap=True)
+    out.print(table)
+    for line in lines:
+        out.print(str(line), markup=False, soft_wrap=True)
     for name, reason in missing.items():
         out.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
 
@@ -200,11 +297,7 @@ def int8_table(records: Sequence[Record]) -> Table:
     for name in ("m", "k", "n", *candidates, "share of_d2 peak", "a7 / best_peer", "a8 / best_exact peer"):
         heading = name.replace("pycompress", "ours").replace("_", "\n")
         table.add_column(heading, justify="right", no_wrap=True)
-    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
-    for record in records:
-        cell = tuple(record[key] for key in ("m", "k", "n", "weights"))
-        cells.setdefault(cell, {})[record["candidate"]] = record
-    for (m, k, n, weights), found in cells.items():
+    for (m, k, n, weights), found in by_cell(records, "weights").items():
         a7, a8 = found["pycompress_a7"], found["pycompress_a8"]
         table.add_row(
             f"{m} cold" if weights == "cold" else str(m),
@@ -214,6 +307,39 @@ def int8_table(records: Sequence[Record]) -> Table:
             "" if a7["share_of_peak"] is None else f"{a7['share_of_peak']:.0%}",
             f"{best_ratio(a7, PEERS):.2f}x" if measured(a7, PEERS) else "",
             f"{best_ratio(a8, EXACT_PEERS):.2f}x" if measured(a8, EXACT_PEERS) else "",
+        )
+    return table
+
+
+def by_cell(records: Iterable[Record], *further: str) -> dict[tuple[Any, ...], dict[str, Record]]:
+    """(m, k, n, and the `further` keys of a cell) -> candidate -> its record."""
+    cells: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        cell = tuple(record[key] for key in ("m", "k", "n", *further))
+        cells.setdefault(cell, {})[record["candidate"]] = record
+    return cells
+
+
+def sparse_table(records: Sequence[Record]) -> Table:
+    """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
+    from pycompress.benchmark import DENSE_FP32, FEWER_ZEROS, best_ratio
+
+    further = [f"sparse_fp32_{zeros}" for zeros in FEWER_ZEROS]  # these are in the break-even, all in the JSON lines
+    further += [f"torch_csr_{zeros}" for zeros in (50, 70, 90)]
+    names = dict.fromkeys(record["candidate"] for record in records)
+    candidates = [name for name in names if name not in (*DENSE_FP32, *further)]
+    title = "sparse linear, times faster than the best dense fp32 (80: per cent of zeros)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("m", "k", "n", "dense_fp32_Gop/s", *candidates, "share_of its_floor_fp32_80"):
+        heading = name.replace("sparse_", "").replace("torch_", "").replace("_", "\n")
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (m, k, n), found in by_cell(records).items():
+        share = found["sparse_fp32_80"]["share_of_floor"]
+        table.add_row(
+            *(str(size) for size in (m, k, n)),
+            f"{max(found[name]['gops'] for name in DENSE_FP32 if name in found):.3g}",
+            *(f"{best_ratio(found[name], DENSE_FP32):.2f}" for name in candidates),
+            "" if share is None else f"{share:.0%}",
         )
     return table
 

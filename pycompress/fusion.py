@@ -1,4 +1,4 @@
-"""Which activation follows a linear layer directly, so that the layer's kernel can apply it while the result is in registers."""
+"""Which activation follows a layer directly, so that the layer's kernel can apply it while the result is in registers."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def followers(parent: nn.Module) -> dict[str, tuple[str, str]]:
-    """Linear children of ``parent`` whose result goes into one activation child and nowhere else.
+    """Children of ``parent`` whose result goes into one activation child and nowhere else.
 
     Found by tracing the parent's ``forward`` symbolically (torch.fx) with its children as leaves, in training and in evaluation;
     a forward that cannot be traced has no followers. Left out are children that are called more than once, and activations that
     have hooks or two names. What other code does with the children, past this forward, cannot be seen from here.
 
     Returns:
-        {name of the linear child: (name of the activation child, the kernels' name of the activation)}
+        {name of the child: (name of the activation child, the kernels' name of the activation)}
     """
     children = {name: child for name, child in parent._modules.items() if child is not None}
     activations = {

@@ -1,20 +1,28 @@
 """Lower one compressed layer to ONNX: standard operators only, so that any ONNX runtime can run or check it.
 
 The operators are specified at https://onnx.ai/onnx/operators/ (for each the newest version up to OPSET): Mul,
-Add, Sub, Div, Neg, Min, Max, Less, Where, IsNaN, Round, Clip, Cast, ReduceMin, ReduceMax, ReduceSum and
-MatMulInteger; for the activations Relu, Erf and Exp.
+Add, Sub, Div, Neg, Min, Max, Less, Where, IsNaN, Round, Clip, Cast, ReduceMin, ReduceMax, ReduceSum, MatMul,
+MatMulInteger, Conv and Identity; for the activations Relu, Erf and Exp. ONNX has no sparse product, so sparse weights
+are lowered with their zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
+from pycompress.methods.int8 import Int8Weight
+from pycompress.methods.sparse import SparseWeight
 from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.linear import CompressedLinear
+from pycompress.nn.sparse import SparseLinear
+from pycompress.nn.sparse_conv import SparseConv2d
 
 try:
     import onnx
@@ -65,8 +73,8 @@ def lower(layer: nn.Module) -> onnx.ModelProto:
     return model
 
 
-def lower_int8_linear(layer: Int8Linear) -> onnx.ModelProto:
-    """Lowers an Int8Linear with in_features k and out_features n.
+def lower_int8_linear(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
+    """Lowers an Int8Linear, or a SparseLinear with int8 weights, with in_features k and out_features n.
 
     The input is x, float32 [m, k], for any m. The outputs are y, float32 [m, n]; q, uint8 [m, k], the
     quantized rows of x; and acc, int32 [m, n] = (q - zero point) . weight^T.
@@ -80,11 +88,9 @@ def lower_int8_linear(layer: Int8Linear) -> onnx.ModelProto:
     either side nothing can saturate.
     """
     weight = layer.canonical()
-    values = weight.values.detach().cpu().numpy()  # int8 [n, k]
+    values, weight_scale, amax = integers(weight)
+    _check_size(values)
     n, k = values.shape
-    if values.nbytes > MAX_WEIGHT_BYTES:
-        raise ValueError(f"lower: the weight [{n}, {k}] has {values.nbytes} bytes, expected at most {MAX_WEIGHT_BYTES}")
-    amax = 2**weight.activation_bits - 1
     graph = Graph()
     zero = graph.constant("zero", 0.0)
     last_axis = graph.constant("last_axis", [1], np.int64)
@@ -101,12 +107,74 @@ def lower_int8_linear(layer: Int8Linear) -> onnx.ModelProto:
     acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t), shift, output="acc")
 
     v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
-    v = graph.node("Mul", v, graph.constant("weight_scale", weight.scale.detach().float().cpu().numpy()[None, :]))
+    v = graph.node("Mul", v, graph.constant("weight_scale", weight_scale[None, :]))
+    v = _bias_and_activation(graph, v, layer)
+    graph.node("Where", broken, graph.constant("nan", np.nan), v, output="y")
+    return _model(graph, "int8_linear", k, n, integer_outputs=True)
+
+
+def integers(weight: Int8Weight | SparseWeight) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], int]:
+    """The int8 values [n, k] of a canonical weight, zeros and all; its scale, float32 [n]; and the largest activation."""
+    scale, bits = weight.scale, weight.activation_bits
+    assert scale is not None
+    assert bits is not None
+    values = replace(weight, scale=torch.ones_like(scale)).decompress()
+    return values.detach().cpu().numpy().astype(np.int8), scale.detach().float().cpu().numpy(), 2**bits - 1
+
+
+def lower_sparse_linear(layer: SparseLinear) -> onnx.ModelProto:
+    """Lowers a SparseLinear: with int8 weights as :func:`lower_int8_linear` does, with float32 weights to MatMul.
+
+    For these the input is x, float32 [m, k], for any m, and the output y, float32 [m, n]. The weight is stored
+    with its zeros, float32 [k, n], and the runtime adds up the products in an order of its own, so y is the
+    layer's up to rounding. It multiplies the zeros too: where a row of x holds NaN or Inf, the whole row of y
+    is NaN or Inf, and the layer's only in those columns that have a weight for it.
+    """
+    if layer.bits == 8:
+        return lower_int8_linear(layer)
+    dense = layer.canonical().decompress().numpy()
+    _check_size(dense)
+    n, k = dense.shape
+    graph = Graph()
+    v = graph.node("MatMul", "x", graph.constant("weight", dense.T))
+    graph.node("Identity", _bias_and_activation(graph, v, layer), output="y")
+    return _model(graph, "sparse_linear", k, n, integer_outputs=False)
+
+
+def lower_sparse_conv2d(layer: SparseConv2d) -> onnx.ModelProto:
+    """Lowers a SparseConv2d to Conv, which adds the bias as well.
+
+    The input is x, float32 [images, in_channels, height, width], for any images, height and width, and the output y,
+    float32 [images, out_channels, its height, its width]. The weight is stored with its zeros. For rounding, and for
+    NaN and Inf, what :func:`lower_sparse_linear` says of a row holds for the inputs of an output.
+    """
+    geometry, dense = layer.geometry, layer.weight.numpy()
+    _check_size(dense)
+    graph = Graph()
+    top, bottom, left, right = geometry.sides
+    bias = [] if layer.bias is None else [graph.constant("bias", layer.bias.detach().float().cpu().numpy())]
+    v = graph.node(
+        "Conv", "x", graph.constant("weight", dense), *bias, kernel_shape=geometry.kernel_size, strides=geometry.stride,
+        pads=[top, left, bottom, right], dilations=geometry.dilation,
+    )  # fmt: skip
+    graph.node("Identity", ACTIVATIONS[layer.activation](graph, v), output="y")
+    value = helper.make_tensor_value_info
+    x = value("x", TensorProto.FLOAT, ["images", layer.in_channels, "height", "width"])
+    y = value("y", TensorProto.FLOAT, ["images", layer.out_channels, "out_height", "out_width"])
+    return _model_of(graph, "sparse_conv2d", x, [y])
+
+
+def _check_size(values: npt.NDArray[Any]) -> None:
+    if values.nbytes > MAX_WEIGHT_BYTES:
+        raise ValueError(
+            f"lower: the weight {list(values.shape)} has {values.nbytes} bytes, expected at most {MAX_WEIGHT_BYTES}"
+        )
+
+
+def _bias_and_activation(graph: Graph, v: str, layer: CompressedLinear) -> str:
     if layer.bias is not None:
         v = graph.node("Add", v, graph.constant("bias", layer.bias.detach().float().cpu().numpy()[None, :]))
-    v = ACTIVATIONS[layer.activation](graph, v)
-    graph.node("Where", broken, graph.constant("nan", np.nan), v, output="y")
-    return _model(graph, k, n)
+    return ACTIVATIONS[layer.activation](graph, v)
 
 
 def _quantize(graph: Graph, x: str, amax: int, zero: str, last_axis: str) -> tuple[str, str, str]:
@@ -157,22 +225,27 @@ def _times_sigmoid(graph: Graph, v: str, s: str) -> str:
     return graph.node("Div", v, graph.node("Add", exp, graph.constant("sigmoid_one", 1.0)))
 
 
-def _model(graph: Graph, k: int, n: int) -> onnx.ModelProto:
+def _model(graph: Graph, name: str, k: int, n: int, *, integer_outputs: bool) -> onnx.ModelProto:
     value = helper.make_tensor_value_info
-    outputs = [
-        value("y", TensorProto.FLOAT, ["m", n]),
-        value("q", TensorProto.UINT8, ["m", k]),
-        value("acc", TensorProto.INT32, ["m", n]),
-    ]
-    x = value("x", TensorProto.FLOAT, ["m", k])
-    proto = helper.make_graph(graph.nodes, "int8_linear", [x], outputs, graph.initializers)
+    outputs = [value("y", TensorProto.FLOAT, ["m", n])]
+    if integer_outputs:
+        outputs += [value("q", TensorProto.UINT8, ["m", k]), value("acc", TensorProto.INT32, ["m", n])]
+    return _model_of(graph, name, value("x", TensorProto.FLOAT, ["m", k]), outputs)
+
+
+def _model_of(graph: Graph, name: str, x: onnx.ValueInfoProto, outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    proto = helper.make_graph(graph.nodes, name, [x], outputs, graph.initializers)
     opset = helper.make_opsetid("", OPSET)
     # The oldest file version that holds this opset, so that older runtimes read it too.
     ir_version = helper.find_min_ir_version_for([opset])
     return helper.make_model(proto, opset_imports=[opset], ir_version=ir_version, producer_name="pycompress")
 
 
-LOWERINGS: dict[type[nn.Module], Callable[[Any], onnx.ModelProto]] = {Int8Linear: lower_int8_linear}
+LOWERINGS: dict[type[nn.Module], Callable[[Any], onnx.ModelProto]] = {
+    Int8Linear: lower_int8_linear,
+    SparseLinear: lower_sparse_linear,
+    SparseConv2d: lower_sparse_conv2d,
+}
 ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
     "none": lambda _graph, v: v,
     "relu": _relu,

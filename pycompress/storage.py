@@ -7,6 +7,8 @@ hostile file is refused with an error and the model stays as it was.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 
 from pycompress import ops
 from pycompress.fusion import activation_name
-from pycompress.methods.int8 import Int8, Int8Weight
-from pycompress.model import compressed_layers, dense_weight, install, is_conv1d, switch_off_fast_paths
-from pycompress.nn import Int8Linear
+from pycompress.methods.weight import Expected
+from pycompress.model import compressed_layers, install, switch_off_fast_paths
+from pycompress.nn import CONVOLUTIONS, LAYERS, CompressedLayer, Conv2dGeometry
+from pycompress.nn.dense import dense_bias, geometry_of, is_linear, weight_shape
+from pycompress.records import RECORDS
 
 VERSION = 1
 _KEY = "pycompress"
@@ -28,10 +32,11 @@ Path = str | PathLike[str]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+    torch.float32: "F32",
 }  # fmt: skip
 
 
-def _unique(state: dict[str, Tensor], layers: dict[str, Int8Linear]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unique(state: dict[str, Tensor], layers: dict[str, CompressedLayer]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Splits a state dict into tensors to store and aliases {name: the stored name of the same tensor}."""
     first: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -39,9 +44,12 @@ def _unique(state: dict[str, Tensor], layers: dict[str, Int8Linear]) -> tuple[di
     stored: set[int] = set()
     for name, tensor in state.items():
         owner, _, kind = name.rpartition(".")
-        # The int8 weights of layers that share their packed weight are unpacked anew each time: compare that one.
-        source = layers[owner].packed if kind == "weight" and owner in layers else tensor
-        key = (source.data_ptr(), tuple(source.shape), source.stride(), source.dtype) if source.numel() else name
+        key: Any = name
+        if owner in layers and kind not in layers[owner]._buffers:
+            # Layers that share their packed weight unpack it anew each time: compare that one.
+            key = (layers[owner].packed.data_ptr(), kind)
+        elif tensor.numel():
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key in first:
             aliases[name] = first[key]
         else:
@@ -59,7 +67,7 @@ def save(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the model has no compressed layer. TypeError: its state holds something that is not a tensor.
     """
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Int8Linear)}
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, CompressedLayer)}
     if not layers:
         raise ValueError("save: the model has no compressed layer; save a dense model with safetensors itself")
     state = model.state_dict()
@@ -71,19 +79,22 @@ def save(model: nn.Module, path: Path) -> None:
         "version": VERSION,
         "aliases": aliases,
         "identities": [n for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Identity],
-        "layers": {
-            name: {
-                "method": Int8.name,
-                "shape": [layer.out_features, layer.in_features],
-                "bias": layer.bias is not None,
-                "activation_bits": layer.activation_bits,
-                "weight_bits": layer.weight_bits,
-                "activation": layer.activation,
-            }
-            for name, layer in layers.items()
-        },
+        "layers": {name: _described(layer) for name, layer in layers.items()},
     }
     save_file(tensors, path, metadata={"format": "pt", _KEY: json.dumps(plan)})
+
+
+def _described(layer: CompressedLayer) -> dict[str, Any]:
+    """The plan's entry for a layer."""
+    geometry = {} if layer.geometry is None else {"conv2d": layer.geometry.settings()}
+    return {
+        "method": layer.weight_type.name,
+        "shape": [layer.n, layer.k],
+        "bias": layer.bias is not None,
+        "activation": layer.activation,
+        **geometry,
+        **layer.settings,
+    }
 
 
 def _fail(path: Path, message: str) -> ValueError:
@@ -108,25 +119,58 @@ def _read_plan(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise _fail(path, "its plan has no aliases, expected {name: name}")
     if not isinstance(identities, list) or not all(isinstance(name, str) for name in identities):
         raise _fail(path, "its plan has no identities, expected a list of names")
-    for name, entry in layers.items():
-        _check_entry(path, name, entry)
-    return {"layers": layers, "aliases": aliases, "identities": identities}
+    entries = {name: _entry(path, name, entry) for name, entry in layers.items()}
+    return {"layers": entries, "aliases": aliases, "identities": identities}
 
 
-def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> None:
-    expected: dict[str, Any] = {"activation_bits": (7, 8), "weight_bits": (7, 8), "bias": (True, False)}
-    if entry.get("method") != Int8.name:
-        raise _fail(path, f"layer {name}: method is {entry.get('method')!r}, expected '{Int8.name}'")
-    for key, allowed in expected.items():
-        if type(entry.get(key)) is not type(allowed[0]) or entry[key] not in allowed:
-            raise _fail(path, f"layer {name}: {key} is {entry.get(key)!r}, expected one of {allowed}")
-    if not isinstance(entry.get("activation"), str) or entry["activation"] not in ops.ACTIVATIONS:
-        raise _fail(
-            path, f"layer {name}: activation is {entry.get('activation')!r}, expected one of {tuple(ops.ACTIVATIONS)}"
-        )
-    shape = entry.get("shape")
+@dataclass(frozen=True)
+class _Entry:
+    """What the plan says about one layer, checked; ``expected``: the tensors of its canonical weight."""
+
+    method: str
+    shape: tuple[int, int]
+    bias: bool
+    activation: str
+    geometry: Conv2dGeometry | None  # of a convolution
+    settings: dict[str, object]
+    expected: Expected
+
+    def build(self, tensors: dict[str, Tensor], bias: Tensor | None) -> CompressedLayer:
+        """Raises ValueError where the tensors are no canonical weight."""
+        if self.geometry is None:
+            kind = LAYERS[self.method]
+            weight = kind.weight_type.from_tensors(self.shape, tensors, self.settings)
+            return kind.from_weight(weight, bias, self.activation)
+        convolution = CONVOLUTIONS[self.method]
+        weight = convolution.weight_type.from_tensors(self.shape, tensors, self.settings)
+        return convolution.from_weight(weight, self.geometry, bias, self.activation)
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any]) -> _Entry:
+    settings = dict(entry)
+    method, shape, bias, activation = (settings.pop(key, None) for key in ("method", "shape", "bias", "activation"))
+    is_conv2d, conv2d = "conv2d" in settings, settings.pop("conv2d", None)
+    kinds: Mapping[str, type[CompressedLayer]] = CONVOLUTIONS if is_conv2d else LAYERS
+    if not isinstance(method, str) or method not in kinds:
+        known = " or ".join(map(repr, kinds))
+        raise _fail(path, f"layer {name}: method is {method!r}, expected {known}")
+    if type(bias) is not bool:
+        raise _fail(path, f"layer {name}: bias is {bias!r}, expected true or false")
+    if not isinstance(activation, str) or activation not in ops.ACTIVATIONS:
+        raise _fail(path, f"layer {name}: activation is {activation!r}, expected one of {tuple(ops.ACTIVATIONS)}")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
         raise _fail(path, f"layer {name}: shape is {shape!r}, expected [out_features, in_features]")
+    if is_conv2d and not isinstance(conv2d, dict):
+        raise _fail(path, f"layer {name}: conv2d is {conv2d!r}, expected its kernel_size, stride, padding and dilation")
+    n, k = shape
+    try:
+        expected = kinds[method].weight_type.expected((n, k), settings)
+        geometry = None if conv2d is None else Conv2dGeometry.from_settings(k, conv2d)
+    except ValueError as error:
+        raise _fail(path, f"layer {name}: {error}") from None
+    if is_conv2d and "weight_scale" in expected:
+        raise _fail(path, f"layer {name}: its weight is int8, expected float32 in a convolution")
+    return _Entry(method, (n, k), bias, activation, geometry, settings, expected)
 
 
 class _File:
@@ -159,37 +203,44 @@ class _File:
         return tensor
 
 
-def _check_place(path: Path, model: nn.Module, name: str, entry: dict[str, Any]) -> None:
-    """The model has a linear layer of the right shape at this name."""
+def _check_place(path: Path, model: nn.Module, name: str, entry: _Entry) -> None:
+    """The model has a layer of the right kind, shape and geometry at this name."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise _fail(path, f"the model has no layer {name!r}") from None
-    if isinstance(module, Int8Linear):
-        shape, bias = [module.out_features, module.in_features], module.bias is not None
-    elif isinstance(module, nn.Linear) or is_conv1d(module):
-        shape, bias = list(dense_weight(module).shape), module.bias is not None
+    if isinstance(module, CompressedLayer):
+        shape, bias, geometry = (module.n, module.k), module.bias is not None, module.geometry
+    elif isinstance(module, nn.Conv2d) if entry.geometry else is_linear(module):
+        try:
+            shape, bias, geometry = weight_shape(module), dense_bias(module) is not None, geometry_of(module)
+        except ValueError as error:
+            raise _fail(path, f"{name} is a {type(module).__name__} in the model: {error}") from None
     else:
-        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected a linear layer")
-    if shape != entry["shape"] or bias != entry["bias"]:
-        raise _fail(
-            path,
-            f"{name} is {shape} with bias={bias} in the model, {entry['shape']} with bias={entry['bias']} in the file",
-        )
+        kind = "a linear layer" if entry.geometry is None else "a Conv2d"
+        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected {kind}")
+    if (shape, bias, geometry) != (entry.shape, entry.bias, entry.geometry):
+        here, there = _outline(shape, bias, geometry), _outline(entry.shape, entry.bias, entry.geometry)
+        raise _fail(path, f"{name} is {here} in the model, {there} in the file")
 
 
-def _read_layer(file: _File, name: str, entry: dict[str, Any], first: dict[str, Int8Linear]) -> Int8Linear:
+def _outline(shape: tuple[int, int], bias: bool, geometry: Conv2dGeometry | None) -> str:
+    return f"{list(shape)} with bias={bias}" + ("" if geometry is None else f", {geometry}")
+
+
+def _read_layer(file: _File, name: str, entry: _Entry, first: dict[str, list[CompressedLayer]]) -> CompressedLayer:
     prefix = f"{name}." if name else ""
-    values = file.read(prefix + "weight")
+    tensors = {kind: file.read(prefix + kind) for kind in entry.expected}
     try:
-        weight = Int8Weight(values, file.read(prefix + "weight_scale"), entry["activation_bits"], entry["weight_bits"])
-        layer = Int8Linear(weight, file.read(prefix + "bias") if entry["bias"] else None, entry["activation"])
+        layer = entry.build(tensors, file.read(prefix + "bias") if entry.bias else None)
     except ValueError as error:
         raise _fail(file.path, f"layer {name}: {error}") from None
-    source = file.aliases.get(prefix + "weight", prefix + "weight")
-    earlier = first.setdefault(source, layer)
-    alike = earlier.activation_bits == layer.activation_bits and torch.equal(earlier.weight_scale, layer.weight_scale)
-    if earlier is not layer and alike:
+    main = prefix + next(iter(entry.expected))
+    tied = first.setdefault(file.aliases.get(main, main), [])
+    earlier = next((other for other in tied if other.same_weight(layer)), None)
+    if earlier is None:
+        tied.append(layer)
+    else:
         layer.share(earlier)
     return layer
 
@@ -225,22 +276,21 @@ def load(model: ModelT, path: Path) -> ModelT:
             install(model, name, nn.Identity())
     switch_off_fast_paths(model)
     _assign(model, rest)
+    model.__dict__.pop(RECORDS, None)  # of the weights that were here before
     return model
 
 
-def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str, Int8Linear], dict[str, Tensor]]:
+def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str, CompressedLayer], dict[str, Tensor]]:
     """The compressed layers, and the other tensors by name. The model is only looked at."""
     owned: set[str] = set()
     for name, entry in plan["layers"].items():
         _check_place(file.path, model, name, entry)
-        prefix, (n, k) = f"{name}." if name else "", entry["shape"]
-        file.expect(prefix + "weight", (n, k), "I8")
-        file.expect(prefix + "weight_scale", (n,), "F32")
-        owned |= {prefix + "weight", prefix + "weight_scale"}
-        if entry["bias"]:
-            file.expect(prefix + "bias", (n,), "F32")
-            owned.add(prefix + "bias")
-    fused = {entry["activation"] for entry in plan["layers"].values()}
+        prefix = f"{name}." if name else ""
+        bias: Expected = {"bias": (entry.shape[:1], torch.float32)} if entry.bias else {}
+        for kind, (shape, dtype) in {**entry.expected, **bias}.items():
+            file.expect(prefix + kind, shape, _DTYPES[dtype])
+            owned.add(prefix + kind)
+    fused = {entry.activation for entry in plan["layers"].values()}
     for name in plan["identities"]:
         try:
             module = model.get_submodule(name)
@@ -267,9 +317,9 @@ def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str
         file.expect(name, tuple(tensor.shape), None if tensor.is_floating_point() else _DTYPES.get(tensor.dtype))
         if tensor.is_floating_point() and file.dtype(name) not in _FLOATS:
             raise _fail(file.path, f"{name} is {file.dtype(name)}, expected floating point as in the model")
-    first: dict[str, Int8Linear] = {}
-    layers: dict[str, Int8Linear] = {}
-    same: dict[int, Int8Linear] = {}  # one module under two names stays one module
+    first: dict[str, list[CompressedLayer]] = {}
+    layers: dict[str, CompressedLayer] = {}
+    same: dict[int, CompressedLayer] = {}  # one module under two names stays one module
     for name, entry in plan["layers"].items():
         place = id(model.get_submodule(name))
         if place not in same:

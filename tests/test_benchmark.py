@@ -1,4 +1,4 @@
-"""The harness and the peers. Nothing here asserts a time: the clock is faked where it matters."""
+"""The harness, the peers and the grids. Nothing here asserts a time: the clock is faked where it matters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from pycompress import benchmark
-from pycompress.benchmark import Record, Timing, UnavailableError
+from pycompress.benchmark import Record, UnavailableError, environment, harness, int8, peers, sparse
+from pycompress.benchmark.harness import Timing
+from pycompress.benchmark.sparse import Candidate, Crossing
 
-ALL = {**benchmark.OURS, **benchmark.PEERS, **benchmark.SPINNING}
+ALL = {**benchmark.OURS, **benchmark.PEERS, **benchmark.SPINNING, **benchmark.SPARSE_PEERS}
 
 
 class Clock:
@@ -37,8 +39,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     fake = Clock()
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: fake.now)
-    monkeypatch.setattr(benchmark.time, "sleep", fake.pause)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: fake.now)
+    monkeypatch.setattr(harness.time, "sleep", fake.pause)
     return fake
 
 
@@ -60,8 +62,8 @@ def test_ratio_refuses_different_numbers_of_rounds() -> None:
 
 
 def test_geometric_mean() -> None:
-    assert benchmark.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
-    assert benchmark.geometric_mean([1.0, 10.0, 100.0]) == pytest.approx(10.0)
+    assert harness.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
+    assert harness.geometric_mean([1.0, 10.0, 100.0]) == pytest.approx(10.0)
 
 
 def test_candidates_take_turns(clock: Clock) -> None:
@@ -90,21 +92,35 @@ def test_interleave_refuses_zero_rounds() -> None:
         benchmark.interleave({}, rounds=0, min_time_s=0.0)
 
 
+@pytest.mark.parametrize(("rounds", "done"), [(2, 2), (3, 3), (9, 3)])
+def test_a_spent_budget_ends_the_rounds_but_not_before_the_third(clock: Clock, rounds: int, done: int) -> None:
+    candidates = {name: clock.candidate(name, 1.0) for name in "ab"}
+    timings = benchmark.interleave(candidates, rounds=rounds, min_time_s=0.5, budget_s=0.0)
+    assert [len(timing.seconds) for timing in timings.values()] == [done, done]
+
+
+def test_a_budget_is_spent_in_whole_rounds(clock: Clock) -> None:
+    candidates = {name: clock.candidate(name, 1.0) for name in "ab"}
+    # 4 s to warm up and 2 s a round: the sixth round begins at 14 s, the seventh would at 16 s.
+    timings = benchmark.interleave(candidates, rounds=9, min_time_s=0.5, budget_s=15.0)
+    assert [len(timing.seconds) for timing in timings.values()] == [6, 6]
+
+
 def test_rotating_calls_each_in_turn() -> None:
-    run = benchmark.rotating([lambda: "a", lambda: "b", lambda: "c"])
+    run = harness.rotating([lambda: "a", lambda: "b", lambda: "c"])
     assert [run() for _ in range(7)] == list("abcabca")
 
 
 def test_cache_size_is_read_from_the_system(tmp_path: Any) -> None:
-    assert benchmark.l3_bytes(tmp_path) == 32 << 20
+    assert environment.l3_bytes(tmp_path) == 32 << 20
     for index, size in enumerate(("48K\n", "2048K\n", "36M\n")):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size)
-    assert benchmark.l3_bytes(tmp_path) == 36 << 20
+    assert environment.l3_bytes(tmp_path) == 36 << 20
 
 
 def test_environment_is_json() -> None:
-    found = json.loads(json.dumps(benchmark.Environment.collect().as_dict()))
+    found = json.loads(json.dumps(environment.Environment.collect().as_dict()))
     assert found["threads"] == torch.get_num_threads()
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["processor"]
@@ -112,12 +128,12 @@ def test_environment_is_json() -> None:
 
 def test_dense_linear_repeats_its_weights() -> None:
     for weights in ("gaussian", "uniform"):
-        a, b = (benchmark.dense_linear(48, 32, weights) for _ in range(2))
+        a, b = (peers.dense_linear(48, 32, weights) for _ in range(2))
         assert torch.equal(a.weight, b.weight)
         assert torch.equal(a.bias, b.bias)
         assert 0.4 / 48**0.5 < float(a.weight.std()) < 1.2 / 48**0.5
     with pytest.raises(ValueError, match="'normal'"):
-        benchmark.dense_linear(4, 4, "normal")
+        peers.dense_linear(4, 4, "normal")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -126,14 +142,14 @@ def test_every_candidate_is_close_to_fp32(name: str, m: int) -> None:
     usable, missing = benchmark.available({name: ALL[name]})
     if not usable:
         pytest.skip(f"{name}: {missing[name]}")
-    linear = benchmark.dense_linear(96, 80)
+    linear = peers.dense_linear(96, 80)
     x = torch.randn(m, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         call = ALL[name](linear)(x)
         call.run()
         y = call.output()
         assert y.shape == (m, 80)
-        assert benchmark.relative_error(y, linear(x)) < 0.06  # u8 * s8 that saturates is the farthest
+        assert peers.relative_error(y, linear(x)) < 0.06  # u8 * s8 that saturates is the farthest
 
 
 def test_torch_engine_is_put_back() -> None:
@@ -146,16 +162,16 @@ def test_torch_engine_is_put_back() -> None:
 
 
 def test_a_peer_that_fails_is_reported() -> None:
-    def broken(linear: nn.Linear) -> benchmark.Bind:
+    def broken(linear: nn.Linear) -> peers.Bind:
         raise UnavailableError("not installed: something")
 
-    usable, missing = benchmark.available({"broken": broken, "torch_fp32": benchmark.torch_fp32})
+    usable, missing = benchmark.available({"broken": broken, "torch_fp32": peers.torch_fp32})
     assert list(usable) == ["torch_fp32"]
     assert missing == {"broken": "not installed: something"}
 
 
 def test_cells_have_cold_weights_at_one_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "l3_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(int8, "l3_bytes", lambda: 1 << 20)
     cells = benchmark.int8_cells([(1024, 512), (64, 64)], [1, 8])
     assert [(c["k"], c["m"], c["weights"]) for c in cells] == [
         (1024, 1, "warm"),
@@ -164,13 +180,13 @@ def test_cells_have_cold_weights_at_one_row_only(monkeypatch: pytest.MonkeyPatch
         (64, 1, "warm"),  # 384 copies of this one would be needed
         (64, 8, "warm"),
     ]
-    assert benchmark.copies_to_leave_cache(1024 * 512) == 3
-    assert benchmark.copies_to_leave_cache(1 << 30) == 2
+    assert int8.copies_to_leave_cache(1024 * 512) == 3
+    assert int8.copies_to_leave_cache(1 << 30) == 2
 
 
 def test_measuring_a_small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "l3_bytes", lambda: 1 << 12)
-    builds = {**benchmark.OURS, "torch_fp32": benchmark.torch_fp32}
+    monkeypatch.setattr(int8, "l3_bytes", lambda: 1 << 12)
+    builds = {**benchmark.OURS, "torch_fp32": peers.torch_fp32}
     cells = benchmark.int8_cells([(64, 32)], [1, 4])
     measured = list(benchmark.measure_int8(cells, builds, rounds=2, min_time_s=0.0, pause_s=0.0))
     assert [[record["candidate"] for record in records] for records in measured] == [list(builds)] * 3
@@ -188,7 +204,7 @@ def record(candidate: str, m: int, weights: str = "warm", **time_ratio: float) -
 
 
 def test_summary_compares_with_the_fastest_peer_of_each_cell() -> None:
-    lines = benchmark.summarize(
+    lines = benchmark.summarize_int8(
         [
             record("pycompress_a7", 1, torch_fp32=8.0, ort_s8=2.0, ort_s8_spinning=1.0),
             record("pycompress_a7", 128, torch_fp32=0.5, ort_s8=2.0),
@@ -208,16 +224,203 @@ def test_summary_compares_with_the_fastest_peer_of_each_cell() -> None:
 
 def test_summary_keeps_exact_and_saturating_peers_apart() -> None:
     measured = record("pycompress_a8", 128, torch_fbgemm=1.5, ort_u8=1.2, ort_s8=0.9, torch_fp32=0.5)
-    found = {(line.against, line.scope): line.worst for line in benchmark.summarize([measured])}
+    found = {(line.against, line.scope): line.worst for line in benchmark.summarize_int8([measured])}
     assert found["the best exact peer", "m >= 128"] == 1.2
     assert found["ONNX Runtime s8, which saturates", "m >= 128"] == 0.9
 
 
 def test_json_lines_round_trip(tmp_path: Any) -> None:
-    environment = benchmark.Environment.collect()
+    found = environment.Environment.collect()
     records = [record("pycompress_a7", 1, torch_fp32=2.0), record("torch_fp32", 1)]
     path = tmp_path / "results" / "int8.jsonl"
-    benchmark.write_json_lines(path, environment, records)
+    benchmark.write_json_lines(path, found, records)
     first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
-    assert first == {"environment": json.loads(json.dumps(environment.as_dict()))}
+    assert first == {"environment": json.loads(json.dumps(found.as_dict()))}
     assert rest == records
+
+
+# --- sparse -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 7])
+def test_torch_csr_says_which_form_it_took(m: int) -> None:
+    linear = sparse.pruned(peers.dense_linear(48, 32), "unstructured", 75)
+    x = torch.randn(m, 48, generator=torch.Generator().manual_seed(0))
+    call = peers.torch_csr(linear)(x)
+    assert call.form in {"F.linear", "torch.addmm"}
+    assert call.weight_bytes == 4 * 33 + (4 + 4) * 48 * 32 // 4
+    with torch.inference_mode():
+        assert peers.relative_error(call.output(), linear(x)) < 1e-6
+
+
+@pytest.mark.parametrize(("pattern", "zeros"), [("unstructured", 80), ("16x4", 50), ("4:16", 75)])
+def test_pruned_layers_keep_what_they_keep(pattern: str, zeros: int) -> None:
+    linear = peers.dense_linear(64, 32)
+    found = sparse.pruned(linear, pattern, zeros)
+    kept = found.weight != 0
+    assert int(kept.sum()) == round(64 * 32 * (100 - zeros) / 100)
+    assert torch.equal(found.weight[kept], linear.weight[kept])
+    assert torch.equal(found.bias, linear.bias)
+    assert not found.weight.requires_grad
+
+
+def test_dense_candidates_get_the_layer_itself() -> None:
+    linear = peers.dense_linear(16, 16)
+    assert sparse.pruned(linear, "dense", 0) is linear
+
+
+def test_the_first_layer_of_each_shape_is_taken() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)))
+    assert benchmark.linear_layers(model) == {(8, 4): model[0], (4, 8): model[2][0]}
+
+
+def test_sparse_candidates_without_peers_are_ours() -> None:
+    everything = benchmark.sparse_candidates(benchmark.SPARSE_PEERS)
+    ours = benchmark.sparse_candidates({})
+    assert set(everything) - set(ours) == {*benchmark.DENSE_FP32, *(f"torch_csr_{zeros}" for zeros in sparse.ZEROS)}
+    assert set(sparse.INT8) < set(ours)
+    assert everything["16x4_int8_80"].pattern == "16x4"
+    assert everything["4:16_int8"].zeros == 75
+
+
+def test_the_floor_is_the_longer_of_computing_and_reading() -> None:
+    assert sparse.floor_us(2_000_000, 100.0, 1_000_000, 10.0) == pytest.approx(100.0)  # 20 us of computing
+    assert sparse.floor_us(2_000_000, 100.0, 1_000, 10.0) == pytest.approx(20.0)
+    assert sparse.floor_us(2_000_000, 100.0, 1_000_000, None) == pytest.approx(20.0)
+    assert sparse.floor_us(2_000_000, None, 1_000_000, 10.0) == pytest.approx(100.0)
+    assert sparse.floor_us(2_000_000, None, 1_000_000, None) is None
+
+
+def stand_ins() -> dict[str, Candidate]:
+    """Dense layers under the names of sparse ones: the grid cannot tell."""
+    return {
+        "torch_fp32": Candidate(peers.torch_fp32),
+        "sparse_fp32_80": Candidate(peers.torch_fp32, 32, "unstructured", 80),
+        "torch_csr_80": Candidate(peers.torch_csr, 32, "unstructured", 80),
+        "sparse_int8_80": Candidate(peers.torch_fp32, 8, "unstructured", 80),
+    }
+
+
+def test_measuring_a_small_sparse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"fp32_fma": 100.0, "maddubs_d2": 250.0}
+    monkeypatch.setattr(sparse, "probe_peaks", lambda: peaks)
+    monkeypatch.setattr(sparse, "probe_bandwidth", lambda n_bytes, seconds: 10.0)
+    candidates = stand_ins()
+    cells = benchmark.sparse_cells([(64, 32), (32, 16)], [1, 128])
+    found = list(benchmark.measure_sparse(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
+    assert [[record["candidate"] for record in records] for records in found] == [list(candidates)] * 4
+    for cell, records in zip(cells, found, strict=True):
+        m, k, n = cell["m"], cell["k"], cell["n"]
+        for record in records:
+            nnz = round(0.2 * k * n) if record["zeros"] else k * n
+            assert {key: record[key] for key in cell} == cell
+            assert record["nnz"] == nnz
+            assert record["rounds"] == 2
+            assert record["gops"] == pytest.approx(2e-3 * m * k * n / record["us"])
+            assert record["effective_gops"] == pytest.approx(record["gops"] * nnz / (k * n))
+            assert record["relative_error"] < 1e-6
+            assert set(record["time_ratio"]) == set(candidates) - {record["candidate"]}
+            computing = 2e-3 * m * nnz / peaks["maddubs_d2" if record["bits"] == 8 else "fp32_fma"]
+            reading = 1e-3 * record["weight_bytes"] / 10.0 if m == 1 else 0.0
+            assert record["floor_us"] == pytest.approx(max(computing, reading))
+            assert record["share_of_floor"] == pytest.approx(record["floor_us"] / record["us"])
+            json.dumps(record)
+
+
+def test_a_sparse_grid_takes_the_layers_it_is_given() -> None:
+    layer = peers.dense_linear(24, 8)
+    layer.weight.data[:, ::2] = 0
+    cells = benchmark.sparse_cells([(24, 8)], [2], "somewhere")
+    candidates = {"torch_fp32": Candidate(peers.torch_fp32)}
+    (records,) = benchmark.measure_sparse(cells, candidates, layers={(24, 8): layer}, rounds=1, min_time_s=0.0)
+    assert records[0]["nnz"] == 24 * 8 // 2
+    assert records[0]["source"] == "somewhere"
+
+
+def test_every_sparse_candidate_is_close_to_fp32() -> None:
+    usable, _ = benchmark.available(benchmark.SPARSE_PEERS)
+    candidates = benchmark.sparse_candidates(usable)
+    cells = benchmark.sparse_cells([(96, 64)], [1, 5])
+    for records in benchmark.measure_sparse(cells, candidates, rounds=1, min_time_s=0.0, pause_s=0.0):
+        for record in records:
+            assert record["relative_error"] < (1e-5 if record["bits"] == 32 else 0.05), record["candidate"]
+
+
+def sparse_record(candidate: str, m: int, n: int = 32, **time_ratio: float) -> Record:
+    zeros = candidate.rsplit("_", 1)[-1]
+    return {**record(candidate, m, **time_ratio), "n": n, "zeros": int(zeros) if zeros.isdigit() else 0}
+
+
+def test_sparse_summary() -> None:
+    lines = benchmark.summarize_sparse(
+        [
+            sparse_record("sparse_fp32_80", 1, torch_fp32=0.5, ort_fp32=0.25, torch_csr_80=2.0),
+            sparse_record("sparse_fp32_80", 512, torch_fp32=4.0, ort_fp32=3.0, torch_csr_80=8.0),
+            sparse_record("sparse_fp32_80", 512, n=48, torch_fp32=12.0, torch_csr_80=8.0),
+            sparse_record("16x4_int8_80", 32, torch_fp32=2.0, dense_int8=1.0),
+            sparse_record("16x4_int8_80", 512, torch_fp32=6.0, dense_int8=3.0),
+            sparse_record("4:16_int8", 32, torch_fp32=5.0, dense_int8=2.5),
+            sparse_record("torch_fp32", 512, dense_int8=0.1),
+        ]
+    )
+    found = {
+        (line.candidate, line.against, line.scope): (line.cells, line.geometric_mean, line.worst) for line in lines
+    }
+    dense = "the best dense fp32"
+    assert found == {
+        ("sparse_fp32_80", dense, "m = 1"): (1, pytest.approx(0.25), 0.25),
+        ("sparse_fp32_80", dense, "m = 512"): (2, pytest.approx(6.0), 3.0),
+        ("sparse_fp32_80", "torch CSR", "whole grid"): (3, pytest.approx(128 ** (1 / 3)), 2.0),
+        ("sparse_fp32_80", "torch CSR", "m >= 128"): (2, pytest.approx(8.0), 8.0),
+        ("16x4_int8_80", dense, "m >= 128"): (1, pytest.approx(6.0), 6.0),
+        ("16x4_int8_80", "our dense int8", "m >= 128"): (1, pytest.approx(3.0), 3.0),
+        ("4:16_int8", dense, "m >= 32"): (1, pytest.approx(5.0), 5.0),
+    }
+    worst = next(line for line in lines if line.scope == "m = 512")
+    assert worst.worst_cell == "m=512 k=64 n=32"
+
+
+def test_the_forms_of_torch_csr_are_counted() -> None:
+    records = [
+        {**sparse_record("torch_csr_80", 8, n=n), "form": form}
+        for n, form in ((16, "F.linear"), (32, "torch.addmm"), (48, "torch.addmm"))
+    ]
+    (line,) = benchmark.csr_forms([*records, sparse_record("sparse_fp32_80", 8)])
+    assert line.endswith("m = 8: torch.addmm (2), F.linear (1)")
+    assert benchmark.csr_forms([sparse_record("sparse_fp32_80", 8)]) == []
+
+
+def test_crossing_is_interpolated_in_the_logarithm() -> None:
+    assert sparse.crossing({0.2: 4.0, 0.4: 0.25, 0.1: 8.0}) == Crossing(pytest.approx(0.3))
+    assert sparse.crossing({0.2: 2.0, 0.5: 0.25}) == Crossing(pytest.approx(0.3))
+    assert sparse.crossing({0.2: 1.0, 0.5: 0.5}) == Crossing(pytest.approx(0.2))
+
+
+def test_crossing_beyond_what_was_measured() -> None:
+    assert sparse.crossing({0.05: 0.9, 0.5: 0.4}) == Crossing(0.05, "below")
+    assert sparse.crossing({0.05: 9.0, 0.8: 1.1}) == Crossing(0.8, "above")
+    assert str(Crossing(0.05, "below")) == "below 5%"
+    assert str(Crossing(0.423)) == "42%"
+
+
+def test_the_first_crossing_counts() -> None:
+    assert sparse.crossing({0.1: 4.0, 0.3: 0.25, 0.5: 2.0, 0.8: 0.5}) == Crossing(pytest.approx(0.2))
+
+
+def test_break_even_per_number_of_rows() -> None:
+    records = [
+        sparse_record("sparse_fp32_80", 8, torch_fp32=4.0),
+        sparse_record("sparse_fp32_60", 8, torch_fp32=1.0, ort_fp32=0.25),
+        sparse_record("sparse_fp32_80", 8, n=48, torch_fp32=16.0),
+        sparse_record("sparse_fp32_60", 8, n=48, torch_fp32=2.0),
+        sparse_record("sparse_fp32_80", 1, torch_fp32=0.5),
+        sparse_record("16x4_int8_80", 8, torch_fp32=4.0),
+        sparse_record("torch_fp32", 8),
+    ]
+    one, eight = benchmark.break_even(records)
+    assert (one.m, one.mean) == (1, Crossing(0.2, "below"))
+    assert eight.m == 8
+    assert eight.shapes == {(64, 32): Crossing(pytest.approx(0.3)), (64, 48): Crossing(0.4, "above")}
+    assert eight.mean.density == pytest.approx(0.2 + 0.2 * 3 / 3.5)  # from a mean of 8 to one of 1 / sqrt 2
+    assert "m = 8: 37% non-zeros over 2 shape(s), from 30% to above 40%" in str(eight)
+    assert "20%, 40%" in str(eight)

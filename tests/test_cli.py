@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from pycompress import cli, demo
 
-COMMANDS = [[], ["info"], ["bench"], ["bench", "int8"], ["demo"]]
+COMMANDS = [[], ["info"], ["bench"], ["bench", "int8"], ["bench", "sparse"], ["demo"]]
 
 
 def invoke(*arguments: str) -> Result:
@@ -91,24 +92,63 @@ def test_openmp_libraries_are_counted_once(tmp_path: Path) -> None:
     assert cli.openmp_libraries(tmp_path / "absent")[0].startswith("unknown")
 
 
-TINY = ["bench", "int8", "--shapes", "64x32", "--rows", "1,4", "--rounds", "2"]
+TINY = ["--shapes", "64x32", "--rows", "1,4", "--rounds", "2"]
 
 
-def test_bench_prints_a_table() -> None:
-    result = invoke(*TINY)
+def test_bench_int8_prints_a_table() -> None:
+    result = invoke("bench", "int8", *TINY)
     assert result.exit_code == 0, result.output
     assert "int8 linear" in result.output
     assert "against the best peer" in result.output
 
 
-def test_bench_json_lines(tmp_path: Path) -> None:
-    output = tmp_path / "int8.jsonl"
-    result = invoke(*TINY, "--json", "--output", str(output))
+def test_bench_sparse_prints_a_table() -> None:
+    result = invoke("bench", "sparse", *TINY)
+    assert result.exit_code == 0, result.output
+    assert "sparse linear" in result.output
+    assert "16x4_int8_80" not in result.output  # its lines are about 128 rows and more
+    assert "sparse_fp32_80 against the best dense fp32, m = 4" in result.output
+    assert "break-even with the best dense fp32, m = 1" in result.output
+    assert all(len(line) <= cli.WIDTH for line in result.output.split("sparse_fp32_50 against")[0].splitlines())
+
+
+def test_bench_sparse_on_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 16))
+    monkeypatch.setattr(demo, "load", lambda: (model, None))
+    result = invoke("bench", "sparse", "--weights", "minilm", "-s", "48x32", "-m", "2", "--rounds", "1", "--json")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in result.stdout.splitlines()[1:]]
+    assert {(record["k"], record["n"], record["source"]) for record in records} == {(48, 32, "minilm")}
+    refused = invoke("bench", "sparse", "--weights", "minilm", "--shapes", "48x16")
+    assert refused.exit_code == 2
+    assert "has no layer 48x16" in refused.output
+    assert "32x16" in refused.output
+
+
+@pytest.mark.parametrize("op", ["int8", "sparse"])
+def test_bench_json_lines(op: str, tmp_path: Path) -> None:
+    output = tmp_path / f"{op}.jsonl"
+    result = invoke("bench", op, *TINY, "--json", "--output", str(output))
     assert result.exit_code == 0, result.output
     environment, *records = [json.loads(line) for line in result.stdout.splitlines()]
     assert environment["environment"]["threads"] == torch.get_num_threads()
     assert {(record["k"], record["n"], record["m"]) for record in records} == {(64, 32, 1), (64, 32, 4)}
+    assert {record["op"] for record in records} == {f"{op}_linear"}
     assert output.read_text() == result.stdout
+
+
+@pytest.mark.parametrize(("arguments", "title"), [([], "The int8 layer"), (["--op", "sparse"], "The sparse layers")])
+def test_the_script_of_the_grids(
+    arguments: list[str], title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0
+    help_text = capsys.readouterr().out
+    assert help_text.startswith("Usage: kernels.py")
+    assert title in help_text
 
 
 @pytest.mark.parametrize(
@@ -119,6 +159,8 @@ def test_bench_json_lines(tmp_path: Path) -> None:
         (["bench", "int8", "--shapes", "64"], "'64' is not a shape KxN"),
         (["bench", "int8", "--rounds", "0"], "0 is not in the range"),
         (["bench", "int8", "--weights", "normal"], "'normal' is not one of"),
+        (["bench", "sparse", "--weights", "uniform"], "'uniform' is not one of"),
+        (["bench", "sparse", "--budget", "-1"], "-1.0 is not in the range"),
         (["demo", "--sentences", "1"], "1 is not in the range"),
         (["info", "--xml"], "No such option"),
         (["nothing"], "No such command"),

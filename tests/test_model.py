@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import pycompress as pc
 from pycompress import model as model_module
 from pycompress import ops
-from pycompress.methods.int8 import Int8
+from pycompress.methods import Int8, Sparse, SparseWeight
 from pycompress.model import LayerRecord, compressed_layers, install
-from pycompress.nn import Int8Linear
+from pycompress.nn import Int8Linear, SparseLinear
 
 Build = Callable[..., nn.Module]
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -103,7 +103,20 @@ def test_plans_that_fit_nothing(plan: Any, message: str, snapshot: Snapshot) -> 
     assert unchanged()
 
 
-@pytest.mark.parametrize("plan", [None, "int8", 8, Int8, ["*"], {"*": "int8"}, {0: INT8}, {"*": Int8}, [("*", INT8)]])
+class Unknown:
+    name = "int4"
+
+    def compress(self, weight: Tensor) -> Any:
+        raise AssertionError("no layer could take its weights")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None, "int8", 8, Int8, ["*"], {"*": "int8"}, {0: INT8}, {"*": Int8}, [("*", INT8)],
+        Sparse, {"*": Sparse}, {"*": Unknown()}, Unknown(), nn.Linear(2, 2), Sparse().compress(torch.ones(2, 2)),
+    ],
+)  # fmt: skip
 def test_plans_of_the_wrong_type(plan: Any, snapshot: Snapshot) -> None:
     model = mlp()
     unchanged = snapshot(model)
@@ -121,6 +134,170 @@ def test_a_model_without_linear_layers() -> None:
 def test_not_a_module(model: Any) -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         pc.compress(model, INT8)
+
+
+# --- several methods ----------------------------------------------------------------------------------------------------
+
+
+def test_a_method_for_each_layer() -> None:
+    model, x = mlp(), torch.randn(20, 16)
+    result = pc.compress(model, {"0": Sparse(0.5), "2": INT8, "4": Sparse(0.9, bits=8, activation_bits=8)})
+    assert methods(result) == {"0": "sparse", "2": "int8", "4": "sparse"}
+    assert [type(layer) for layer in compressed_layers(result).values()] == [SparseLinear, Int8Linear, SparseLinear]
+    assert torch.equal(result[0].weight, Sparse(0.5).compress(model[0].weight).decompress())
+    assert (result[4].bits, result[4].activation_bits) == (8, 8)
+    assert cosine(result(x), model(x)) > 0.9
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_density_for_the_whole_model(inplace: bool) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[4].weight *= 10
+    magnitudes = torch.cat([model[i].weight.abs().flatten() for i in (0, 2, 4)])
+    threshold = magnitudes.sort(descending=True).values[round(0.2 * len(magnitudes)) - 1]
+    expected = {str(i): int((model[i].weight.abs() >= threshold).sum()) for i in (0, 2, 4)}
+    layers = compressed_layers(pc.compress(model, Sparse(0.2, scope="model"), inplace=inplace))
+    assert {name: layer.settings["nnz"] for name, layer in layers.items()} == expected
+    assert sum(expected.values()) == round(0.2 * len(magnitudes))
+
+
+def test_the_layers_of_one_method_are_seen_together() -> None:
+    """Under whatever globs; another object is another method, an equal one too."""
+    dense = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    with torch.no_grad():
+        for i, layer in enumerate(dense):
+            layer.weight.copy_(torch.rand(16, 16) + i + 1)
+    one, two = Sparse(0.5, scope="model"), Sparse(0.5, scope="model")
+    result = pc.compress(dense, {"0": one, "1": two, "2": one, "3": two})
+    assert [layer.settings["nnz"] / 256 for layer in compressed_layers(result).values()] == [0, 0, 1, 1]
+
+
+def test_layers_that_stay_dense_take_no_part() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), Scaled(16, 16))
+    with torch.no_grad():
+        model[2].weight.fill_(1e6)
+        model[1].weight.fill_(1e3)
+    result = pc.compress(model, {"1": None, "*": Sparse(0.5, scope="model")})
+    assert result[0].density == 0.5
+
+
+def test_a_shared_weight_is_seen_once() -> None:
+    model = Tied()
+    with torch.no_grad():
+        model.first.weight.copy_(torch.rand(24, 24) + 1)
+    result = pc.compress(model, Sparse(0.5, scope="model"))
+    kept = round(0.5 * (24 * 24 + 24 * 4))
+    assert (result.first.nnz, result.last.nnz) == (kept, 0)
+    assert result.first.packed is result.second.packed
+
+
+class Seeing:
+    """A method of a user that makes sparse weights and looks at all layers first."""
+
+    name = "sparse"
+
+    def __init__(self, layers: int = -1) -> None:
+        self.layers = layers
+
+    def for_layers(self, weights: list[Tensor]) -> list[Seeing]:
+        assert not any(weight.requires_grad for weight in weights)
+        return [Seeing(len(weights)) for _ in weights]
+
+    def compress(self, weight: Tensor) -> SparseWeight:
+        assert self.layers == 3, "for_layers was asked first"
+        return SparseWeight.from_dense(torch.triu(weight).float())
+
+
+def test_a_method_of_ones_own() -> None:
+    result = pc.compress(mlp(), Seeing())
+    assert methods(result) == {"0": "sparse", "2": "sparse", "4": "sparse"}
+    assert torch.equal(result[0].weight, torch.triu(result[0].weight))
+
+
+def test_an_error_of_a_method_names_the_layer(snapshot: Snapshot) -> None:
+    model = mlp()
+    unchanged = snapshot(model)
+    with pytest.raises(ValueError, match=r"compress: 2: Sparse: the weight is \[24, 32\], the mask \[3, 3\]"):
+        pc.compress(model, {"2": Sparse.from_mask(torch.ones(3, 3, dtype=torch.bool))})
+    assert unchanged()
+
+
+@pytest.mark.parametrize("method", [Sparse(0.3), Sparse(0.3, bits=8), Sparse(pattern="4:8", bits=8)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_sparse_layers_take_activations_and_keep_ties(method: Sparse, inplace: bool, block: Build) -> None:
+    model = nn.Sequential(block(), block()).eval()
+    model[1].down.weight = model[0].down.weight
+    result = pc.compress(model, method, inplace=inplace)
+    assert [layer.activation for layer in compressed_layers(result).values()] == ["gelu", "none", "gelu", "none"]
+    assert type(result[0].act) is nn.Identity
+    assert result[0].down.packed is result[1].down.packed
+    assert result[0].down.weight_scale is result[1].down.weight_scale
+    copied = copy.deepcopy(result)
+    assert copied[0].down.packed is copied[1].down.packed
+    x = torch.randn(5, 48)
+    expected = nn.functional.gelu(nn.functional.linear(x, result[0].up.weight, result[0].up.bias))
+    torch.testing.assert_close(result[0].up(x), expected, rtol=0.1, atol=0.1 if method.bits == 8 else 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_transformer_encoder_with_sparse_layers() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padded = torch.randn(3, 6, 32), torch.arange(6)[None] >= torch.tensor([6, 4, 2])[:, None]
+    result = pc.compress(model, Sparse())
+    assert len(compressed_layers(result)) == 4
+    assert all("MultiheadAttention" in r.reason for r in records(result).values() if r.method is None)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            y, expected = (m(x, src_key_padding_mask=padded)[~padded] for m in (result, model))
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_summary_of_sparse_layers() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 4))
+    found = pc.summary(pc.compress(model, {"0": Sparse(0.2), "2": Sparse(0.5, pattern="2:4"), "3": INT8}))
+    first, second, last = found.layers
+    nnz = round(0.2 * 64 * 32)
+    assert (first.method, first.bits, first.density) == ("sparse", 32, nnz / (64 * 32))
+    assert first.bytes == 64 * 32 // 8 + 4 * nnz + 4 * 32
+    assert second.bytes == 32 * 16 // 8 + 4 * 256 + 4 * 16
+    assert (last.method, last.bits, last.density, last.label) == ("int8", None, None, "int8")
+    dense, kept = model[0].weight, Sparse(0.2).compress(model[0].weight).decompress()
+    assert first.error == pytest.approx(float(((dense - kept).norm() / dense.norm()).detach()), rel=1e-4)
+    lines = str(found).splitlines()
+    assert "sparse 20 %+relu" in lines[1]
+    assert "sparse 50 %" in lines[2]
+    assert found.bytes == sum(layer.bytes for layer in found.layers)
+    assert found.dense_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+    (int8,) = pc.summary(pc.compress(nn.Sequential(nn.Linear(64, 32)), Sparse(0.25, bits=8))).layers
+    assert (int8.bits, int8.bytes) == (8, 64 * 32 // 8 + round((int8.density or 0) * 2048) + 4 * 32 + 4 * 32)
+    assert " int8" in int8.label
+    by_hand = nn.Sequential(SparseLinear.from_dense(nn.Linear(16, 8), Sparse(0.5)), nn.Linear(8, 2))
+    (record,) = pc.summary(by_hand).layers
+    assert (record.method, record.density, record.bytes, record.error) == ("sparse", 0.5, 8 * 2 + 4 * 64 + 4 * 8, None)
+
+
+def test_the_summary_describes_the_layers_as_they_are_now() -> None:
+    model = pc.compress(mlp(), {"0": Sparse(0.1), "2": INT8, "4": None})
+    before = pc.summary(model)
+    model.load_state_dict(pc.compress(mlp(), {"0": Sparse(0.5), "2": INT8, "4": None}).state_dict())
+    install(model, "4", SparseLinear.from_dense(nn.Linear(24, 8), Sparse(0.25)))
+    found = pc.summary(model)
+    assert [layer.label for layer in found.layers] == ["sparse 50 %", "int8", "sparse 25 %"]
+    assert found.layers[2].reason == ""
+    assert before.layers[0].label.startswith("sparse 9.96"), "a summary that was taken stays what it was"
+    assert found.bytes == sum(layer.bytes for layer in found.layers)
+    assert found.dense_bytes == before.dense_bytes == sum(p.numel() * 4 for p in mlp().parameters())
+
+
+def test_bytes_of_tied_sparse_layers_count_once() -> None:
+    model = Tied()
+    found = pc.summary(pc.compress(model, Sparse(0.5, bits=8)))
+    assert found.bytes == sum(layer.bytes for layer in found.layers)
+    assert found.layers[1].bytes == 4 * 24
+    assert found.dense_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 # --- in place or not ----------------------------------------------------------------------------------------------------
@@ -817,6 +994,15 @@ def test_dense_stays_where_it_is_not_slower(inplace: bool, clock: dict[int, tupl
     assert type(result[2]) is nn.Linear
     assert (result[2] is dense) is inplace
     assert not any(module._forward_pre_hooks for module in result.modules())
+
+
+def test_sparse_is_measured_too(clock: dict[int, tuple[float, float]]) -> None:
+    clock.update({24: (5.0, 10.0)})
+    plan = {"0": Sparse(), "*": Sparse(1.0, scope="model", bits=8)}
+    result = pc.compress(mlp(), plan, example_inputs=torch.randn(4, 16), only_if_faster=True)
+    assert methods(result) == {"0": "sparse", "2": None, "4": "sparse"}
+    record = records(result)["2"]
+    assert (record.label, record.density, record.bits, record.us) == ("dense", None, None, 10.0)
 
 
 def test_calls_are_summed(clock: dict[int, tuple[float, float]]) -> None:

@@ -162,8 +162,9 @@ def test_copies(duplicate: Callable[[nn.Module], nn.Module], arguments: dict[str
 def test_a_pickle_holds_the_canonical_weight() -> None:
     """Not the packed one, whose layout belongs to this processor."""
     original = layer()
-    assert original.__getstate__()["_buffers"]["packed"].dtype == torch.int8
-    assert torch.equal(original.__getstate__()["_buffers"]["packed"], original.weight)
+    assert original.__getstate__()["_buffers"]["weight"].dtype == torch.int8
+    assert torch.equal(original.__getstate__()["_buffers"]["weight"], original.weight)
+    assert "packed" not in original.__getstate__()["_buffers"]
     assert original.packed.dtype == torch.uint8, "and the layer itself is as it was"
 
 

@@ -1,4 +1,4 @@
-"""The lowered layer, run by ONNX Runtime and by the ONNX reference evaluator, against the int8 formula."""
+"""The lowered layer, run by ONNX Runtime and by the ONNX reference evaluator, against the formulas in NumPy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra pycompress[on
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import pycompress.nn  # noqa: E402
+from pycompress import ops  # noqa: E402
 from pycompress.methods.int8 import Int8Weight  # noqa: E402
+from pycompress.methods.sparse import SparseWeight  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
+from pycompress.nn.sparse import SparseLinear  # noqa: E402
 from pycompress.onnx import LOWERINGS, OPSET, lower, session  # noqa: E402
 
 Array = npt.NDArray[np.generic]
@@ -25,9 +28,10 @@ BITS = [(7, 8), (8, 8), (8, 7), (7, 7)]  # activation_bits, weight_bits
 ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
 
 
-def formula(x: Array, layer: Int8Linear) -> tuple[Array, Array, Array]:
+def formula(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array, Array, Array]:
     """q uint8 [m, k], acc int64 [m, n], and float32 [m, n], what goes into the activation."""
     weight = layer.canonical()
+    integers = weight.values if isinstance(layer, Int8Linear) else ops.sparse_dense(layer.packed)
     amax = F32(2**weight.activation_bits - 1)
     finite = np.isfinite(x).all(axis=1, keepdims=True)
     x = np.where(finite, x, F32(0))
@@ -40,7 +44,7 @@ def formula(x: Array, layer: Int8Linear) -> tuple[Array, Array, Array]:
         inverse = np.where(flat, F32(0), (amax / F32(2)) / half)
         zero_point = np.clip(np.rint(-low * inverse), F32(0), amax)
         q = np.clip(np.rint(x * inverse) + zero_point, F32(0), amax).astype(np.uint8)
-        values = weight.values.numpy().astype(np.int64)
+        values = integers.numpy().astype(np.int64)
         acc = (q.astype(np.int64) - zero_point.astype(np.int64)) @ values.T
         v = (acc.astype(F32) * scale) * weight.scale.numpy()
         if layer.bias is not None:
@@ -69,7 +73,7 @@ def bits(y: Array) -> Array:
     return y.view(np.uint32)
 
 
-def assert_bitwise(outputs: list[Array], x: Array, layer: Int8Linear) -> None:
+def assert_bitwise(outputs: list[Array], x: Array, layer: Int8Linear | SparseLinear) -> None:
     y, q, acc = outputs
     expected_q, expected_acc, v = formula(x, layer)
     assert (y.dtype, q.dtype, acc.dtype) == (np.float32, np.uint8, np.int32)
@@ -261,5 +265,120 @@ def test_a_missing_dependency_names_the_extra(missing: str, monkeypatch: pytest.
 
 
 def test_every_compressed_module_has_a_lowering() -> None:
-    kinds = {kind for kind in vars(pycompress.nn).values() if isinstance(kind, type)}
-    assert set(LOWERINGS) == {kind for kind in kinds if issubclass(kind, torch.nn.Module)}
+    assert set(LOWERINGS) == set(pycompress.nn.LAYERS.values())
+
+
+# --- sparse -------------------------------------------------------------------------------------------------------------
+
+
+def make_sparse(
+    k: int,
+    n: int,
+    activation_bits: int | None = None,
+    bias: bool = True,
+    activation: str = "none",
+    density: float = 0.3,
+) -> SparseLinear:
+    """Random weights: float32, or int8 where activation_bits are given."""
+    generator = torch.Generator().manual_seed(1000 * k + n)
+    keep = torch.rand(n, k, generator=generator) < density
+    offset = torch.randn(n, generator=generator) if bias else None
+    if activation_bits is None:
+        weight = SparseWeight.from_dense(torch.randn(n, k, generator=generator) * keep)
+    else:
+        values = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8) * keep
+        weight = SparseWeight.from_dense(values, torch.rand(n, generator=generator) * 0.01 + 1e-4, activation_bits)
+    return SparseLinear.from_weight(weight, offset, activation)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("activation_bits", [7, 8])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 16), (17, 17), (257, 33)])
+def test_sparse_int8_equals_the_formula_to_the_bit(k: int, n: int, activation_bits: int, density: float) -> None:
+    layer = make_sparse(k, n, activation_bits, density=density)
+    runtime = session(lower(layer))
+    for x in [extreme_rows(k), np.random.default_rng(n).standard_normal((17, k)).astype(F32)]:
+        assert_bitwise(runtime.run(["y", "q", "acc"], {"x": x}), x, layer)
+
+
+def test_sparse_int8_is_the_graph_of_the_dense_int8_layer() -> None:
+    sparse = make_sparse(64, 33, 7, activation="gelu")
+    values, scale = ops.sparse_dense(sparse.packed), sparse.weight_scale
+    dense = Int8Linear.from_weight(Int8Weight(values, scale, 7, 8), sparse.bias, "gelu")
+    assert lower(sparse) == lower(dense)
+
+
+def sum_bound(x: Array, layer: SparseLinear, v: Array) -> Array:
+    """How far any order of all k products may lie from the exact v: see validation.formulas."""
+    k = layer.in_features
+    size = np.abs(x.astype(np.float64)) @ np.abs(layer.weight.double().numpy()).T
+    return 2.0**-23 * ((k + 2) * size + np.abs(v)) + (k + 2) * 2.0**-149
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 16), (17, 17), (1025, 33)])
+def test_sparse_float32_within_the_bound(k: int, n: int, activation: str, bias: bool) -> None:
+    layer = make_sparse(k, n, bias=bias, activation=activation)
+    x = (np.random.default_rng(n).standard_normal((17, k)) * np.logspace(-3, 3, 17)[:, None]).astype(F32)
+    (y,) = session(lower(layer)).run(["y"], {"x": x})
+    v = x.astype(np.float64) @ layer.weight.double().numpy().T
+    v = v if layer.bias is None else v + layer.bias.double().numpy()
+    smooth = 8 * 2.0**-24 * np.abs(v) if activation not in ("none", "relu") else 0
+    assert y.dtype == np.float32
+    assert (np.abs(y - activate64(v, activation)) <= 1.13 * sum_bound(x, layer, v) + smooth).all()
+
+
+def test_sparse_float32_in_the_reference_evaluator() -> None:
+    layer = make_sparse(64, 5, activation="relu")
+    x = np.random.default_rng(0).standard_normal((9, 64)).astype(F32)
+    (y,) = ReferenceEvaluator(lower(layer)).run(["y"], {"x": x})
+    v = x.astype(np.float64) @ layer.weight.double().numpy().T + layer.bias.double().numpy()
+    assert (np.abs(y - np.maximum(v, 0)) <= sum_bound(x, layer, v)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_sparse_float32_multiplies_the_zeros_too(bad: float) -> None:
+    """The layer does not; validate() leaves such rows to NumPy."""
+    layer = make_sparse(16, 24)
+    x = np.random.default_rng(0).standard_normal((3, 16)).astype(F32)
+    x[1, 5] = bad
+    (y,) = session(lower(layer)).run(["y"], {"x": x})
+    assert np.isfinite(y[[0, 2]]).all()
+    assert not np.isfinite(y[1]).any()
+    own = layer(torch.from_numpy(x)).numpy()
+    np.testing.assert_array_equal(np.isfinite(own[1]), layer.weight.numpy()[:, 5] == 0)
+
+
+@pytest.mark.parametrize("activation_bits", [None, 7])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_sparse_model_is_standard_onnx(activation_bits: int | None, activation: str) -> None:
+    model = lower(make_sparse(17, 5, activation_bits, activation=activation))
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [value.name for value in model.graph.input] == ["x"]
+    names = ["y"] if activation_bits is None else ["y", "q", "acc"]
+    assert [value.name for value in model.graph.output] == names
+
+
+def test_the_sparse_weight_is_stored_once() -> None:
+    layer = make_sparse(96, 48)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in lower(layer).graph.initializer}
+    assert stored["weight"].dtype == np.float32
+    np.testing.assert_array_equal(stored["weight"], layer.weight.numpy().T)
+    assert sum(array.size for array in stored.values()) == 96 * 48 + 48
+
+
+def test_sparse_without_rows_and_without_weights() -> None:
+    layer = make_sparse(16, 5, density=0.0)
+    runtime = session(lower(layer))
+    assert runtime.run(["y"], {"x": np.empty((0, 16), F32)})[0].shape == (0, 5)
+    x = np.ones((3, 16), F32)
+    np.testing.assert_array_equal(runtime.run(["y"], {"x": x})[0], np.tile(layer.bias.numpy(), (3, 1)))
+
+
+def test_a_sparse_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pycompress.onnx.MAX_WEIGHT_BYTES", 255)
+    with pytest.raises(ValueError, match=r"the weight \[8, 8\] has 256 bytes, expected at most 255"):
+        lower(make_sparse(8, 8))
+    lower(make_sparse(8, 8, 7))

@@ -547,7 +547,7 @@ def test_unknown_kernel() -> None:
 @pytest.mark.skipif(ops.extension_error() is not None, reason="no native kernels were built")
 def test_kernels_that_cannot_run_here_are_refused_by_name() -> None:
     values = torch.ones(2, 3, dtype=torch.int8)
-    for kernel in ops.kernels():
+    for kernel in (kernel for kernel in ops.kernels() if kernel["op"] == "int8"):
         if kernel["available"]:
             assert torch.equal(ops.int8_unpack(ops.int8_pack(values, 8, kernel["name"])), values)
         else:
@@ -748,7 +748,7 @@ def test_scalar_kernels_give_the_same_bits(tmp_path: Path, python: Python) -> No
     code = """
 import sys, torch
 from pycompress import ops
-names = [kernel["name"] for kernel in ops.kernels() if kernel["available"]]
+names = [kernel["name"] for kernel in ops.kernels() if kernel["op"] == "int8" and kernel["available"]]
 for case in torch.load(sys.argv[1], weights_only=False):
     packed = ops.int8_pack(case["values"], case["bits"])
     x = case["x"]

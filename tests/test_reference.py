@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(call: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_C", reference.Native())
-            patch.setattr(ops, "_reads_tensors", False, raising=False)
+            for module in (ops.native, ops.int8, ops.sparse):
+                patch.setattr(module, "_C", reference.Native())
+                patch.setattr(module, "reads_tensors", False, raising=False)
             return call()
 
     return run
@@ -164,14 +166,107 @@ def test_linear_is_the_composition_of_its_parts() -> None:
     w = rng.integers(-127, 128, (7, 12), np.int8)
     scale, bias = rng.random(7, np.float32), rng.standard_normal(7, np.float32)
     for bits in (7, 8):
-        q, row_scale, zero = reference.quantize(x, 2**bits - 1)
-        acc = reference.accumulate(q, zero, w)
+        q, row_scale, zero = reference.int8.quantize(x, 2**bits - 1)
+        acc = reference.int8.accumulate(q, zero, w)
         np.testing.assert_array_equal(acc, (q.astype(np.int64) - zero[:, None]) @ w.astype(np.int64).T)
         expected = acc.astype(np.float32) * row_scale[:, None] * scale
-        np.testing.assert_array_equal(reference.linear(x, w, scale, activation_bits=bits), expected)
-        np.testing.assert_array_equal(reference.linear(x, w, scale, bias, activation_bits=bits), expected + bias)
-        relu = reference.linear(x, w, scale, bias, activation_bits=bits, code=ops.ACTIVATIONS["relu"])
+        np.testing.assert_array_equal(reference.int8.linear(x, w, scale, activation_bits=bits), expected)
+        np.testing.assert_array_equal(reference.int8.linear(x, w, scale, bias, activation_bits=bits), expected + bias)
+        relu = reference.int8.linear(x, w, scale, bias, activation_bits=bits, code=ops.ACTIVATIONS["relu"])
         np.testing.assert_array_equal(relu, np.maximum(expected + bias, 0))
+
+
+@pytest.mark.parametrize("code", ops.ACTIVATIONS.values())
+def test_activations_keep_nan_and_end_in_zero(code: int) -> None:
+    activate = reference.activation.activate
+    assert math.isnan(activate(code, math.nan))
+    assert activate(code, 3e38) == pytest.approx(3e38)
+    assert activate(code, -3e38) == (0 if code else -3e38)
+    assert activate(code, math.inf) == math.inf
+    assert math.isnan(activate(code, -math.inf)) or code < 2, "-Inf times 0, as the kernels have it"
+
+
+# --- sparse -------------------------------------------------------------------------------------------------------------
+
+
+def rounded(exact: Fraction) -> np.float32:
+    """The float32 number next to a fraction, ties to even. float(Fraction) is correctly rounded, and close enough to start."""
+    start = np.float32(float(exact))
+    around = [np.nextafter(start, np.float32(-np.inf)), start, np.nextafter(start, np.float32(np.inf))]
+    return min(around, key=lambda number: (abs(Fraction(float(number)) - exact), int(number.view(np.int32)) & 1))
+
+
+def test_fma_rounds_once() -> None:
+    rng = np.random.default_rng(0)
+    cases = rng.standard_normal((2000, 3)).astype(np.float32)
+    cases[:500, 2] *= np.float32(2.0) ** rng.integers(-60, 60, 500, dtype=np.int32)
+    cases[500:1000, :2] *= np.float32(1e-21)  # subnormal products
+    cases[1000:1500, 2] = -(cases[1000:1500, 0] * cases[1000:1500, 1])  # what one rounding left over
+    cases[1500:1600] *= np.float32(1e-30)  # subnormal sums
+    for a, b, c in cases:
+        exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+        assert reference.sparse.fma(a, b, c) == rounded(exact), (a, b, c)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("tail", [2.0**-60, -(2.0**-60)])
+def test_fma_where_two_roundings_differ_from_one(sign: int, tail: float) -> None:
+    """The sum lies beside the middle of two float32 numbers, by less than float64 can say."""
+    one = np.float32(1 + 2.0**-12)
+    middle = Fraction(float(one)) ** 2  # 1 + 2^-11 + 2^-24
+    addend = np.float32(tail)
+    expected = rounded(sign * (middle + Fraction(float(addend))))
+    assert reference.sparse.fma(one * sign, one, addend * sign) == expected
+    naive = np.float32(np.float64(one * sign) * np.float64(one) + np.float64(addend * sign))
+    assert (naive != expected) == (tail > 0), "the case is one that float64 alone gets wrong"
+
+
+def test_fma_of_zeros_infinities_and_nan() -> None:
+    f32, fma = np.float32, reference.sparse.fma
+    big, zero = np.finfo(np.float32).max, f32(0)
+    assert fma(big, big, zero) == math.inf and fma(big, -big, zero) == -math.inf
+    assert fma(big, f32(1), big * f32(2.0**-25)) == big, "half a step is not reached"
+    assert fma(big, f32(2), -big) == big
+    assert fma(f32(math.inf), f32(2), big) == math.inf
+    for a, b, c in [(math.inf, 0, 1), (math.inf, 1, -math.inf), (math.nan, 1, 1), (1, 1, math.nan)]:
+        assert math.isnan(fma(f32(a), f32(b), f32(c)))
+    assert math.copysign(1, fma(f32(-1), zero, -zero)) == -1 and math.copysign(1, fma(f32(1), f32(1), f32(-1))) == 1
+
+
+def sparse_weight(n: int, k: int, dtype: Any) -> tuple[Any, Any, Any]:
+    """A random weight [n, k] with zeros, its mask and its values."""
+    rng = np.random.default_rng(n * k)
+    dense = (rng.standard_normal((n, k)) * 40 * (rng.random((n, k)) < 0.4)).astype(dtype)
+    return dense, np.packbits(dense != 0, axis=1, bitorder="little"), dense[dense != 0]
+
+
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 64, 131])
+def test_sparse_accumulate_is_the_chain(k: int) -> None:
+    dense, mask, values = sparse_weight(11, k, np.float32)
+    x = np.random.default_rng(1).standard_normal((4, k)).astype(np.float32)
+    expected = np.zeros((4, 11), np.float32)
+    for i in range(4):
+        for j in range(11):
+            for p in np.flatnonzero(dense[j]):
+                expected[i, j] = reference.sparse.fma(x[i, p], dense[j, p], expected[i, j])
+    acc = reference.sparse.accumulate(x, mask, values)
+    np.testing.assert_array_equal(acc, expected)
+    bias = np.arange(11, dtype=np.float32)
+    np.testing.assert_array_equal(reference.sparse.linear(x, mask, values), expected)
+    np.testing.assert_array_equal(
+        reference.sparse.linear(x, mask, values, bias, code=1), np.maximum(expected + bias, 0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 64, 131])
+def test_sparse_decompress_and_count(dtype: Any, k: int) -> None:
+    dense, mask, values = sparse_weight(11, k, dtype)
+    assert reference.sparse.count(mask) == len(values)
+    np.testing.assert_array_equal(reference.sparse.decompress(mask, values, k), dense)
+
+
+# The kernels against the twin, and both against float64 and int64: test_sparse_ops.
 
 
 # --- without the extension ----------------------------------------------------------------------------------------------
@@ -181,11 +276,11 @@ import torch
 from torch import nn
 import pycompress as pc
 from pycompress import ops
-from pycompress.nn import Int8Linear
+from pycompress.nn import Int8Linear, SparseLinear
 
 reason = ops.extension_error()
 assert reason and "_C" in reason, reason
-assert [kernel["name"] for kernel in ops.kernels() if kernel["available"]] == ["numba"]
+assert {kernel["op"]: kernel["name"] for kernel in ops.kernels() if kernel["available"]} == {"int8": "numba", "sparse": "numba"}
 case = torch.load(sys.argv[1])
 packed = ops.int8_pack(case["values"], 8)
 assert torch.equal(ops.int8_unpack(packed), case["values"])
@@ -200,6 +295,13 @@ x = torch.randn(2, 40)
 assert torch.equal(target(x), layer(x))
 model = pc.compress(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)), pc.Int8())
 assert model(x).shape == (2, 5)
+for method in (pc.Sparse(density=0.3), pc.Sparse(density=0.3, bits=8), pc.Sparse(pattern="2:4", bits=8, activation_bits=8)):
+    layer = SparseLinear.from_dense(nn.Linear(40, 24), method, "relu")
+    y = layer(torch.randn(2, 3, 40))
+    assert y.shape == (2, 3, 24) and y.isfinite().all()
+    target = SparseLinear.from_dense(nn.Linear(40, 24), method, "relu")
+    target.load_state_dict(layer.state_dict())
+    assert torch.equal(target(x), layer(x))
 print(reason)
 """
 ABSENT = """
@@ -225,10 +327,9 @@ def test_import_without_a_place_for_the_cache_of_numba(python: Python) -> None:
     result = python(
         "from numba.core import caching\n"
         "caching.CacheImpl._locator_classes = []\n"
-        "import runpy, sys, numpy\n"
-        "reference = runpy.run_path(sys.argv[1])\n"
-        "reference['quantize'](numpy.zeros((1, 4), numpy.float32), 255)",
-        reference.__file__,
+        "import numpy\n"
+        "from pycompress import reference\n"
+        "reference.int8.quantize(numpy.zeros((1, 4), numpy.float32), 255)",
     )
     assert result.returncode == 0, result.stderr
 

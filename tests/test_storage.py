@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pycompress as pc
-from pycompress.methods.int8 import Int8
+from pycompress.methods import Int8, Sparse
 from pycompress.model import compressed_layers
-from pycompress.nn import Int8Linear
+from pycompress.nn import Int8Linear, SparseLinear
 
 Build = Callable[..., nn.Module]
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -236,6 +236,9 @@ def test_the_summary_of_a_loaded_model(path: Path) -> None:
     assert [record.name for record in pc.summary(loaded).layers] == ["0", "2"]
     recompressed = pc.load(compressed(), path)
     assert {record.name for record in pc.summary(recompressed).layers if record.method} == {"0", "2"}
+    assert {record.error for record in pc.summary(recompressed).layers} == {None}, (
+        "what it was belonged to other weights"
+    )
 
 
 def test_the_file_is_a_quarter_of_what_was_compressed(path: Path) -> None:
@@ -640,6 +643,226 @@ def test_a_model_whose_activation_is_not_the_one_that_was_fused(path: Path, snap
     """A dense model with Tanh where the file's layer has ReLU inside is another model."""
     pc.save(compressed(), path)
     refused(path, "load: ", snapshot, net(fused=False))
+
+
+# --- sparse layers ------------------------------------------------------------------------------------------------------
+
+
+def sparse() -> nn.Sequential:
+    """Layer "0" in float32, "2" in int8."""
+    return pc.compress(net(), {"4": None, "2": Sparse(0.5, bits=8), "*": Sparse(0.25)})
+
+
+def sparse_pieces(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    pc.save(sparse(), path)
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["pycompress"])  # noqa: SIM118
+
+
+METHODS = [
+    Sparse(), Sparse(0.3, bits=8), Sparse(0.3, bits=8, activation_bits=8), Sparse(0.5, "16x1"), Sparse(0.5, "16x4", bits=8),
+    Sparse(None, "2:4"), Sparse(0.0), Sparse(0.0, bits=8), Sparse(0.2, scope="model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("target", ["random weights", "meta", "compressed by int8", "compressed", "compressed on meta"])
+def test_sparse_round_trip(method: Sparse, target: str, path: Path, same: Same) -> None:
+    model = pc.compress(net(), {"4": None, "*": method})
+    pc.save(model, path)
+    with torch.device("meta" if target == "meta" else "cpu"):
+        dense = net()
+    if target.startswith("compressed"):
+        dense = pc.compress(dense, {"4": None, "*": INT8 if "int8" in target else Sparse(0.9, bits=method.bits)})
+    if "on meta" in target:
+        dense.to("meta")
+    loaded = pc.load(dense, path)
+    assert equal_states(loaded, model)
+    assert all(type(layer) is SparseLinear for layer in compressed_layers(loaded).values())
+    assert [layer.settings for layer in compressed_layers(loaded).values()] == [model[0].settings, model[2].settings]
+    assert (loaded[0].activation, type(loaded[1])) == ("relu", nn.Identity)
+    x = torch.randn(5, 16)
+    assert same(loaded(x), model(x))
+    assert str(pc.summary(loaded)).count("sparse") == 2
+    assert pc.summary(loaded).bytes == pc.summary(model).bytes
+
+
+def test_what_is_in_the_file_of_a_sparse_model(path: Path) -> None:
+    model = sparse()
+    pc.save(model, path)
+    with safe_open(path, "pt") as file:
+        plan = json.loads(file.metadata()["pycompress"])
+        assert set(file.keys()) == set(model.state_dict())
+        assert torch.equal(file.get_tensor("0.weight_values"), model[0].canonical().values)
+    common = {"method": "sparse", "bias": True}
+    assert plan["version"] == 1
+    assert plan["layers"] == {
+        "0": {**common, "shape": [32, 16], "activation": "relu", "bits": 32, "nnz": 128},
+        "2": {**common, "shape": [24, 32], "activation": "none", "bits": 8, "nnz": model[2].nnz, "activation_bits": 7},
+    }
+
+
+def test_a_file_of_both_methods(path: Path, same: Same) -> None:
+    model = pc.compress(net(), {"0": Sparse(0.5), "2": INT8, "4": None})
+    pc.save(model, path)
+    loaded, x = pc.load(net(), path), torch.randn(3, 16)
+    assert [type(loaded[i]) for i in (0, 2)] == [SparseLinear, Int8Linear]
+    assert same(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("method", [Sparse(0.3), Sparse(0.3, bits=8), Sparse(0.0)])
+def test_tied_sparse_layers(method: Sparse, path: Path, same: Same) -> None:
+    model = pc.compress(Tied(), method)
+    pc.save(model, path)
+    with safe_open(path, "pt") as file:
+        names = [name.rpartition(".")[2] for name in file.keys()]  # noqa: SIM118
+    stored = ["weight_mask", "weight_values", *(["weight_scale"] if method.bits == 8 else [])]
+    assert sorted(names) == sorted(["bias", "bias", *stored]), "a shared weight is stored once"
+    loaded, x = pc.load(Tied(), path), torch.randn(3, 24)
+    found, before = pc.summary(loaded), pc.summary(model)
+    assert (found.bytes, found.dense_bytes) == (before.bytes, before.dense_bytes)
+    assert loaded.first.packed is loaded.second.packed
+    assert loaded.first.weight_scale is loaded.second.weight_scale
+    assert same(loaded(x), model(x))
+
+
+def sparse_plan(*keys: str, value: Any) -> tuple[Callable[[Plan], None], str]:
+    return edit("layers", *keys, value=value), rf"layer {keys[0]}: .*{keys[1]} is "
+
+
+SPARSE_PLANS: dict[str, tuple[Callable[[Plan], None], str]] = {
+    "method int8": (edit("layers", "0", "method", value="int8"), "layer 0: .*activation_bits is None"),
+    "method a list": (
+        edit("layers", "0", "method", value=["sparse"]),
+        r"method is \['sparse'\], expected 'int8' or 'sparse'",
+    ),
+    "method unknown": (edit("layers", "0", "method", value="os.system"), "method is 'os.system', expected"),
+    "bits 16": sparse_plan("0", "bits", value=16),
+    "bits 8": (edit("layers", "0", "bits", value=8), "layer 0: .*settings"),
+    "bits true": sparse_plan("0", "bits", value=True),
+    "bits missing": (drop("layers", "0", "bits"), "layer 0: .*bits is None"),
+    "nnz missing": (drop("layers", "0", "nnz"), "layer 0: .*nnz is None"),
+    "nnz negative": sparse_plan("0", "nnz", value=-1),
+    "nnz a float": sparse_plan("0", "nnz", value=128.0),
+    "nnz true": sparse_plan("0", "nnz", value=True),
+    "nnz beyond the weight": sparse_plan("0", "nnz", value=513),
+    "nnz huge": sparse_plan("0", "nnz", value=10**30),
+    "nnz less by one": (edit("layers", "0", "nnz", value=127), r"0.weight_values is F32 \[128\], expected F32 \[127\]"),
+    "nnz more by one": (edit("layers", "0", "nnz", value=129), r"0.weight_values is F32 \[128\], expected F32 \[129\]"),
+    "activation_bits missing": (drop("layers", "2", "activation_bits"), "layer 2: .*settings"),
+    "activation_bits 6": sparse_plan("2", "activation_bits", value=6),
+    "activation_bits beside floats": (edit("layers", "0", "activation_bits", value=8), "layer 0: .*settings"),
+    "something unknown": (edit("layers", "2", "code", value="import os"), "layer 2: .*settings"),
+    "shape transposed": (edit("layers", "0", "shape", value=[16, 32]), r"\[32, 16\].*in the model, \[16, 32\]"),
+    "shape huge": (edit("layers", "0", "shape", value=[10**9, 10**9]), "load: "),
+    "shape beyond int64": (edit("layers", "0", "shape", value=[2**70, 2**70]), "load: "),
+    "the other layer": (lambda plan: plan["layers"].update({"0": plan["layers"]["2"]}), "load: "),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE_PLANS)
+def test_hostile_plans_of_sparse_layers(case: str, path: Path, snapshot: Snapshot) -> None:
+    tensors, plan = sparse_pieces(path)
+    change, message = SPARSE_PLANS[case]
+    change(plan)
+    write(path, tensors, plan)
+    for target in (net(), sparse()):
+        refused(path, message, snapshot, target)
+
+
+def more_bits(mask: Tensor) -> Tensor:
+    """The first zero bit of the mask becomes one."""
+    changed = mask.clone()
+    first = int((changed.view(-1) != 255).nonzero()[0, 0])
+    changed.view(-1)[first] |= changed.view(-1)[first] + 1
+    return changed
+
+
+SPARSE_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "one bit more": (put("0.weight_mask", more_bits), "layer 0: .*128 values, the mask has 129 bits"),
+    "no bits": (put("2.weight_mask", torch.zeros_like), "layer 2: .*the mask has 0 bits"),
+    "all bits": (put("0.weight_mask", lambda t: torch.full_like(t, 255)), "layer 0: .*the mask has 512 bits"),
+    "a value of zero": (patch("0.weight_values", 5, 0.0), "layer 0: .*1 of the values are zero"),
+    "a value of -0": (patch("0.weight_values", 5, -0.0), "layer 0: .*1 of the values are zero"),
+    "a value of zero in int8": (patch("2.weight_values", 5, 0), "layer 2: .*1 of the values are zero"),
+    "a value of -128": (patch("2.weight_values", 5, -128), "layer 2: .*-128"),
+    "a value NaN": (patch("0.weight_values", 5, float("nan")), "layer 0: .*NaN or Inf"),
+    "a value infinite": (patch("0.weight_values", 5, float("-inf")), "layer 0: .*NaN or Inf"),
+    "scale NaN": (patch("2.weight_scale", 3, float("nan")), "layer 2: .*scale"),
+    "scale zero": (patch("2.weight_scale", 3, 0.0), "layer 2: .*scale"),
+    "bias infinite": (patch("2.bias", 3, float("-inf")), "layer 2: .*bias"),
+    "values too few": (
+        put("0.weight_values", lambda t: t[:-1]),
+        r"0.weight_values is F32 \[127\], expected F32 \[128\]",
+    ),
+    "values in int8": (put("0.weight_values", lambda t: t.to(torch.int8)), "0.weight_values is I8"),
+    "values in float64": (put("0.weight_values", lambda t: t.double()), "0.weight_values is F64"),
+    "values a matrix": (put("0.weight_values", lambda t: t[None]), "0.weight_values is F32"),
+    "mask in int8": (put("0.weight_mask", lambda t: t.view(torch.int8)), "0.weight_mask is I8"),
+    "mask of booleans": (put("0.weight_mask", lambda t: t > 0), "0.weight_mask is BOOL"),
+    "mask too narrow": (put("0.weight_mask", lambda t: t[:, :-1]), "0.weight_mask is U8"),
+    "mask transposed": (put("0.weight_mask", lambda t: t.T), "0.weight_mask is U8"),
+    "mask empty": (put("0.weight_mask", lambda t: t[:0]), "0.weight_mask is U8"),
+    "mask missing": (remove("0.weight_mask"), "0.weight_mask is missing"),
+    "values missing": (remove("0.weight_values"), "0.weight_values is missing"),
+    "scale missing": (remove("2.weight_scale"), "2.weight_scale is missing"),
+    "a scale beside floats": (
+        lambda tensors: tensors.update({"0.weight_scale": torch.ones(32)}),
+        "the model has no tensor '0.weight_scale'",
+    ),
+    "a dense weight, too": (
+        lambda tensors: tensors.update({"0.weight": torch.ones(32, 16)}),
+        "the model has no tensor '0.weight'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE_TENSORS)
+def test_hostile_tensors_of_sparse_layers(case: str, path: Path, snapshot: Snapshot) -> None:
+    tensors, plan = sparse_pieces(path)
+    change, message = SPARSE_TENSORS[case]
+    change(tensors)
+    write(path, tensors, plan)
+    for target in (net(), sparse()):
+        refused(path, message, snapshot, target)
+
+
+def test_padding_bits_are_refused(path: Path, snapshot: Snapshot) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(12, 5))
+
+    pc.save(pc.compress(build(), Sparse(0.5)), path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        plan = json.loads(file.metadata()["pycompress"])
+    tensors["0.weight_mask"][3, 1] |= 16
+    write(path, tensors, plan)
+    refused(path, "layer 0: .*row 3 of the mask has bits set behind k = 12", snapshot, build())
+
+
+def test_flipped_bytes_of_a_sparse_file(path: Path) -> None:
+    """A flipped bit of the mask never fits the number of values: everything but a flip within a number is noticed."""
+    sparse_pieces(path)
+    whole = path.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    generator = torch.Generator().manual_seed(5)
+    refusals = 0
+    for _ in range(150):
+        position = int(torch.randint(0, 8 + header + 512, (1,), generator=generator))
+        broken = bytearray(whole)
+        broken[position] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
+        path.write_bytes(broken)
+        model = net()
+        before = copy.deepcopy(model)
+        try:
+            pc.load(model, path)
+        except ValueError:
+            refusals += 1
+            assert equal_states(model, before)
+        else:
+            assert set(compressed_layers(model)) == {"0", "2"}
+            assert model(torch.randn(2, 16)).shape == (2, 8)
+    assert refusals > 75
 
 
 def test_not_a_path() -> None:

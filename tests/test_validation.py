@@ -16,10 +16,15 @@ onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not ins
 pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
 
 import pycompress.onnx  # noqa: E402
-from pycompress import ops, validation  # noqa: E402
+from pycompress import ops  # noqa: E402
 from pycompress.methods.int8 import Int8  # noqa: E402
+from pycompress.methods.sparse import SparseWeight  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
-from pycompress.validation import WHOLE_MODEL, activation_bound, ulp_distance, validate  # noqa: E402
+from pycompress.nn.linear import CompressedLinear  # noqa: E402
+from pycompress.nn.sparse import SparseLinear  # noqa: E402
+from pycompress.validation import WHOLE_MODEL, ModelRecord, checks, outputs, run, validate  # noqa: E402
+from pycompress.validation.checks import ulp_distance  # noqa: E402
+from pycompress.validation.formulas import activation_bound, numpy_sparse_linear  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMOOTH = ["gelu", "gelu_tanh", "silu"]
@@ -45,7 +50,7 @@ def network(activation: str = "relu", bits: int = 7) -> nn.Sequential:
 
 
 def corrupt(
-    monkeypatch: pytest.MonkeyPatch, layers: list[Int8Linear], initializer: str, change: Callable[[Any], None]
+    monkeypatch: pytest.MonkeyPatch, layers: list[CompressedLinear], initializer: str, change: Callable[[Any], None]
 ) -> None:
     """Makes lower() of these layers change one initializer, so that ONNX Runtime computes something else."""
     lower = pycompress.onnx.lower
@@ -114,9 +119,9 @@ def test_a_chain_that_amplifies_last_bits_is_held_against_itself() -> None:
     assert f"cosine {report.model.perturbed_cosine:.9f} to itself" in str(report)
 
 
-def compare(expected: Tensor, actual: Tensor, perturbed: Tensor | None) -> validation.ModelRecord:
+def compare(expected: Tensor, actual: Tensor, perturbed: Tensor | None) -> ModelRecord:
     third = None if perturbed is None else {"y": perturbed}
-    return validation._compare_outputs({"y": expected}, {"y": actual}, third)
+    return outputs.compare_outputs({"y": expected}, {"y": actual}, third)
 
 
 def test_whole_model_limits() -> None:
@@ -139,7 +144,7 @@ def test_whole_model_limits() -> None:
     assert compare(one, torch.zeros(3, dtype=torch.float64), None).reason == (
         "y is [2] with native layers, [3] with ONNX Runtime's"
     )
-    assert validation._compare_outputs({"y": one}, {}, None).reason.endswith("absent with ONNX Runtime's")
+    assert outputs.compare_outputs({"y": one}, {}, None).reason.endswith("absent with ONNX Runtime's")
 
 
 def test_rows_at_the_limits_of_float32_pass() -> None:
@@ -277,7 +282,7 @@ def test_a_shared_layer_is_compared_once_over_all_its_calls(monkeypatch: pytest.
     model = nn.Sequential(shared, nn.ReLU(), shared)
     # Whether the list names an alias or not makes no difference.
     for layers in [{"0": shared}, {"0": shared, "2": shared}]:
-        monkeypatch.setattr(validation, "compressed_layers", lambda _model, layers=layers: layers)
+        monkeypatch.setattr(run, "compressed_layers", lambda _model, layers=layers: layers)
         report = validate(model, torch.randn(5, 32))
         assert report.ok
         assert [(record.name, record.rows, record.rows_seen) for record in report.layers] == [("0", 10, 10)]
@@ -286,7 +291,7 @@ def test_a_shared_layer_is_compared_once_over_all_its_calls(monkeypatch: pytest.
 def test_rows_beyond_the_limit_are_reported_and_still_pass_through_the_whole_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(validation, "MAX_ROWS", 10)
+    monkeypatch.setattr(checks, "MAX_ROWS", 10)
     model, x = nn.Sequential(int8(48, 16)), torch.randn(35, 48)
     report = validate(model, x)
     assert report.ok
@@ -424,7 +429,7 @@ def test_an_exception_in_the_second_run_restores_the_model_too(monkeypatch: pyte
     def fail(*_: Any) -> Tensor:
         raise RuntimeError("no session")
 
-    monkeypatch.setattr(validation, "_run_session", fail)
+    monkeypatch.setattr(run, "_run_session", fail)
     before = state(model)
     with pytest.raises(RuntimeError, match="no session"):
         validate(model, torch.randn(3, 48))
@@ -508,3 +513,186 @@ def test_the_module_imports_without_the_extra_and_validate_names_it(monkeypatch:
 
     with pytest.raises(ImportError, match=r'pip install "pycompress\[onnx\]"'):
         fresh.validate(network(), torch.randn(3, 48))
+
+
+# --- sparse -------------------------------------------------------------------------------------------------------------
+
+
+def sparse(k: int, n: int, activation: str = "none", bits: int = 32, density: float = 0.3) -> SparseLinear:
+    """Random weights; bits are those of the weights, or 7 for int8 weights with 7-bit activations."""
+    keep = torch.rand(n, k) < density
+    if bits == 32:
+        weight = SparseWeight.from_dense(torch.randn(n, k) / k**0.5 * keep)
+    else:
+        values = torch.randint(-127, 128, (n, k), dtype=torch.int8) * keep
+        weight = SparseWeight.from_dense(values, torch.rand(n) / 127 / k**0.5 + 1e-4, bits)
+    return SparseLinear.from_weight(weight, torch.randn(n), activation)
+
+
+def sparse_network(activation: str, bits: int) -> nn.Sequential:
+    """Compressed layers "0", "1" and "3"."""
+    return nn.Sequential(
+        sparse(48, 96, activation, bits),
+        sparse(96, 33, "none", bits),
+        nn.LayerNorm(33),
+        sparse(33, 10, activation, bits),
+    )
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_int8_passes_with_no_difference(dtype: torch.dtype, bits: int) -> None:
+    model = sparse_network("relu", bits)
+    model[2].to(dtype)
+    report = validate(model, torch.randn(5, 7, 48).to(dtype))
+    assert report.ok, str(report)
+    for record in report.layers:
+        assert (record.rows, record.integers_equal, record.max_ulp, record.share_of_bound) == (35, True, 0, None)
+    assert (report.model.max_difference, report.model.perturbed_cosine) == (0.0, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "relu", *SMOOTH])
+def test_sparse_float32_passes_within_the_bound(activation: str, dtype: torch.dtype) -> None:
+    model = sparse_network(activation, 32)
+    model[2].to(dtype)
+    report = validate(model, torch.randn(5, 7, 48).to(dtype))
+    assert report.ok, str(report)
+    for record in report.layers:
+        assert (record.rows, record.integers_equal, record.max_ulp) == (35, None, None)
+        assert record.share_of_bound is not None
+        assert 0 <= record.share_of_bound <= 1
+        assert record.share_of_bound > 0 or dtype != torch.float32
+        assert record.relative_error is not None
+        assert record.relative_error < {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert report.model.perturbed_cosine is not None, "the outputs cannot be equal"
+    assert report.model.cosine > 0.9999
+    assert "last bits of gelu, silu and float32 sums are amplified" in str(report)
+
+
+def test_a_model_of_every_kind_of_layer() -> None:
+    model = nn.Sequential(int8(48, 64, "gelu"), sparse(64, 40, "relu"), nn.LayerNorm(40), sparse(40, 20, "silu", 7))
+    report = validate(model, torch.randn(64, 48))
+    assert report.ok, str(report)
+    assert [record.integers_equal for record in report.layers] == [True, None, True]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_sparse_layers_without_weights_or_without_zeros(bits: int) -> None:
+    for density in (0.0, 1.0):
+        report = validate(nn.Sequential(sparse(48, 33, "relu", bits, density)), torch.randn(9, 48))
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", ["0", "1", "3"])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_changed_sparse_weight_is_found(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse_network("relu" if name == "1" else "none", bits)
+
+    def change(array: Any) -> None:
+        array[0, 0] += np.asarray(1, array.dtype) if array[0, 0] < 100 else np.asarray(-1, array.dtype)
+
+    corrupt(monkeypatch, [model.get_submodule(name)], "weight", change)
+    report = validate(model, torch.randn(64, 48))
+    assert report.first_divergence == name
+    (record,) = [record for record in report.layers if record.name == name]
+    what = "y" if bits == 32 else "acc"
+    assert f"{what}: native and ONNX Runtime differ in " in record.reason
+    assert f"{what}: ONNX Runtime and NumPy differ in " in record.reason
+    assert "native and NumPy" not in record.reason  # so the reader sees who is alone
+
+
+def test_a_float32_weight_a_few_last_bits_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(sparse(4, 8, density=1.0))
+
+    def change(array: Any) -> None:
+        array[1, 3] *= np.float32(1 + 2.0**-18)
+
+    corrupt(monkeypatch, [model[0]], "weight", change)
+    x = torch.zeros(3, 4)
+    x[:, 1] = torch.tensor([1.0, 2.0, 3.0])
+    report = validate(model, x)
+    assert report.first_divergence == "0"
+    assert report.layers[0].share_of_bound is not None
+    assert report.layers[0].share_of_bound > 1
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_wrong_packed_sparse_buffer_is_found_against_both_references(bits: int) -> None:
+    model = sparse_network("none", bits)
+    weight = model[1].canonical()
+    dense = ops.sparse_dense(model[1].packed)
+    row, column = (int(index) for index in dense.nonzero()[5])
+    dense[row, column] = 0  # a value that went missing
+    model[1].packed = SparseLinear.from_weight(
+        SparseWeight.from_dense(dense, weight.scale, weight.activation_bits)
+    ).packed
+    model[1].canonical = lambda: weight  # what is saved and lowered
+    report = validate(model, torch.randn(64, 48))
+    assert report.first_divergence == "1"
+    what = "y" if bits == 32 else "acc"
+    assert f"{what}: native and ONNX Runtime differ in " in report.layers[1].reason
+    assert f"{what}: native and NumPy differ in " in report.layers[1].reason
+    assert "ONNX Runtime and NumPy" not in report.layers[1].reason
+
+
+def with_nonfinite_rows(m: int, k: int) -> Tensor:
+    x = torch.randn(m, k)
+    x[1, 0], x[2, k // 2], x[3, k - 1] = torch.nan, torch.inf, -torch.inf
+    x[4, :2] = torch.tensor([torch.inf, -torch.inf])
+    x[5] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", *SMOOTH])
+def test_nan_and_inf_are_compared_where_a_weight_meets_them(activation: str) -> None:
+    model, x = nn.Sequential(sparse(48, 33, activation)), with_nonfinite_rows(9, 48)
+    y = model(x)
+    assert y[1:5].isfinite().any(), "NaN does not reach columns without a weight for it,"
+    assert not y[5].isfinite().any(), "and ONNX Runtime would have NaN in all of them"
+    for dtype in DTYPES:
+        report = validate(model, x.to(dtype))
+        assert report.ok, str(report)
+        assert report.layers[0].rows == 9
+
+
+def test_nan_where_no_weight_meets_it_is_found() -> None:
+    """A kernel that multiplies the zeros: the same for finite rows, wrong for others."""
+    model, x = nn.Sequential(sparse(48, 33)), with_nonfinite_rows(9, 48)
+    weight, bias = model[0].weight, model[0].bias
+    model[0].forward = lambda x: x @ weight.T + bias
+    assert validate(model, x[6:]).ok
+    report = validate(model, x)
+    assert report.first_divergence == "0"
+    assert "y: native and NumPy differ in " in report.layers[0].reason
+    assert "ONNX Runtime" not in report.layers[0].reason
+
+
+def test_nan_that_is_lost_is_found() -> None:
+    model, x = nn.Sequential(sparse(48, 33)), with_nonfinite_rows(9, 48)
+    native = model[0].forward
+    model[0].forward = lambda x: native(x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    report = validate(model, x)
+    assert "y: native and NumPy differ in " in report.layers[0].reason
+
+
+def test_sums_that_overflow_leave_the_result_open() -> None:
+    model = nn.Sequential(sparse(64, 33, density=1.0))
+    x = torch.randn(9, 64)
+    x[3] *= 3e38
+    x[4] = 3e38
+    assert not model(x)[3:5].isfinite().all()
+    report = validate(model, x)
+    assert report.layers[0].status == "ok", str(report)
+
+
+def test_the_float32_bounds_hold_and_are_not_loose() -> None:
+    layer = sparse(1024, 64, density=0.3)
+    x = np.abs(np.random.default_rng(0).standard_normal((16, 1024))).astype(np.float32)
+    y, own, runtime = numpy_sparse_linear(x, layer)
+    exact = torch.from_numpy(x).double() @ layer.weight.double().T + layer.bias.double()
+    np.testing.assert_allclose(y, exact.numpy(), rtol=1e-12)
+    error = np.abs(layer(torch.from_numpy(x)).double().numpy() - y)
+    assert (error <= own).all()
+    assert (own < runtime).all()
+    assert own.max() < 1e-3 * np.abs(y).max() and error.max() > 1e-3 * own.max()

@@ -23,7 +23,8 @@ struct Detected {
 #if defined(__x86_64__)
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-    const bool fma = c & (1u << 12), osxsave = c & (1u << 27), avx = c & (1u << 28), f16c = c & (1u << 29);
+    const bool fma = c & (1u << 12), popcnt = c & (1u << 23), osxsave = c & (1u << 27), avx = c & (1u << 28),
+               f16c = c & (1u << 29);
     if (!osxsave || !avx) return;
     // The operating system must save the registers too: bits 1-2 are xmm and ymm, 5-7 the AVX-512 state.
     uint32_t low, high;
@@ -34,7 +35,7 @@ struct Detected {
     const bool avx2 = b & (1u << 5);
     const bool avx512 = (b & (1u << 16)) && (b & (1u << 30)) && (b & (1u << 31));  // F, BW, VL
     const bool vnni512 = c & (1u << 11);
-    has[1] = ymm && avx2 && fma && f16c;
+    has[1] = ymm && avx2 && fma && f16c && popcnt;
     has[3] = has[1] && zmm && avx512 && vnni512;
     if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) has[2] = has[1] && (a & (1u << 4));
 #endif

@@ -5,7 +5,7 @@
 // other pipes.
 #include <immintrin.h>
 
-#include "activation.h"
+#include "avx2_vector.h"
 #include "kernel_list.h"
 #include "pack.h"
 
@@ -14,17 +14,11 @@ namespace {
 
 constexpr int kMr = 4, kNr = 16, kGroupBytes = 4 * kNr;
 
-inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline void store256(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-
 inline __m256i broadcast_group(const uint8_t* p) {
   int32_t group;
   __builtin_memcpy(&group, p, 4);
   return _mm256_set1_epi32(group);
 }
-
-// Without this g++ reorders the sums of several rows into each other and spills the accumulators: a third of the speed.
-#define KEEP_IN_REGISTER(v) asm("" : "+x"(v))
 
 // u8 * s8 with the weights as memory operand: one register pair of weights (group 0) is all that there is room for.
 inline __m256i multiply_memory(__m256i a, const int8_t* w) {
@@ -101,23 +95,6 @@ void tile(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int, int
 }
 
 // --- quantize -----------------------------------------------------------------------------------------------------
-
-template <Type kType>
-inline __m256 load_floats(const void* x, ptrdiff_t i) {
-  if constexpr (kType == Type::float32) return _mm256_loadu_ps(static_cast<const float*>(x) + i);
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(x) + i));
-  if constexpr (kType == Type::bfloat16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-  return _mm256_cvtph_ps(half);
-}
-
-// The last k % 8 elements of a row, zeros behind them: a zero changes neither the range nor, times zero, the sum.
-template <Type kType>
-inline __m256 load_tail(const void* x, ptrdiff_t i, int count) {
-  alignas(32) unsigned char buffer[32] = {};
-  constexpr int size = kType == Type::float32 ? 4 : 2;
-  for (int byte = 0; byte < count * size; ++byte) buffer[byte] = static_cast<const unsigned char*>(x)[i * size + byte];
-  return load_floats<kType>(buffer, 0);
-}
 
 inline float reduce(__m256 v, bool maximum) {
   const __m128 high = _mm256_extractf128_ps(v, 1), low = _mm256_castps256_ps128(v);
@@ -208,49 +185,6 @@ void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int ama
 }
 
 // --- epilogue -----------------------------------------------------------------------------------------------------
-
-struct Vector {
-  __m256 value;
-  static Vector of(float v) { return {_mm256_set1_ps(v)}; }
-};
-inline Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.value, b.value)}; }
-inline Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.value, b.value)}; }
-inline Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.value, b.value)}; }
-inline Vector operator/(Vector a, Vector b) { return {_mm256_div_ps(a.value, b.value)}; }
-inline Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
-  return {_mm256_blendv_ps(no.value, yes.value, _mm256_cmp_ps(a.value, b.value, _CMP_LT_OQ))};
-}
-inline Vector power_of_two(Vector n) {
-  return {_mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.value), _mm256_set1_epi32(127)), 23))};
-}
-
-inline __m128i to_bfloat16(__m256 value) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
-
-template <Type kType>
-inline auto converted(__m256i acc, __m256 value) {
-  if constexpr (kType == Type::int32) return acc;
-  if constexpr (kType == Type::float32) return value;
-  if constexpr (kType == Type::bfloat16) return to_bfloat16(value);
-  if constexpr (kType == Type::float16) return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
-}
-
-// Up to eight floats, zeros behind them.
-inline __m256 load_floats_up_to(const float* p, int count) {
-  if (p == nullptr) return _mm256_setzero_ps();
-  if (count >= 8) return _mm256_loadu_ps(p);
-  float buffer[8] = {};
-  for (int i = 0; i < count; ++i) buffer[i] = p[i];
-  return _mm256_loadu_ps(buffer);
-}
 
 // kVectors * 8 channels at a time, so that a row's results fill whole cache lines at once.
 template <Type kType, int kVectors>

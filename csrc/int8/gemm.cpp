@@ -6,10 +6,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "../common/check.h"
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 #include "kernel_list.h"
 #include "pack.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 const Kernel* const kKernels[] = {
 #if defined(PYCOMPRESS_X86)
-    &kAvx512Vnni, &kAvxVnni, &kAvx2,
+    &kAvx512Vnni, &kAvxVnni, &kAvx2, &kAvx2Windows,
 #endif
     &kScalar};
 constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
@@ -30,25 +30,6 @@ constexpr int kMaxTaskRows = 64, kMinTaskRows = 16, kTasksPerThread = 4;
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1.5e6;
 
-// Scratch of one thread. It grows to what the largest layer needs and stays, so that a call allocates nothing.
-struct Scratch {
-  void* memory = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(memory); }
-
-  uint8_t* reserve(size_t bytes) {
-    if (bytes > size) {
-      std::free(memory);
-      size = (bytes + 4095) / 4096 * 4096;
-      memory = std::aligned_alloc(64, size);
-      if (memory == nullptr) {
-        size = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return static_cast<uint8_t*>(memory);
-  }
-};
 thread_local Scratch scratch;
 
 const Kernel& kernel_for(const Header& header) {
@@ -179,6 +160,12 @@ const Kernel& best_kernel() {
   for (const Kernel* kernel : kKernels)
     if (isa_available(kernel->isa)) return *kernel;
   return kScalar;
+}
+
+const Kernel* kernel_for(Layout layout) {
+  for (const Kernel* kernel : kKernels)
+    if (kernel->layout == layout && isa_available(kernel->isa)) return kernel;
+  return nullptr;
 }
 
 const Kernel& kernel_named(const char* name) {

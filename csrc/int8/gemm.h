@@ -31,7 +31,8 @@ enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu 
 //   rows:   int8 [nr][k]                     read by the scalar kernel
 //   dot4:   int8 [ceil(k/4)][nr][4]          read by the VNNI kernels; k is padded with zero weights
 //   chains: see pack.h                       read by the AVX2 kernels, which need the lane budget
-enum class Layout : uint32_t { rows = 0, dot4 = 1, chains = 2 };
+//   windows: see windows.h                   for weights of which many are zero
+enum class Layout : uint32_t { rows = 0, dot4 = 1, chains = 2, windows = 3 };
 
 // Four positions can share their two 16-bit lanes in three ways; the chains layout picks one per group.
 // Version v of the activations stores position kOrder[v][j] of each group of four at byte j.
@@ -90,6 +91,7 @@ struct Kernel {
 // All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available.
 const Kernel* kernels(int* count);
 const Kernel& best_kernel();
+const Kernel* kernel_for(Layout layout);       // the first that reads it and runs here, or null
 const Kernel& kernel_named(const char* name);  // throws where there is none, or the processor cannot run it
 
 // y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.

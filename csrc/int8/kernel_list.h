@@ -8,6 +8,7 @@ namespace pycompress::int8 {
 extern const Kernel kScalar;
 #if defined(PYCOMPRESS_X86)
 extern const Kernel kAvx2;
+extern const Kernel kAvx2Windows;
 extern const Kernel kAvxVnni;
 extern const Kernel kAvx512Vnni;
 

@@ -5,6 +5,7 @@
 
 #include "../common/check.h"
 #include "../common/parallel.h"
+#include "windows.h"
 
 namespace pycompress::int8 {
 namespace {
@@ -204,6 +205,7 @@ void pack_chains(const int8_t* values, int64_t n, int64_t k, int first_channel, 
     for (int c = 0; c < kNr && first_channel + c < n; ++c)
       for (int j = 0; j < 4 && position + j < k; ++j)
         item.weights[c][j] = values[(first_channel + c) * k + position + j];
+    if (std::all_of(&item.weights[0][0], &item.weights[0][0] + 4 * kNr, [](int8_t w) { return w == 0; })) continue;
     measure(item, versions, budget);
     if (item.versions == 0) items.push_back(split(item, versions, budget));
     items.push_back(item);
@@ -278,6 +280,8 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
         std::vector<uint8_t>& out = packed[static_cast<size_t>(p) * blocks + static_cast<size_t>(b)];
         if (kernel.layout == Layout::chains)
           pack_chains(values, n, k, first, b, shape.length(b), header.versions, amax, out);
+        else if (kernel.layout == Layout::windows)
+          pack_windows(values, n, k, first, int64_t{b} * kBlockK, shape.length(b), amax, out);
         else
           pack_plain(kernel.layout, kernel.nr, values, n, k, first, b, shape.length(b), out);
       }
@@ -337,6 +341,7 @@ void unpack(const uint8_t* packed, int64_t bytes, int8_t* values) {
   each_block(packed, header, [&](int first, int b, int length, const uint8_t* block) {
     const int64_t begin = static_cast<int64_t>(b) * kBlockK;
     const int channels = static_cast<int>(std::min<int64_t>(header.nr, n - first));
+    if (header.layout == Layout::windows) return unpack_windows(block, n, k, first, begin, values);
     if (header.layout != Layout::chains) {
       const int8_t* w = reinterpret_cast<const int8_t*>(block);
       for (int c = 0; c < channels; ++c)

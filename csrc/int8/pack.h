@@ -7,7 +7,8 @@
 // That lane budget (258 for 7-bit activations, 128 for 8-bit ones) decides which groups of four positions may form a
 // chain of depth 4 or 2, added with plain 16-bit adds and widened once, and which stay alone. Which groups meet in a
 // chain is free (the kernel reads the activations through offsets), so they are matched here until the budget holds. A
-// group that breaks the budget even alone is split into two whose weights add up to it. Every sum is exact.
+// group that breaks the budget even alone is split into two whose weights add up to it, one of zeros is left out. Every
+// sum is exact.
 //
 // One block of a panel:  uint32 chains[3] (depth 4, 2, 1), uint32 items; uint16 offset[items], padded to 64 bytes;
 //                        int8 weights[items][nr][4].   An offset is that of the group's bytes in the activation block.
@@ -47,7 +48,7 @@ void unpack(const uint8_t* packed, int64_t bytes, int8_t* values);
 // How the work is spread over the depths: items[d] is the number of groups in chains of depth 4, 2, 1.
 struct Depths {
   int64_t items[3];
-  int64_t groups;  // ceil(k / 4) * panels; more items than that are splits
+  int64_t groups;  // ceil(k / 4) * panels; more items are splits, fewer were zero
 };
 Depths depths(const uint8_t* packed, int64_t bytes);
 

@@ -7,11 +7,14 @@ nothing to calibrate.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from pycompress.methods.weight import Expected, check_tensors
 
 # For 8-bit activations the root mean square of a row's integers, as a share of the largest one, is at most this: 34 of 127.
 # Rows with a heavy tail lie below it anyway; a row that fills its range evenly would get steps finer than the others', which
@@ -93,6 +96,8 @@ class Int8Weight:
         ValueError: a field that breaks these rules.
     """
 
+    name: ClassVar[str] = "int8"
+
     values: Tensor
     scale: Tensor
     activation_bits: int
@@ -113,6 +118,46 @@ class Int8Weight:
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise ValueError("Int8Weight: a scale is not a positive finite number")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
     def decompress(self) -> Tensor:
         """float32 [n, k]."""
         return self.values.to(torch.float32) * self.scale[:, None]
+
+    # --- stored form ----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by the names that it has below the layer's."""
+        return {"weight": self.values, "weight_scale": self.scale}
+
+    def settings(self) -> dict[str, int]:
+        """The rest, for JSON."""
+        return {"activation_bits": self.activation_bits, "weight_bits": self.weight_bits}
+
+    @classmethod
+    def expected(cls, shape: tuple[int, int], settings: Mapping[str, object]) -> Expected:
+        """Shape and dtype of each of the :meth:`tensors` of a weight [n, k] with these settings; allocates nothing.
+
+        Raises:
+            ValueError: a setting that is missing, unknown or out of range.
+        """
+        names = ("activation_bits", "weight_bits")
+        for name in names:
+            bits = settings.get(name)
+            if type(bits) is not int or bits not in (7, 8):
+                raise ValueError(f"Int8Weight: {name} is {bits!r}, expected 7 or 8")
+        if len(settings) != len(names):
+            raise ValueError(f"Int8Weight: the settings are {list(settings)}, expected {list(names)}")
+        return {"weight": (tuple(shape), torch.int8), "weight_scale": ((shape[0],), torch.float32)}
+
+    @classmethod
+    def from_tensors(
+        cls, shape: tuple[int, int], tensors: Mapping[str, Tensor], settings: Mapping[str, object]
+    ) -> Int8Weight:
+        """The inverse of :meth:`tensors` and :meth:`settings`. Raises ValueError where anything does not fit."""
+        check_tensors(cls.__name__, tensors, cls.expected(shape, settings))
+        activation_bits, weight_bits = settings["activation_bits"], settings["weight_bits"]
+        assert isinstance(activation_bits, int) and isinstance(weight_bits, int)  # noqa: PT018
+        return cls(tensors["weight"], tensors["weight_scale"], activation_bits, weight_bits)

@@ -1,0 +1,84 @@
+#include "../int8/gemm.h"
+
+#include "../int8/pack.h"
+#include "python.h"
+#include "tensors.h"
+
+namespace pycompress {
+namespace {
+
+void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uintptr_t packed, int64_t packed_bytes,
+                 int64_t n, uintptr_t weight_scale, uintptr_t bias, int activation, uintptr_t y, int y_type,
+                 uintptr_t row_scale, uintptr_t zero_point, int threads) {
+  const int8::Problem problem{pointer<const void>(x),
+                              static_cast<int8::Type>(x_type),
+                              m,
+                              k,
+                              ldx,
+                              pointer<const uint8_t>(packed),
+                              packed_bytes,
+                              n,
+                              pointer<const float>(weight_scale),
+                              pointer<const float>(bias),
+                              static_cast<int8::Activation>(activation),
+                              pointer<void>(y),
+                              static_cast<int8::Type>(y_type),
+                              pointer<float>(row_scale),
+                              pointer<int32_t>(zero_point),
+                              threads};
+  const MaybeReleaseGil gil(m * n * k > kReleaseGil);
+  int8::linear(problem);
+}
+
+bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::handle scale_object, py::handle bias_object,
+                         int activation, py::handle y_object, int threads) {
+  LinearTensors t;
+  if (scale_object.is_none() || !t.read(x_object, packed_object, scale_object, bias_object, y_object)) return false;
+  const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
+  int8::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias,
+                static_cast<int8::Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
+  return true;
+}
+
+py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel,
+                    int threads) {
+  const int8::Kernel& chosen = kernel.empty() ? int8::best_kernel() : int8::kernel_named(kernel.c_str());
+  std::vector<uint8_t> packed;
+  {
+    py::gil_scoped_release release;
+    packed = int8::pack(chosen, pointer<const int8_t>(values), n, k, activation_bits, threads);
+  }
+  return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
+}
+
+py::dict int8_header(uintptr_t packed, int64_t bytes) {
+  const int8::Header& header = int8::header_of(pointer<const uint8_t>(packed), bytes);
+  const int8::Depths depths = int8::depths(pointer<const uint8_t>(packed), bytes);
+  py::dict result;
+  result["n"] = header.n;
+  result["k"] = header.k;
+  result["activation_bits"] = header.activation_bits;
+  result["groups"] = depths.groups;
+  result["items"] = py::make_tuple(depths.items[0], depths.items[1], depths.items[2]);
+  return result;
+}
+
+}  // namespace
+
+void bind_int8(py::module_& m) {
+  m.def("int8_linear", &int8_linear);
+  m.def("use_exchange", &use_exchange);
+  m.def("int8_linear_tensors", &int8_linear_tensors);
+  m.def("int8_pack", &int8_pack);
+  m.def("int8_unpack", [](uintptr_t packed, int64_t bytes, uintptr_t values) {
+    int8::unpack(pointer<const uint8_t>(packed), bytes, pointer<int8_t>(values));
+  });
+  m.def("int8_header", &int8_header);
+  m.def("int8_quantize", [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, uintptr_t q,
+                            uintptr_t scale, uintptr_t zero_point) {
+    int8::quantize(int8::best_kernel(), pointer<const void>(x), static_cast<int8::Type>(type), rows, k, ldx, bits,
+                   pointer<uint8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point));
+  });
+}
+
+}  // namespace pycompress

@@ -1,0 +1,84 @@
+// The operands of a linear layer read from torch tensors through DLPack's exchange table: a tenth of what it costs to
+// ask each tensor for its address in Python.
+#pragma once
+
+#include "../int8/gemm.h"
+#include "dlpack.h"
+#include "python.h"
+
+namespace pycompress {
+
+inline const dlpack::ExchangeTable* exchange = nullptr;
+
+// Whether tensors can be read through this capsule (torch.Tensor.__dlpack_c_exchange_api__).
+inline bool use_exchange(const py::object& capsule) {
+  auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (table == nullptr) throw py::error_already_set();
+  if (table->major != 1) return false;
+  exchange = table;
+  return true;
+}
+
+inline bool read(py::handle object, dlpack::Tensor* tensor) {
+  if (exchange->tensor_from_object(object.ptr(), tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return tensor->device_type == dlpack::kCpu && tensor->dense();
+}
+
+inline int8::Type type_of(const dlpack::Tensor& tensor) {
+  if (tensor.is(dlpack::kFloat, 32)) return int8::Type::float32;
+  if (tensor.is(dlpack::kBfloat, 16)) return int8::Type::bfloat16;
+  return tensor.is(dlpack::kFloat, 16) ? int8::Type::float16 : int8::Type::int32;
+}
+
+// The short way for what is usual: dense float x, y of its dtype, operands of the right kind. Anything else is left
+// alone (read() gives false), for ops/ to handle or to refuse.
+struct LinearTensors {
+  const void* x;
+  int8::Type type;
+  int64_t m, k, packed_bytes, n;
+  const uint8_t* packed;
+  const float *scale, *bias;  // or null
+  void* y;
+
+  // y is [..., n]; scale and bias may be None
+  bool read(py::handle x_object, py::handle packed_object, py::handle scale_object, py::handle bias_object,
+            py::handle y_object) {
+    dlpack::Tensor from, weight, to;
+    if (!pycompress::read(x_object, &from) || !pycompress::read(packed_object, &weight) ||
+        !pycompress::read(y_object, &to))
+      return false;
+    type = type_of(from);
+    if (!weight.is(dlpack::kUInt, 8) || weight.ndim != 1 || type == int8::Type::int32 || type_of(to) != type ||
+        from.ndim == 0 || to.ndim != from.ndim)
+      return false;
+    m = 1;
+    for (int i = 0; i + 1 < from.ndim; ++i) m *= from.shape[i];
+    k = from.shape[from.ndim - 1];
+    n = to.shape[to.ndim - 1];
+    int64_t y_size = 1;
+    for (int i = 0; i < to.ndim; ++i) y_size *= to.shape[i];
+    if (y_size != m * n || (from.data == nullptr && m * k != 0)) return false;
+    x = from.data == nullptr ? nullptr : from.pointer<const void>();
+    y = to.pointer<void>();
+    packed = weight.pointer<const uint8_t>();
+    packed_bytes = weight.shape[0];
+    return channels(scale_object, &scale) && channels(bias_object, &bias);
+  }
+
+ private:
+  bool channels(py::handle object, const float** values) const {
+    *values = nullptr;
+    if (object.is_none()) return true;
+    dlpack::Tensor tensor;
+    if (!pycompress::read(object, &tensor) || !tensor.is(dlpack::kFloat, 32) || tensor.ndim != 1 ||
+        tensor.shape[0] != n)
+      return false;
+    *values = tensor.pointer<const float>();
+    return true;
+  }
+};
+
+}  // namespace pycompress

@@ -1,0 +1,145 @@
+// The driver of linear layers: loads tiles of rows, hands out blocks of channels (tasks.h), writes the results.
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "../common/check.h"
+#include "../common/scratch.h"
+#include "kernel_list.h"
+#include "pack.h"
+#include "tasks.h"
+
+namespace pycompress::sparse {
+namespace {
+
+const Kernel* const kKernels[] = {
+#if defined(PYCOMPRESS_X86)
+    &kAvx2Rows,   &kAvx2Panels,   &kAvx2Quads,   &kAvx2Quads4,
+#endif
+    &kScalarRows, &kScalarPanels, &kScalarQuads, &kScalarQuads4};
+constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+
+thread_local Scratch scratch;
+
+size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+
+// One thread's share of a call.
+class Worker {
+ public:
+  Worker(const Problem& problem, const Header& header, const Kernel& kernel, int width, int64_t blocks)
+      : p_(problem), header_(header), kernel_(kernel) {
+    const size_t rows = static_cast<size_t>(width), k = static_cast<size_t>((header.k + 31) / 32 * 32);
+    const size_t tile = rows * k * (is_float(header.format) ? 4 : 1);
+    const size_t sums = static_cast<size_t>(blocks * header.nb) * rows * 4;
+    const size_t bytes = is_float(header.format) ? 0 : static_cast<size_t>(shape().stride()) * rows;
+    tile_ = scratch.reserve(tile + sums + (bytes + 63) / 64 * 64 + rows * 8);
+    sums_ = tile_ + tile;
+    bytes_ = sums_ + sums;
+    scale_ = reinterpret_cast<float*>(bytes_ + (bytes + 63) / 64 * 64);
+    zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
+  }
+
+  void run(const Task& task) {
+    load(task);
+    if (task.first_block == 0 && p_.row_scale != nullptr) std::copy_n(scale_, task.rows, p_.row_scale + task.row);
+    if (task.first_block == 0 && p_.zero_point != nullptr)
+      std::copy_n(zero_point_, task.rows, p_.zero_point + task.row);
+    multiply(
+        p_.packed, header_, kernel_, task, tile_, sums_, [&](int64_t block) { fetch(task, block); },
+        [&](int64_t block, const uint8_t* sums) { finish(task, block, sums); });
+  }
+
+ private:
+  int8::ActivationShape shape() const { return {header_.k, 1}; }
+
+  uint8_t* result(const Task& task, int64_t n) const {
+    return static_cast<uint8_t*>(p_.y) + static_cast<size_t>(task.row * p_.n + n) * size_of(p_.y_type);
+  }
+
+  // Brings the lines of y in while the last sums are computed: the rows lie too far apart for the hardware to see it.
+  void fetch(const Task& task, int64_t block) const {
+    const int64_t n = block * header_.nb, y_size = static_cast<int64_t>(size_of(p_.y_type));
+    const int64_t length = std::min<int64_t>(header_.nb, p_.n - n) * y_size;
+    const uint8_t* y = result(task, n);
+    for (int m = 0; m < task.rows; ++m)
+      for (int64_t byte = 0; byte < length; byte += 64) __builtin_prefetch(y + m * p_.n * y_size + byte, 1);
+  }
+
+  // The tile stays for all tasks of the same rows.
+  void load(const Task& task) {
+    if (task.row == row_) return;
+    row_ = task.row;
+    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(task.row * p_.ldx) * size_of(p_.x_type);
+    if (is_float(header_.format)) return kernel_.load(x, p_.x_type, p_.ldx, task.rows, header_.k, task.width, tile_);
+    const int amax = (1 << header_.activation_bits) - 1;
+    int8::best_kernel().quantize(x, p_.x_type, p_.ldx, task.rows, shape(), amax, bytes_, scale_, zero_point_);
+    kernel_.load(bytes_, Type::float32, shape().stride(), task.rows, header_.k, task.width, tile_);
+  }
+
+  void finish(const Task& task, int64_t block, const uint8_t* sums) const {
+    const int64_t first = block * header_.nb, end = std::min<int64_t>(first + header_.nb, p_.n);
+    const auto* column_sums = reinterpret_cast<const int32_t*>(p_.packed + header_.column_sums);
+    for (int64_t n = first; n < end; n += kPanel) {
+      const int8::Epilogue epilogue{column_sums + n,
+                                    p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
+                                    p_.bias == nullptr ? nullptr : p_.bias + n,
+                                    scale_,
+                                    zero_point_,
+                                    p_.activation,
+                                    p_.y_type};
+      kernel_.finish(sums + static_cast<size_t>((n - first) * task.width) * 4, task.width, task.rows,
+                     static_cast<int>(std::min<int64_t>(kPanel, end - n)), epilogue, result(task, n), p_.n);
+    }
+  }
+
+  const Problem& p_;
+  const Header& header_;
+  const Kernel& kernel_;
+  uint8_t *tile_, *sums_, *bytes_;
+  float* scale_;
+  int32_t* zero_point_;
+  int64_t row_ = -1;
+};
+
+}  // namespace
+
+const Kernel* kernels(int* count) {
+  static const auto list = [] {
+    auto copy = std::make_unique<Kernel[]>(kKernelCount);
+    for (int i = 0; i < kKernelCount; ++i) copy[static_cast<size_t>(i)] = *kKernels[i];
+    return copy;
+  }();
+  *count = kKernelCount;
+  return list.get();
+}
+
+const Kernel& kernel_for(Format format) {
+  for (const Kernel* kernel : kKernels)
+    if (kernel->format == format && isa_available(kernel->isa)) return *kernel;
+  check(false, "no sparse kernel for format ", static_cast<uint32_t>(format));
+  std::abort();
+}
+
+void linear(const Problem& p) {
+  const Header& header = header_of(p.packed, p.packed_bytes);
+  check(p.k == header.k, "sparse_linear: x is [", p.m, ", ", p.k, "], the packed weight expects k = ", header.k);
+  check(p.n == header.n, "sparse_linear: n is ", p.n, ", the packed weight has ", header.n, " channels");
+  check(is_float(header.format) || p.weight_scale != nullptr || p.y_type == Type::int32,
+        "sparse_linear: the packed weight is int8, expected a scale");
+  check(!is_float(header.format) || (p.weight_scale == nullptr && p.y_type != Type::int32),
+        "sparse_linear: the packed weight is float32, which has neither a scale nor integer sums");
+  if (is_delegated(header.format)) {
+    const int64_t inner = p.packed_bytes - static_cast<int64_t>(header.blocks);
+    return int8::linear({p.x, p.x_type, p.m, p.k, p.ldx, p.packed + header.blocks, inner, p.n, p.weight_scale, p.bias,
+                         p.activation, p.y, p.y_type, p.row_scale, p.zero_point, p.threads});
+  }
+  if (p.m == 0) return;
+  const Kernel& kernel = kernel_for(header.format);
+
+  const Tasks tasks(header, kernel, 1, p.m, p.threads);
+  tasks.run([&] { return Worker(p, header, kernel, tasks.width(), tasks.task_blocks()); });
+}
+
+}  // namespace pycompress::sparse

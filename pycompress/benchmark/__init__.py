@@ -1,0 +1,80 @@
+"""The measuring harness, the peers and the grids of `pycompress bench` and of the scripts in benchmarks/.
+
+harness: candidates take turns. environment: the machine. peers: who else takes part. int8, sparse: the grids.
+results: comparisons and the file.
+"""
+
+from pycompress.benchmark.environment import PACKAGES, Environment, chosen_kernels, processor_name, versions
+from pycompress.benchmark.harness import interleave, ratio
+from pycompress.benchmark.int8 import (
+    EXACT_PEERS,
+    INT8_ROWS,
+    INT8_SHAPES,
+    OURS,
+    PEERS,
+    QUICK_ROWS,
+    QUICK_SHAPES,
+    SPINNING,
+    int8_cells,
+    measure_int8,
+    summarize_int8,
+)
+from pycompress.benchmark.peers import UnavailableError, available, dense_linear, ort_session, quantize_dynamic
+from pycompress.benchmark.results import Record, best_ratio, json_lines, measured, write_json_lines
+from pycompress.benchmark.sparse import (
+    DENSE_FP32,
+    FEWER_ZEROS,
+    SPARSE_PEERS,
+    SPARSE_ROWS,
+    SPARSE_SHAPES,
+    break_even,
+    csr_forms,
+    linear_layers,
+    measure_sparse,
+    sparse_candidates,
+    sparse_cells,
+    summarize_sparse,
+)
+
+__all__ = [
+    "DENSE_FP32",
+    "EXACT_PEERS",
+    "FEWER_ZEROS",
+    "INT8_ROWS",
+    "INT8_SHAPES",
+    "OURS",
+    "PACKAGES",
+    "PEERS",
+    "QUICK_ROWS",
+    "QUICK_SHAPES",
+    "SPARSE_PEERS",
+    "SPARSE_ROWS",
+    "SPARSE_SHAPES",
+    "SPINNING",
+    "Environment",
+    "Record",
+    "UnavailableError",
+    "available",
+    "best_ratio",
+    "break_even",
+    "chosen_kernels",
+    "csr_forms",
+    "dense_linear",
+    "int8_cells",
+    "interleave",
+    "json_lines",
+    "linear_layers",
+    "measure_int8",
+    "measure_sparse",
+    "measured",
+    "ort_session",
+    "processor_name",
+    "quantize_dynamic",
+    "ratio",
+    "sparse_candidates",
+    "sparse_cells",
+    "summarize_int8",
+    "summarize_sparse",
+    "versions",
+    "write_json_lines",
+]

@@ -1,0 +1,228 @@
+"""The peers, called the way their users call them, from Python to Python; and the layers that they are given.
+
+The weights are Gaussian by default, as those of trained layers nearly are. `weights="uniform"` is nn.Linear's own
+initialisation; it fills the int8 range evenly (mean |w| near 63 where a Gaussian has about 30), so fewer products
+fit the 16-bit lane budget, the packed weight takes shallower kernels, and int8 looks slower than it is on a trained
+model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pycompress.benchmark.harness import interleave
+
+
+class UnavailableError(Exception):
+    """A peer that is not installed or does not run on this machine; the message says which."""
+
+
+class Call(NamedTuple):
+    """A layer bound to its input."""
+
+    run: Callable[[], object]  # what is timed
+    output: Callable[[], torch.Tensor]  # y [m, n] float32 of the last run
+    weight_bytes: int | None = None  # what the layer's weight takes; None for 4 bytes a weight, or where nobody asks
+    form: str = ""  # which of its ways to compute the layer takes, where it has several
+
+
+Bind = Callable[[torch.Tensor], Call]  # a built layer: x float32 [m, k] -> Call
+Build = Callable[[nn.Linear], Bind]  # a float32 linear layer -> the peer's own layer
+
+
+def module_call(layer: nn.Module) -> Bind:
+    """How torch layers are called: the module itself, under an inference_mode entered once by the caller."""
+
+    def bind(x: torch.Tensor) -> Call:
+        run = partial(layer, x)
+        return Call(run, run)
+
+    return bind
+
+
+def torch_fp32(linear: nn.Linear) -> Bind:
+    return module_call(linear)
+
+
+def torch_dynamic(engine: str) -> Build:
+    return lambda linear: module_call(quantize_dynamic(nn.Sequential(linear), engine)[0])
+
+
+def quantize_dynamic(model: nn.Module, engine: str) -> Any:
+    """A copy of `model` with its linear layers quantized by torch's own `quantize_dynamic`.
+
+    The packed weights remember the engine that packed them, so the engine matters here and not at call time
+    (measured: same bits and same speed whatever the engine is set to afterwards).
+    """
+    if engine not in torch.backends.quantized.supported_engines:
+        raise UnavailableError(f"torch has no {engine} engine on this machine")
+    before = torch.backends.quantized.engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces the end of torch.ao.quantization at every call
+            torch.backends.quantized.engine = engine
+            quantize: Any = torch.ao.quantization.quantize_dynamic
+            return quantize(model, {nn.Linear}, dtype=torch.qint8)
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def ort_session(model: bytes | str, *, spinning: bool = False) -> Any:
+    """An ONNX Runtime CPU session with as many threads as torch has.
+
+    Without `spinning`, its workers stop spinning when a run ends, so that they do not slow down whoever is
+    next.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise UnavailableError("not installed: onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    if not spinning:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def ort_call(session: Any, n: int) -> Bind:
+    """How a session is called where speed matters: inputs and outputs bound to preallocated buffers."""
+
+    def bind(x: torch.Tensor) -> Call:
+        from onnxruntime import OrtValue
+
+        y = OrtValue.ortvalue_from_numpy(np.zeros((x.shape[0], n), np.float32))
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("x", OrtValue.ortvalue_from_numpy(x.numpy()))
+        binding.bind_ortvalue_output("y", y)
+        return Call(partial(session.run_with_iobinding, binding), lambda: torch.from_numpy(y.numpy()))
+
+    return bind
+
+
+def ort_fp32(linear: nn.Linear) -> Bind:
+    weight, bias = _arrays(linear)
+    nodes = [("MatMul", ["x", "weight"], ["product"], ""), ("Add", ["product", "bias"], ["y"], "")]
+    constants = {"weight": np.ascontiguousarray(weight.T), "bias": bias}
+    return _ort_linear(linear, nodes, constants, spinning=False)
+
+
+def ort_int8(signed: bool, *, spinning: bool = False) -> Build:
+    """DynamicQuantizeMatMul with a scale per output channel: u8 activations per tensor, weights s8 or u8.
+
+    Where the processor has no VNNI, the s8 form adds pairs of products in saturating 16-bit lanes; the u8
+    form is exact.
+    """
+
+    def build(linear: nn.Linear) -> Bind:
+        weight, bias = _arrays(linear)
+        scale = (np.abs(weight).max(axis=1) / 127).astype(np.float32)
+        values = np.rint(weight / scale[:, None]).T
+        kind, zero = (np.int8, 0) if signed else (np.uint8, 128)
+        constants = {
+            "weight": np.ascontiguousarray((values + zero).astype(kind)),
+            "scale": scale,
+            "zero_point": np.full(scale.shape, zero, kind),
+            "bias": bias,
+        }
+        node = ("DynamicQuantizeMatMul", ["x", *constants], ["y"], "com.microsoft")
+        return _ort_linear(linear, [node], constants, spinning=spinning)
+
+    return build
+
+
+def torch_csr(linear: nn.Linear) -> Bind:
+    """The weight as torch's CSR matrix (MKL), in the faster of its two forms for the number of rows.
+
+    `F.linear` with the sparse weight, or `torch.addmm` on the transposed input, which is what
+    `torch.mm(weight, x.t()).t()` becomes when the bias is not to cost a pass of its own. The indices are int32: torch
+    converts int64 ones, which `to_sparse_csr` makes, at every call.
+    """
+    # In inference mode: its CSR matrices and those made outside do not mix.
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR support a beta, once per process
+        csr = linear.weight.detach().to_sparse_csr()
+        crow, column, values = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
+        weight = torch.sparse_csr_tensor(crow, column, values, csr.shape)
+    bias = linear.bias.detach()
+
+    def bind(x: torch.Tensor) -> Call:
+        forms: dict[str, Callable[[], torch.Tensor]] = {
+            "F.linear": lambda: nn.functional.linear(x, weight, bias),
+            "torch.addmm": lambda: torch.addmm(bias[:, None], weight, x.t()).t(),
+        }
+        with torch.inference_mode():
+            timings = interleave(forms, rounds=3, min_time_s=0.002)
+        fastest = min(forms, key=lambda form: timings[form].median)
+        return Call(forms[fastest], forms[fastest], crow.nbytes + column.nbytes + values.nbytes, fastest)
+
+    return bind
+
+
+def _arrays(linear: nn.Linear) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """weight [n, k] and bias [n] of a layer that has both."""
+    return linear.weight.detach().numpy(), linear.bias.detach().numpy()
+
+
+def _ort_linear(
+    linear: nn.Linear,
+    nodes: list[tuple[str, list[str], list[str], str]],
+    constants: dict[str, np.ndarray[Any, Any]],
+    *,
+    spinning: bool,
+) -> Bind:
+    """A session for a graph x [m, k] -> y [m, n] of (op, inputs, outputs, domain) nodes."""
+    try:
+        from onnx import TensorProto, helper, numpy_helper
+    except ModuleNotFoundError as error:
+        raise UnavailableError("not installed: onnx") from error
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, outputs, domain=domain) for op, inputs, outputs, domain in nodes],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", linear.in_features])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", linear.out_features])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    return ort_call(ort_session(model.SerializeToString(), spinning=spinning), linear.out_features)
+
+
+def available(builds: Mapping[str, Build]) -> tuple[dict[str, Build], dict[str, str]]:
+    """Split candidates into those that run here and, for the others, why not."""
+    usable: dict[str, Build] = {}
+    missing: dict[str, str] = {}
+    for name, build in builds.items():
+        try:
+            build(dense_linear(16, 16))(torch.zeros(1, 16)).run()
+            usable[name] = build
+        except Exception as error:  # whatever keeps a peer from running is reported; it is no failure of ours
+            missing[name] = str(error) or type(error).__name__
+    return usable, missing
+
+
+def dense_linear(k: int, n: int, weights: str = "gaussian") -> nn.Linear:
+    """The same float32 layer at every call; weights "gaussian" (std 1/sqrt(k)) or "uniform" (+-1/sqrt(k))."""
+    if weights not in ("gaussian", "uniform"):
+        raise ValueError(f'weights is {weights!r}, expected "gaussian" or "uniform"')
+    generator = torch.Generator().manual_seed(k * 65537 + n)
+    linear = nn.Linear(k, n)
+    for parameter in linear.parameters():
+        if weights == "gaussian":
+            nn.init.normal_(parameter, std=k**-0.5, generator=generator)
+        else:
+            nn.init.uniform_(parameter, -(k**-0.5), k**-0.5, generator=generator)
+        parameter.requires_grad_(False)
+    return linear
+
+
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """|y - expected| / |expected| in the Frobenius norm."""
+    return float(torch.linalg.norm((y - expected).double()) / torch.linalg.norm(expected.double()))

@@ -1,0 +1,119 @@
+"""Which weights stay: the largest, one by one (Han et al. 2015, arXiv:1506.02626), in blocks (Gray et al. 2017, "GPU kernels for
+block-sparse weights") or N of M (Mishra et al. 2021, arXiv:2104.08378).
+
+Everything is ranked by integer keys that order as the magnitudes do. Integers compare the same on every processor, in every
+floating-point mode, and ties go to the lowest position: the same weight always gives the same mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Output channels x consecutive input features that stay or go together.
+BLOCKS = {"unstructured": (1, 1), "16x1": (16, 1), "16x4": (16, 4), "1x4": (1, 4)}
+# N of M consecutive input features stay.
+N_OF_M = {"2:4": (2, 4), "4:8": (4, 8), "4:16": (4, 16)}
+PATTERNS = (*BLOCKS, *N_OF_M)
+
+Floats = NDArray[np.float32]
+Keys = NDArray[np.signedinteger[Any]]
+Mask = NDArray[np.bool_]
+
+
+def nonzero(values: NDArray[Any]) -> Mask:
+    """Where float32 or int8 is not zero. By its bits: -0 is zero, a subnormal is not, whatever torch.set_flush_denormal says."""
+    if values.dtype == np.float32:
+        return np.asarray(_magnitude_bits(values) != 0)
+    return np.asarray(values != 0)
+
+
+def _magnitude_bits(values: NDArray[Any]) -> Keys:
+    """int32, in the order of |values|: IEEE floats without their sign order as their bits do."""
+    return np.asarray(values.view(np.int32) & 0x7FFFFFFF)
+
+
+def block_keys(importance: Floats, block: tuple[int, int]) -> Keys:
+    """One key a block: [ceil(n / rows), ceil(k / columns)], in the order of the block's sum of squares.
+
+    A block at the edge is smaller and its plain sum counts: it keeps less and costs a kernel as much as a whole one. With a
+    fixed number of blocks this keeps the largest sum of squares there is (swapping a kept block for another cannot raise it).
+    """
+    if block == (1, 1):
+        return _magnitude_bits(importance)
+    (n, k), (rows, columns) = importance.shape, block
+    sums = np.zeros((-(-n // rows), -(-k // columns)))
+    # Squares of float32 are exact in float64; added in this order, whatever the processor's vectors.
+    for row in range(min(n, rows)):
+        for column in range(min(k, columns)):
+            part = importance[row::rows, column::columns].astype(np.float64)
+            sums[: part.shape[0], : part.shape[1]] += part * part
+    return sums.view(np.int64)
+
+
+def expand(keep: Mask, block: tuple[int, int], shape: tuple[int, ...]) -> Mask:
+    """The mask [n, k] of a grid of blocks."""
+    rows, columns = block
+    if block == (1, 1):
+        return keep
+    return np.asarray(np.repeat(np.repeat(keep, rows, axis=0), columns, axis=1)[: shape[0], : shape[1]])
+
+
+def largest(keys: Keys, count: int) -> Mask:
+    """Exactly the ``count`` largest of each row of keys [rows, columns], of equal ones the first."""
+    columns = keys.shape[1]
+    if count == 0:
+        return np.zeros(keys.shape, np.bool_)
+    threshold = np.partition(keys, columns - count, axis=1)[:, columns - count]
+    keep = keys > threshold[:, None]
+    missing = count - keep.sum(axis=1)
+    for row in range(len(keys)):
+        tied = np.flatnonzero(keys[row] == threshold[row])
+        keep[row, tied[: missing[row]]] = True
+    return np.asarray(keep)
+
+
+def n_of_m(importance: Floats, kept: int, group: int) -> Mask:
+    """The ``kept`` largest of each ``group`` consecutive input features, of equal ones the first; a shorter last group keeps
+    min(kept, its size).
+
+    No other N:M mask keeps more: the groups are disjoint, and of each, no other ``kept`` weights have a larger sum.
+    """
+    n, k = importance.shape
+    padded = np.full((n, -(-k // group) * group), -1, np.int32)  # behind k: smaller than any key
+    padded[:, :k] = _magnitude_bits(importance)
+    keys = np.ascontiguousarray(padded.reshape(-1, group).T)
+    keep = np.empty(keys.shape, np.bool_)
+    for i, own in enumerate(keys):  # a weight stays if fewer than `kept` of its group come before it
+        before = np.zeros(len(own), np.uint8)
+        for j, other in enumerate(keys):
+            if j != i:
+                before += other >= own if j < i else other > own
+        keep[i] = before < kept
+    return np.asarray(keep.T.reshape(padded.shape)[:, :k])
+
+
+def shares(keys: Sequence[Keys], count: int) -> list[int]:
+    """How many of the ``count`` largest keys of all arrays together lie in each; of equal ones, those of the first arrays.
+
+    Bisects the threshold: nothing is copied or sorted, however large the model.
+    """
+    if count == 0:
+        return [0] * len(keys)
+    low, high = 0, int(np.iinfo(keys[0].dtype).max) + 1  # at least `count` keys are >= low, fewer are >= high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if sum(int(np.count_nonzero(array >= middle)) for array in keys) >= count:
+            low = middle
+        else:
+            high = middle
+    own = [int(np.count_nonzero(array > low)) for array in keys]
+    missing = count - sum(own)
+    for i, array in enumerate(keys):
+        tied = min(missing, int(np.count_nonzero(array == low)))
+        own[i] += tied
+        missing -= tied
+    return own

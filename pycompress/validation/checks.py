@@ -1,0 +1,219 @@
+"""One layer: its calls are compared as they happen, so that no activations are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pycompress import ops
+from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.layer import CompressedLayer
+from pycompress.nn.sparse import SparseLayer, SparseLinear
+from pycompress.nn.sparse_conv import SparseConv2d
+from pycompress.validation.formulas import (
+    EPS,
+    EXACT_ACTIVATIONS,
+    activation_bound,
+    float32,
+    numpy_int8_linear,
+    numpy_sparse_linear,
+    patches,
+    sums_floats,
+)
+from pycompress.validation.report import LayerRecord
+
+if TYPE_CHECKING:  # an optional dependency, imported by validate()
+    import onnxruntime
+
+MAX_ROWS = 4096  # rows of input that are compared per layer, over all its calls
+MAX_REASONS = 7  # lines of reason that are shown per layer: as many as one call can give
+
+Array = npt.NDArray[Any]
+
+
+def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
+    """How many steps between neighbouring values of their dtype lie between a and b.
+
+    Args:
+        a, b: float32, bfloat16 or float16, of one dtype and shape.
+    Returns:
+        int64 of their shape. The two zeros are one value, and so are all NaN; NaN is 2^32 from any number.
+    """
+    bits = torch.int32 if a.dtype == torch.float32 else torch.int16
+
+    def ordinal(t: Tensor) -> Tensor:
+        integer = t.contiguous().view(bits).to(torch.int64)
+        return torch.where(integer < 0, torch.iinfo(bits).min - integer, integer)
+
+    distance = (ordinal(a) - ordinal(b)).abs()
+    distance = torch.where(a.isnan() | b.isnan(), 2**32, distance)
+    return torch.where(a.isnan() & b.isnan(), 0, distance)
+
+
+class Check:
+    """Compares the calls of one layer. A subclass knows by which formula."""
+
+    exact: bool  # whether y of two parties must be equal
+
+    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
+        self.name, self.layer, self.session = name, layer, session
+        self.calls = self.rows = self.rows_seen = self.max_ulp = 0
+        self.relative_error = self.share_of_bound = 0.0
+        self.integer_reasons: list[str] = []
+        self.output_reasons: list[str] = []
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Compares one call: x [..., k] gave y [..., n]."""
+        x, y = x.reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
+        self.calls += 1
+        self.rows_seen += len(x)
+        x, y = x[: MAX_ROWS - self.rows], y[: MAX_ROWS - self.rows]
+        if len(x) == 0:
+            return
+        self.rows += len(x)
+        self.compare(x, y.cpu())
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        """x [m, k] gave y [m, n], m > 0; y lies on the CPU."""
+        raise NotImplementedError
+
+    def _compare_y(self, parties: Mapping[str, Tensor], bound: Tensor) -> None:
+        """y [m, n] of two parties in the layer's dtype; bound float64 [m, n] holds before the rounding to it."""
+        (name, y), (other, reference) = parties.items()
+        if torch.equal(y, reference):
+            return
+        same = (y == reference) | (y.isnan() & reference.isnan())
+        magnitude = reference.double().abs().nan_to_num(nan=0.0)
+        distance = (y.double() - reference.double()).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0.0)
+        relative = (distance / magnitude.amax(dim=1, keepdim=True)).masked_fill(same | bound.isinf(), 0.0)
+        self.relative_error = max(self.relative_error, float(relative.max()))
+        if self.exact:
+            self.max_ulp = max(self.max_ulp, int(ulp_distance(y, reference).max()))
+        else:
+            if y.dtype != torch.float32:  # two values within the bound round at most one step further apart
+                kind = torch.finfo(y.dtype)
+                bound = bound + kind.eps * magnitude.clamp(min=kind.smallest_normal, max=kind.max)
+            share = (distance / bound).masked_fill(same, 0.0).nan_to_num(nan=0.0)  # Inf of Inf: anything goes
+            self.share_of_bound = max(self.share_of_bound, float(share.max()))
+        wrong = distance > bound
+        if bool(wrong.any()):
+            row, column = divmod(int(torch.where(wrong, distance, -1.0).argmax()), y.shape[1])
+            self.output_reasons.append(
+                f"y: {name} and {other} differ in {int(wrong.sum())} of {y.numel()}, "
+                f"worst [{row}, {column}]: {float(y[row, column]):.9g} and "
+                f"{float(reference[row, column]):.9g}, expected within {float(bound[row, column]):.3g}"
+            )
+
+    def record(self) -> LayerRecord:
+        """The findings of all calls so far."""
+        if self.calls == 0:
+            return LayerRecord(self.name, 0, 0, None, None, None, None, "not called", "the run never reached it")
+        reasons = self.integer_reasons + self.output_reasons
+        if len(reasons) > MAX_REASONS:
+            reasons = [*reasons[:MAX_REASONS], f"and {len(reasons) - MAX_REASONS} more"]
+        return LayerRecord(
+            name=self.name,
+            rows=self.rows,
+            rows_seen=self.rows_seen,
+            integers_equal=None if sums_floats(self.layer) else not self.integer_reasons,
+            max_ulp=self.max_ulp if self.exact else None,
+            share_of_bound=None if self.exact else self.share_of_bound,
+            relative_error=self.relative_error,
+            status="diverged" if reasons else "ok",
+            reason="\n".join(reasons),
+        )
+
+
+class IntegerCheck(Check):
+    """int8 weights: q and acc must be equal; y too after the activations none and relu."""
+
+    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
+        super().__init__(name, layer, session)
+        self.exact = layer.activation in EXACT_ACTIVATIONS
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        layer = self.layer
+        assert isinstance(layer, Int8Linear | SparseLinear)
+        x32 = float32(x)
+        y_runtime, q_runtime, acc_runtime = self.session.run(["y", "q", "acc"], {"x": x32})
+        q_numpy, acc_numpy, v = numpy_int8_linear(x32, layer)
+        accumulate = ops.sparse_accumulate if isinstance(layer, SparseLinear) else ops.int8_accumulate
+        q = ops.int8_quantize(x, layer.settings["activation_bits"])[0].cpu().numpy()
+        acc = accumulate(x, layer.packed)[0].cpu().numpy()
+        self.integer_reasons += _disagreements("q", {"native": q, "ONNX Runtime": q_runtime, "NumPy": q_numpy})
+        self.integer_reasons += _disagreements("acc", {"native": acc, "ONNX Runtime": acc_runtime, "NumPy": acc_numpy})
+        bound = torch.from_numpy(activation_bound(v, layer.activation))
+        self._compare_y({"native": y, "ONNX Runtime": torch.from_numpy(y_runtime).to(y.dtype)}, bound)
+
+
+class FloatCheck(Check):
+    """float32 weights: y of the three parties, each within its own bound of the exact result."""
+
+    exact = False
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        x32 = float32(x)
+        (y_runtime,) = self.session.run(["y"], {"x": x32})
+        self._compare_rows(x32, y, y_runtime)
+
+    def _compare_rows(self, x: Array, y: Tensor, y_runtime: Array) -> None:
+        """x float32 [m, k] gave y [m, n]."""
+        assert isinstance(self.layer, SparseLayer)
+        y_numpy, bound, bound_runtime = numpy_sparse_linear(x, self.layer)
+        parties = {
+            "native": (y, bound),
+            "ONNX Runtime": (torch.from_numpy(y_runtime).to(y.dtype), bound_runtime),
+            "NumPy": (torch.from_numpy(y_numpy).to(y.dtype), EPS * np.abs(np.nan_to_num(y_numpy))),
+        }
+        for (name, (a, bound_a)), (other, (b, bound_b)) in combinations(parties.items(), 2):
+            self._compare_y({name: a, other: b}, torch.from_numpy(bound_a + bound_b))
+
+
+class ConvolutionCheck(FloatCheck):
+    """float32 weights of a convolution. A row is what one position of y is made of."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Compares one call: x [N, C, H, W] or [C, H, W] gave y, in positions that lie evenly spread over it."""
+        assert isinstance(self.layer, SparseConv2d)
+        x, y = x.reshape(-1, *x.shape[-3:]), y.detach().reshape(-1, *y.shape[-3:]).cpu()
+        total = y.numel() // y.shape[1]
+        count = min(total, MAX_ROWS - self.rows)
+        self.calls += 1
+        self.rows_seen += total
+        self.rows += count
+        if count == 0:
+            return
+        chosen = np.arange(count) * total // count
+        x32 = float32(x)
+        (y_runtime,) = self.session.run(["y"], {"x": x32})
+        rows = [batch.movedim(1, -1).flatten(0, 2)[chosen] for batch in (y, torch.from_numpy(y_runtime))]
+        self._compare_rows(patches(x32, self.layer.geometry, chosen), rows[0], rows[1].numpy())
+
+
+def check_of(name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> Check:
+    """The check that fits the layer's weight."""
+    if isinstance(layer, SparseConv2d):
+        return ConvolutionCheck(name, layer, session)
+    return (FloatCheck if sums_floats(layer) else IntegerCheck)(name, layer, session)
+
+
+def _disagreements(what: str, parties: Mapping[str, Array]) -> list[str]:
+    """One line for every two parties whose integers [rows, columns] are not equal."""
+    reasons = []
+    for (name_a, a), (name_b, b) in combinations(parties.items(), 2):
+        if a.shape != b.shape:
+            reasons.append(f"{what}: {name_a} has shape {list(a.shape)}, {name_b} {list(b.shape)}")
+        elif not np.array_equal(a, b):
+            places = np.argwhere(a != b)
+            row, column = places[0]
+            reasons.append(
+                f"{what}: {name_a} and {name_b} differ in {len(places)} of {a.size}, "
+                f"first [{row}, {column}]: {a[row, column]} and {b[row, column]}"
+            )
+    return reasons

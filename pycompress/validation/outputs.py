@@ -1,0 +1,106 @@
+"""The outputs of the whole model: how they are collected and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pycompress.validation.report import ModelRecord
+
+# A last-bit difference after gelu, silu or a float32 sum flips a rounding in a later layer, that flips more of them,
+# and after a few layers the outputs differ by as much as compression itself cost. So no bound can be derived for the
+# outputs; they are held against what the native model does to itself when the results of those layers move by
+# PERTURBATION.
+SMALLEST_COSINE = 0.999  # always good enough
+PERTURBATION_FACTOR = 4.0  # on 1 - cosine
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Runs the model without advancing the random state. Its floating-point outputs as float64 copies."""
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(inputs, Tensor):
+            result = model(inputs)
+        elif isinstance(inputs, tuple):
+            result = model(*inputs)
+        elif isinstance(inputs, Mapping):
+            result = model(**inputs)
+        else:
+            raise TypeError(f"validate: inputs is {type(inputs).__name__}, expected a Tensor, a tuple or a dict")
+    outputs = {
+        path: tensor.detach().to("cpu", torch.float64, copy=True)
+        for path, tensor in _tensors(result)
+        if tensor.is_floating_point()
+    }
+    if not outputs:
+        kind = type(result).__name__
+        raise TypeError(f"validate: the model returned {kind}, expected at least one floating-point tensor in it")
+    return outputs
+
+
+def _tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested tuples, lists, dicts (also transformers' ModelOutput) and dataclasses."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
+
+
+def compare_outputs(
+    expected: dict[str, Tensor], actual: dict[str, Tensor], perturbed: dict[str, Tensor] | None
+) -> ModelRecord:
+    """perturbed: the outputs of the third run; None where the outputs must be equal."""
+    reasons, max_difference, smallest, perturbed_smallest = [], 0.0, 1.0, 1.0
+    for path, a in expected.items():
+        b = actual.get(path)
+        if b is None or a.shape != b.shape:
+            shape = "absent" if b is None else list(b.shape)
+            reasons.append(f"{path} is {list(a.shape)} with native layers, {shape} with ONNX Runtime's")
+            continue
+        difference, cosine = _largest_difference(a, b), _cosine(a, b)
+        max_difference, smallest = max(max_difference, difference), min(smallest, cosine)
+        if perturbed is None:
+            if difference > 0:
+                reasons.append(f"{path} differs by {difference:.3g}, expected 0")
+            continue
+        own = _cosine(a, perturbed[path]) if path in perturbed and perturbed[path].shape == a.shape else 1.0
+        perturbed_smallest = min(perturbed_smallest, own)
+        limit = min(SMALLEST_COSINE, 1 - PERTURBATION_FACTOR * (1 - own))
+        if difference == np.inf or cosine < limit:
+            reasons.append(f"{path} differs by {difference:.3g}, cosine {cosine:.6f}, expected at least {limit:.6f}")
+    return ModelRecord(
+        tensors=len(expected),
+        max_difference=max_difference,
+        cosine=smallest,
+        perturbed_cosine=None if perturbed is None else perturbed_smallest,
+        status="diverged" if reasons else "ok",
+        reason="\n".join(reasons),
+    )
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    """Of two float64 tensors; Inf where one holds NaN or Inf and the other does not hold the same."""
+    if a.numel() == 0:
+        return 0.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=torch.inf)).max())
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Of two float64 tensors, over the elements that are finite in both; 1 where these are equal."""
+    finite = a.isfinite() & b.isfinite()
+    a, b = a[finite], b[finite]
+    if torch.equal(a, b):
+        return 1.0
+    return float(torch.dot(a, b) / (a.norm() * b.norm())) if a.any() and b.any() else 0.0

@@ -1,0 +1,190 @@
+"""The runs of the model: natively, with ONNX Runtime in the place of the layers, and perturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress.model import compressed_layers
+from pycompress.nn.layer import CompressedLayer
+from pycompress.validation.checks import Check, check_of
+from pycompress.validation.formulas import EXACT_ACTIVATIONS, float32, sums_floats
+from pycompress.validation.outputs import compare_outputs, outputs_of
+from pycompress.validation.report import PERTURBATION, Report
+
+if TYPE_CHECKING:  # an optional dependency, imported by validate()
+    import onnxruntime
+
+Forward = Callable[..., Tensor]
+
+
+def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = None) -> Report:
+    """Compares a compressed model with ONNX Runtime and NumPy, layer by layer and as a whole.
+
+    The model runs two or three times, in evaluation mode and without gradients, and is left as it was, also
+    after an exception. In the first run every layer computes natively, and what it was given and gave is
+    compared:
+
+    - int8 weights: the quantized rows q and the accumulators acc must be equal between native, ONNX Runtime and
+      NumPy; y must equal ONNX Runtime's after the activations none and relu, and lie within
+      :func:`activation_bound` of it after the others;
+    - float32 weights: y natively and from ONNX Runtime must lie within the bounds of
+      :func:`numpy_sparse_linear` of the exact result, and within their sum of each other. Where a row of x
+      holds NaN or Inf, ONNX Runtime, which multiplies the zeros too, has no say: the layer's y must be NaN and
+      Inf where NumPy says that a weight meets them, and within its bound elsewhere.
+
+    A convolution is compared as a linear layer on what each position of its result is made of.
+
+    For inputs in bfloat16 and float16 the references get them as float32, and their y is rounded to that dtype.
+
+    In the second run ONNX Runtime computes the layers (but not rows with NaN or Inf for float32 weights, in a
+    convolution whole images). The outputs must be equal where all weights are int8 and all activations none or
+    relu. Elsewhere a third run tells how far the native model moves when the results of the other layers move by
+    PERTURBATION, and ONNX Runtime's outputs must be SMALLEST_COSINE close or about as close as that.
+
+    Args:
+        model: has at least one compressed layer.
+        inputs: a Tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        layers: names or glob patterns of the layers to compare, all by default. Others always run natively.
+    Returns:
+        The report. Layers that were never called are listed in it; a layer under several names is there once.
+    Raises:
+        ValueError: the model has no compressed layer, or a pattern fits none.
+        TypeError: inputs of another type, or a model whose output holds no floating-point tensor.
+        ImportError: the extra ``pycompress[onnx]`` is not installed.
+    """
+    from pycompress import onnx  # first: its error names the extra
+
+    import onnxruntime  # isort: skip
+
+    chosen = _choose(compressed_layers(model), layers)
+    sessions = {layer: onnx.session(onnx.lower(layer)) for layer in chosen}
+    checks = {layer: check_of(name, layer, sessions[layer]) for layer, name in chosen.items()}
+    in_order: list[Check] = []
+
+    def checked(layer: CompressedLayer, native: Forward) -> Forward:
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            if checks[layer].calls == 0:
+                in_order.append(checks[layer])
+            y = native(*args, **kwargs)
+            checks[layer](_only(args, kwargs), y)
+            return y
+
+        return forward
+
+    def by_onnxruntime(layer: CompressedLayer, native: Forward) -> Forward:
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            x = _only(args, kwargs)
+            y = _run_session(layer, sessions[layer], x)
+            if sums_floats(layer) and not bool(x.isfinite().all()):
+                broken = ~x.flatten(-_dims(layer)).isfinite().all(dim=-1)
+                y[broken] = native(*args, **kwargs)[broken]
+            return y
+
+        return forward
+
+    inexact = [layer for layer in chosen if sums_floats(layer) or layer.activation not in EXACT_ACTIVATIONS]
+    perturbed = None
+    with _evaluation(model):
+        with _forwards(chosen, checked):
+            expected = outputs_of(model, inputs)
+        with _forwards(chosen, by_onnxruntime):
+            actual = outputs_of(model, inputs)
+        if inexact:
+            with _forwards(inexact, _perturbed()):
+                perturbed = outputs_of(model, inputs)
+    in_order += [check for check in checks.values() if check.calls == 0]
+    record = compare_outputs(expected, actual, perturbed)
+    return Report([check.record() for check in in_order], record, onnxruntime.__version__)
+
+
+def _choose(layers: Mapping[str, CompressedLayer], patterns: Iterable[str] | None) -> dict[CompressedLayer, str]:
+    """The layers that fit any of the patterns, each once, with the first of its names."""
+    if not layers:
+        raise ValueError("validate: the model has no compressed layer, expected one that compress() returned")
+    if isinstance(patterns, str):
+        raise TypeError(f"validate: layers is the string {patterns!r}, expected a list of names or patterns")
+    patterns = ["*"] if patterns is None else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"validate: no compressed layer fits {pattern!r}, there are: {', '.join(layers)}")
+    chosen: dict[CompressedLayer, str] = {}
+    for name, layer in layers.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            chosen.setdefault(layer, name)
+    return chosen
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and each module's own training flag afterwards.
+
+    ``no_grad`` and not ``inference_mode``: a tensor that the model keeps must not make later training fail.
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def _forwards(layers: Iterable[CompressedLayer], make: Callable[[CompressedLayer, Forward], Forward]) -> Iterator[None]:
+    """Replaces the layers' forward by ``make(layer, forward)`` for the length of the block.
+
+    In the instances and not by hooks: a model's own hooks may change what a hook sees before or after them.
+    """
+    own = {layer: layer.__dict__.get("forward") for layer in layers}
+    try:
+        for layer in own:
+            layer.__dict__["forward"] = make(layer, layer.forward)
+        yield
+    finally:
+        for layer, forward in own.items():
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+
+
+def _only(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """The one argument of a layer's forward."""
+    (x,) = (*args, *kwargs.values())
+    return x.detach()
+
+
+def _dims(layer: CompressedLayer) -> int:
+    """How many dimensions of x the layer takes as one: the features, or channels, height and width."""
+    return 1 if layer.geometry is None else 3
+
+
+def _run_session(layer: CompressedLayer, session: onnxruntime.InferenceSession, x: Tensor) -> Tensor:
+    """The layer's forward in ONNX Runtime: x [..., k] to y [..., n] of x's dtype, on x's device; or images to images."""
+    dims = _dims(layer)
+    (y,) = session.run(["y"], {"x": float32(x.reshape(-1, *x.shape[-dims:]))})
+    shape = (*x.shape[:-dims], *y.shape[1:])
+    return x.new_empty(shape).copy_(torch.from_numpy(y).reshape(shape))
+
+
+def _perturbed() -> Callable[[CompressedLayer, Forward], Forward]:
+    """Native forwards whose results move by PERTURBATION up or down; in 16 bits few do, by one step."""
+    generator = torch.Generator().manual_seed(0)  # the model's own random numbers stay the same
+
+    def make(_layer: CompressedLayer, native: Forward) -> Forward:
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            y = native(*args, **kwargs)
+            step = max(PERTURBATION, torch.finfo(y.dtype).eps)
+            moved = torch.rand(y.shape, generator=generator) < PERTURBATION / step
+            sign = torch.randint(2, y.shape, generator=generator) * 2 - 1
+            return y * (1 + step * sign * moved).to(y.device, y.dtype)
+
+        return forward
+
+    return make

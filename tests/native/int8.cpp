@@ -1,0 +1,233 @@
+// Every int8 kernel against int64 arithmetic, and its packed layout back to the weights.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "guarded.h"
+#include "int8/gemm.h"
+#include "int8/kernel_list.h"
+#include "int8/pack.h"
+#include "report.h"
+
+namespace pycompress::int8 {
+extern const Kernel kAvxVnniEmulated;
+extern const Kernel kAvx512VnniEmulated;
+}  // namespace pycompress::int8
+
+namespace native {
+namespace {
+
+using namespace pycompress;
+using namespace pycompress::int8;
+
+enum class Values { gaussian, uniform, extreme, runs, border };
+const char* const kNames[] = {"gaussian", "uniform", "extreme", "runs", "border"};
+constexpr int kValues = 5;
+
+// Which weights stay: `keep` of each `of` consecutive ones, chosen anew for each channel or by all of them together.
+struct Pattern {
+  int keep, of;
+  bool shared;
+};
+constexpr Pattern kDense{1, 1, false}, kEmptyGroups{1, 8, true};
+
+struct Case {
+  const Kernel& kernel;
+  int m, n, k, bits;
+  Values values;
+  Pattern pattern;
+  std::string name() const {
+    return text("kernel=", kernel.name, " m=", m, " n=", n, " k=", k, " activation_bits=", bits,
+                " values=", kNames[static_cast<int>(values)], " keep=", pattern.keep, ":", pattern.of,
+                pattern.shared ? " in all channels" : "");
+  }
+};
+
+int8_t weight(Values values, size_t i, std::mt19937& random) {
+  constexpr int kTop = 127;
+  int value = std::uniform_int_distribution<int>(-kTop, kTop)(random);
+  if (values == Values::gaussian) value = static_cast<int>(std::lrintf(std::normal_distribution<float>()(random) * 38));
+  if (values == Values::extreme) value = random() % 2 ? kTop : -kTop;
+  if (values == Values::runs) value = i / 64 % 2 ? kTop : -kTop;  // one sign over whole lanes: the worst for 16 bits
+  if (values == Values::border) {  // two, four or eight of one sign add up to just what a lane holds, or one more
+    constexpr int kBorder[] = {1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 66, 127};
+    value = kBorder[random() % 13] * (i / 64 % 2 ? 1 : -1);
+  }
+  return static_cast<int8_t>(std::clamp(value, -kTop, kTop));
+}
+
+void prune(Guarded<int8_t>& w, const Case& c, std::mt19937& random) {
+  std::vector<int> order(static_cast<size_t>(c.pattern.of));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  for (int begin = 0; begin < c.k; begin += c.pattern.of)
+    for (int row = 0; row < c.n; ++row) {
+      if (row == 0 || !c.pattern.shared) std::shuffle(order.begin(), order.end(), random);
+      for (size_t i = static_cast<size_t>(c.pattern.keep); i < order.size(); ++i)
+        if (begin + order[i] < c.k) w[static_cast<size_t>(row * c.k + begin + order[i])] = 0;
+    }
+}
+
+float activation(Values values, std::mt19937& random) {
+  if (values == Values::extreme) return random() % 2 ? 1.0f : -1.0f;
+  if (values == Values::runs || values == Values::border) return 1.0f;  // every activation at its largest
+  return std::normal_distribution<float>()(random);
+}
+
+Problem problem_of(const Case& c, const Guarded<uint8_t>& packed) {
+  Problem problem{};
+  problem.m = c.m, problem.k = problem.ldx = c.k, problem.n = c.n;
+  problem.packed = packed.data();
+  problem.packed_bytes = static_cast<int64_t>(packed.size());
+  problem.threads = 1;
+  return problem;
+}
+
+void check_sums(const Case& c, const Guarded<uint8_t>& packed, const Guarded<float>& x, const Guarded<int8_t>& w) {
+  const auto rows = static_cast<size_t>(c.m), channels = static_cast<size_t>(c.n), k = static_cast<size_t>(c.k);
+  Guarded<float> scale(rows);
+  Guarded<int32_t> y(rows * channels), zero_point(rows);
+  Guarded<uint8_t> q(x.size());
+  quantize(c.kernel, x.data(), Type::float32, c.m, c.k, c.k, c.bits, q.data(), scale.data(), zero_point.data());
+  std::vector<int64_t> expected;
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t j = 0; j < channels; ++j) {
+      int64_t sum = 0;
+      for (size_t p = 0; p < k; ++p) sum += (int64_t{q[i * k + p]} - zero_point[i]) * w[j * k + p];
+      expected.push_back(sum);
+    }
+  for (const int threads : {1, 2}) {
+    y.fill(0x55);
+    Problem problem = problem_of(c, packed);
+    problem.x = x.data();
+    problem.y = y.data();
+    problem.y_type = Type::int32;
+    problem.threads = threads;
+    linear(problem, c.kernel);
+    expect(std::equal(expected.begin(), expected.end(), y.data()) && y.intact(), text("sums, ", threads, " threads"));
+  }
+}
+
+// The float epilogue up to the guard pages; its values are tested from Python. Each type and activation takes its turn.
+void check_epilogue(const Case& c, const Guarded<uint8_t>& packed) {
+  const auto type = static_cast<Type>(cases % 3);
+  const auto rows = static_cast<size_t>(c.m), channels = static_cast<size_t>(c.n), k = static_cast<size_t>(c.k);
+  const size_t size = type == Type::float32 ? 4 : 2;
+  Guarded<float> weight_scale(channels), bias(channels);
+  Guarded<uint8_t> result(rows * channels * size), input(rows * k * size);
+  std::fill_n(weight_scale.data(), channels, 0.01f);
+  std::fill_n(bias.data(), channels, 1.0f);
+  input.fill(0);
+  Problem problem = problem_of(c, packed);
+  problem.x = input.data();
+  problem.x_type = problem.y_type = type;
+  problem.weight_scale = weight_scale.data();
+  problem.bias = bias.data();
+  problem.activation = static_cast<Activation>(cases % 5);
+  problem.y = result.data();
+  linear(problem, c.kernel);
+  expect(result.intact(), "epilogue");
+  if (type != Type::float32 || problem.activation != Activation::none) return;
+  const auto* y = reinterpret_cast<const float*>(result.data());  // x is zero: the bias comes through as it is
+  expect(std::all_of(y, y + rows * channels, [](float value) { return value == 1.0f; }), "bias");
+}
+
+void run(const Case& c, std::mt19937& random) {
+  begin(c.name());
+  Guarded<int8_t> w(static_cast<size_t>(c.n) * static_cast<size_t>(c.k)), unpacked(w.size());
+  Guarded<float> x(static_cast<size_t>(c.m) * static_cast<size_t>(c.k));
+  for (size_t i = 0; i < w.size(); ++i) w[i] = weight(c.values, i, random);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = activation(c.values, random);
+  prune(w, c, random);
+
+  const std::vector<uint8_t> buffer = pack(c.kernel, w.data(), c.n, c.k, c.bits, 1);
+  Guarded<uint8_t> packed(buffer.size());
+  std::memcpy(packed.data(), buffer.data(), buffer.size());
+  unpack(packed.data(), static_cast<int64_t>(packed.size()), unpacked.data());
+  expect(std::memcmp(unpacked.data(), w.data(), w.size()) == 0, "unpack");
+  check_sums(c, packed, x, w);
+  check_epilogue(c, packed);
+}
+
+void run_tile_edges(const Kernel& kernel, std::mt19937& random) {
+  const auto edges = [](int tile) { return std::vector<int>{1, std::max(1, tile - 1), tile, tile + 1, 2 * tile + 3}; };
+  for (const int m : edges(kernel.mr))
+    for (const int n : edges(kernel.nr))
+      for (const int k : {1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 67})
+        for (const int bits : {7, 8}) {
+          const Pattern patterns[] = {kDense, {2, 4, false}, kDense, {1, 3, false}, kEmptyGroups};
+          run({kernel, m, n, k, bits, static_cast<Values>(cases % kValues), patterns[cases / 3 % 5]}, random);
+        }
+  for (const int k : {kBlockK - 1, kBlockK, kBlockK + 1, 2 * kBlockK + 3})
+    for (const int bits : {7, 8})
+      for (int values = 0; values < kValues; ++values)
+        for (const Pattern& pattern : {kDense, kEmptyGroups})
+          run({kernel, kernel.mr + 1, kernel.nr + 1, k, bits, static_cast<Values>(values), pattern}, random);
+  run({kernel, 130, 64, 300, 8, Values::gaussian, kDense}, random);  // large enough for two threads
+  run({kernel, 2, 2, static_cast<int>(kMaxK), 8, Values::runs, kDense}, random);
+}
+
+// Each N of M, with weights that are the worst for the 16-bit lanes and such as leave them room.
+void run_n_of_m(const Kernel& kernel, std::mt19937& random) {
+  for (const int of : {4, 8, 16})
+    for (int keep = 1; keep <= of; ++keep)
+      for (const int bits : {7, 8})
+        for (int values = 0; values < kValues; ++values)
+          run({kernel, 5, kernel.nr + 1, 150, bits, static_cast<Values>(values), {keep, of, false}}, random);
+}
+
+#if defined(PYCOMPRESS_X86)
+// Groups of four positions that are zero in all channels cost nothing.
+void check_skipped(const Kernel& kernel) {
+  begin(text("kernel=", kernel.name, " groups of zeros"));
+  constexpr int kN = 40, kK = 1300, kEvery = 5;
+  std::vector<int8_t> w(size_t{kN} * kK, 0);
+  for (size_t i = 0; i < w.size(); ++i)
+    if (i % kK / 4 % kEvery == 0) w[i] = 3;
+  const std::vector<uint8_t> packed = pack(kernel, w.data(), kN, kK, 7, 1);
+  const Depths found = depths(packed.data(), static_cast<int64_t>(packed.size()));
+  const int64_t items = found.items[0] + found.items[1] + found.items[2];
+  expect(found.groups == 3 * kK / 4 && items == found.groups / kEvery, text("skipped groups, ", items, " are left"));
+}
+#endif
+
+void test_refusals() {
+  std::vector<int8_t> values(64, 1);
+  const std::vector<uint8_t> packed = pack(kScalar, values.data(), 8, 8, 8, 1);
+  const auto unpack_of = [&](const std::vector<uint8_t>& bytes) {
+    unpack(bytes.data(), static_cast<int64_t>(bytes.size()), values.data());
+  };
+  refuses("int8: packed, cut short", [&] { unpack_of({packed.begin(), packed.end() - 1}); });
+  refuses("int8: packed, empty", [&] { unpack_of({}); });
+  for (size_t i = 0; i < sizeof(Header); ++i)
+    refuses(text("int8: packed, byte ", i, " of its header changed"), [&] {
+      std::vector<uint8_t> changed = packed;
+      changed[i] ^= 1;
+      unpack_of(changed);
+    });
+  values[63] = -128;
+  refuses("int8: a weight of -128", [&] { pack(kScalar, values.data(), 8, 8, 8, 1); });
+}
+
+}  // namespace
+
+void test_int8() {
+  std::mt19937 random(1);
+  std::vector<const Kernel*> kernels{&kScalar};
+#if defined(PYCOMPRESS_X86)
+  if (isa_available(Isa::avx2))
+    kernels.insert(kernels.end(), {&kAvx2, &kAvx2Windows, &kAvxVnniEmulated, &kAvx512VnniEmulated});
+  if (isa_available(Isa::avx_vnni)) kernels.push_back(&kAvxVnni);
+  if (isa_available(Isa::avx512_vnni)) kernels.push_back(&kAvx512Vnni);
+  check_skipped(kAvx2);
+#endif
+  for (const Kernel* kernel : kernels) {
+    run_tile_edges(*kernel, random);
+    if (kernel->layout == Layout::chains || kernel->layout == Layout::windows) run_n_of_m(*kernel, random);
+  }
+  test_refusals();
+}
+
+}  // namespace native

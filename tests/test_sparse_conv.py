@@ -1,0 +1,1248 @@
+"""The sparse convolution from the op to the whole model, on the native kernels and on their twin."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
+from torch.nn.utils import prune
+
+import pycompress as pc
+from pycompress import measure, ops, reference
+from pycompress import model as model_module
+from pycompress.methods import Int8, Sparse, SparseWeight
+from pycompress.model import compressed_layers
+from pycompress.nn import Conv2dGeometry, Int8Linear, SparseConv2d, SparseLinear
+
+Forked = Callable[..., Any]
+Python = Callable[..., subprocess.CompletedProcess[str]]
+Same = Callable[[Tensor, Tensor], bool]
+Snapshot = Callable[[nn.Module], Callable[[], bool]]
+
+EPS = float(torch.finfo(torch.float32).eps)
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["native", "twin"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "native" and ops.extension_error() is not None:
+        pytest.skip("no extension was built")
+    if request.param == "twin":
+        for module in (ops.native, ops.int8, ops.sparse):
+            monkeypatch.setattr(module, "_C", reference.Native())
+            monkeypatch.setattr(module, "reads_tensors", False, raising=False)
+    return request.param
+
+
+# The arguments of nn.Conv2d behind the channels.
+CONVS: dict[str, dict[str, Any]] = {
+    "1x1": {"kernel_size": 1},
+    "1x1 with a stride and padding": {"kernel_size": 1, "stride": 2, "padding": 1},
+    "3x3": {"kernel_size": 3},
+    "3x3 padded": {"kernel_size": 3, "padding": 1},
+    "3x3 padded with a stride": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "3x3 dilated": {"kernel_size": 3, "dilation": 2},
+    "3x3 dilated, same": {"kernel_size": 3, "dilation": (1, 3), "padding": "same"},
+    "3x3, a stride beyond the kernel": {"kernel_size": 3, "stride": (4, 5)},
+    "3x3, more padding than kernel": {"kernel_size": 3, "padding": (4, 5)},
+    "5x5": {"kernel_size": 5, "padding": (2, 1), "stride": (1, 3)},
+    "7x7": {"kernel_size": 7, "padding": 3, "stride": 2},
+    "1x7": {"kernel_size": (1, 7), "padding": (0, 3)},
+    "7x1": {"kernel_size": (7, 1), "stride": (3, 2)},
+    "2x2, same": {"kernel_size": 2, "padding": "same"},
+    "4x2, same": {"kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)},
+    "2x3, valid": {"kernel_size": (2, 3), "padding": "valid"},
+}
+EVERY = pytest.mark.parametrize("name", CONVS)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:`torch.jit")
+
+
+def dense(name: str = "3x3 padded", channels: int = 5, n: int = 19, *, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels, n, **CONVS[name], bias=bias)
+
+
+def layer(
+    name: str = "3x3 padded",
+    density: float = 0.3,
+    pattern: str = "unstructured",
+    activation: str = "none",
+    **sizes: Any,
+) -> SparseConv2d:
+    return SparseConv2d.from_dense(dense(name, **sizes), Sparse(density, pattern), activation)
+
+
+def exact_with_bound(x: Tensor, made: SparseConv2d) -> tuple[Tensor, Tensor]:
+    """act(conv2d) in float64, and how far float32 may lie from it: as in test_sparse_ops, by the weights of a channel."""
+    top, bottom, left, right = made.geometry.sides
+    x, weight = pad(x.double(), (left, right, top, bottom)), made.weight.double()
+    bias = None if made.bias is None else made.bias.double()
+    walk = {"stride": made.stride, "dilation": made.dilation}
+    exact = conv2d(x, weight, bias, **walk)
+    count = ((weight != 0).flatten(1).sum(1).double() + 2)[:, None, None]
+    return exact, EPS * count * conv2d(x.abs(), weight.abs(), **walk) + EPS * exact.abs() + count * 2.0**-149
+
+
+def within(y: Tensor, x: Tensor, made: SparseConv2d) -> bool:
+    exact, bound = exact_with_bound(x, made)
+    assert y.shape == exact.shape
+    return bool(((y.double() - exact).abs() <= bound).all())
+
+
+# --- the op -------------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+def test_within_the_bound(name: str, density: float) -> None:
+    for channels, n in ((1, 1), (3, 17), (8, 33)):
+        made = layer(name, density, channels=channels, n=n, bias=n > 1)
+        for size in ((7, 7), (9, 13), (8, 16)):
+            x = torch.randn(2, channels, *size)
+            assert within(made(x), x, made), (channels, n, size)
+
+
+@EVERY
+@pytest.mark.parametrize("pattern", ["unstructured", "16x1"])
+def test_small_integers_are_exact(name: str, pattern: str) -> None:
+    """Sums that float32 holds: whatever the order, one input too many, too few or from the next place shows."""
+    conv = dense(name, 3, 20)
+    with torch.no_grad():
+        conv.weight.copy_(torch.randint(-9, 10, conv.weight.shape))
+        conv.bias.copy_(torch.randint(-9, 10, (20,)))
+    made = SparseConv2d.from_dense(conv, Sparse(0.4, pattern))
+    conv.weight.data.copy_(made.weight)
+    for images, size in product((1, 3), ((7, 7), (7, 12), (18, 9))):
+        x = torch.randint(-99, 100, (images, 3, *size)).float()
+        assert torch.equal(made(x), conv(x))
+
+
+def test_both_formats_of_the_kernels(backend: str) -> None:
+    found = {layer(pattern=pattern, density=0.2, n=64).format for pattern in ("unstructured", "16x1")}
+    assert found == ({"rows"} if backend == "twin" else {"rows", "panels"})
+
+
+def test_the_sums_are_the_chains_of_the_twin(backend: str, same: Same) -> None:
+    if backend == "twin":
+        pytest.skip("the twin is what the kernels are compared with")
+    for name, pattern in product(CONVS, ("unstructured", "16x1")):
+        made, x = layer(name, 0.4, pattern, "relu"), torch.randn(2, 5, 11, 14)
+        y = made(x)
+        mask, values = made.canonical().mask.numpy(), made.canonical().values.numpy()
+        top, _, left, _ = made.geometry.sides
+        for image, got in zip(x, y, strict=True):
+            rows = reference.sparse.patches(
+                image.numpy(), made.kernel_size, made.stride, (top, left), made.dilation, tuple(y.shape[2:])
+            )
+            expected = reference.sparse.linear(rows, mask, values, made.bias.numpy(), code=1)
+            assert same(got, torch.from_numpy(expected.T.reshape(got.shape)).contiguous()), (name, pattern)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2)])
+def test_images_smaller_than_the_kernel(size: tuple[int, int]) -> None:
+    for name in ("1x1", "3x3 padded", "7x7", "1x7", "4x2, same", "3x3, more padding than kernel"):
+        made, x = layer(name), torch.randn(2, 5, *size)
+        assert within(made(x), x, made), name
+
+
+def test_one_position() -> None:
+    made = SparseConv2d.from_dense(nn.Conv2d(6, 20, (4, 5)), Sparse(0.3))
+    x = torch.randn(3, 6, 4, 5)
+    assert made(x).shape == (3, 20, 1, 1)
+    assert within(made(x), x, made)
+    linear = SparseLinear.from_weight(made.canonical(), made.bias)
+    torch.testing.assert_close(made(x).flatten(1), linear(x.flatten(1)))
+
+
+@EVERY
+def test_without_a_batch_dimension(name: str, same: Same) -> None:
+    made, x = layer(name, activation="silu"), torch.randn(5, 9, 10)
+    assert same(made(x), made(x[None])[0])
+
+
+@EVERY
+def test_no_images(name: str) -> None:
+    made, conv = layer(name, activation="gelu"), dense(name)
+    x = torch.randn(0, 5, 9, 8, requires_grad=True)
+    assert made(x.detach()).shape == conv(x).shape
+    made(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: torch.stack([x, x + 1])[0],
+        lambda x: pad(x, (3, 1, 2, 2))[:, :, 2:-2, 3:-1],
+        lambda x: x.flip(0).repeat_interleave(2, 0)[::2].flip(0),
+        lambda x: torch._neg_view(-x),
+    ],
+)
+def test_strides(change: Callable[[Tensor], Tensor], same: Same) -> None:
+    made, x = layer(), torch.randn(2, 5, 6, 7)
+    changed = change(x)
+    assert torch.equal(changed, x)
+    y = made(changed)
+    assert same(y, made(x))
+    assert y.is_contiguous()
+    expanded = x[:1].expand(4, -1, -1, -1)
+    assert same(made(expanded), made(expanded.contiguous()))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name: str, dtype: torch.dtype, same: Same) -> None:
+    made = layer(name, activation="relu")
+    for shape in ((2, 5, 9, 9), (5, 8, 13)):
+        x = torch.randn(shape).to(dtype)
+        assert same(made(x), made(x.float()).to(dtype)), "converted exactly, rounded once"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_inf_show_where_a_weight_meets_them(bad: float) -> None:
+    made = layer("3x3 padded with a stride", 0.2, n=33)
+    x = torch.randn(2, 5, 9, 9)
+    expected = made(x)
+    where = torch.zeros_like(x)
+    where[1, 3, 4, 5] = 1
+    x[1, 3, 4, 5] = bad
+    y = made(x)
+    meets = conv2d(where, (made.weight != 0).float(), None, made.stride, made.padding) > 0
+    assert torch.equal(~y.isfinite(), meets)
+    assert torch.equal(y[~meets], expected[~meets])
+    assert 0 < int(meets.sum()) < meets.numel() / 4
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activations(activation: str) -> None:
+    made = layer(activation=activation)
+    x = torch.randn(2, 5, 8, 8) * torch.logspace(-2, 2, 8)
+    exact, bound = exact_with_bound(x, made)
+    function: Callable[[Tensor], Tensor] = {
+        "none": lambda v: v,
+        "relu": nn.functional.relu,
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
+        "silu": nn.functional.silu,
+    }[activation]
+    # The slope is at most 1.13; an evaluation errs by at most 8 u |v| and, where it may, flushes what is subnormal.
+    error = (made(x).double() - function(exact)).abs()
+    assert (error <= 1.13 * bound + 4 * EPS * exact.abs() + 2.0**-126).all()
+
+
+def test_every_thread_count_gives_the_same_bits(same: Same) -> None:
+    before = torch.get_num_threads()
+    names, patterns = ("1x1", "3x3 padded with a stride"), ("unstructured", "16x1")
+    cases = [
+        (layer(name, pattern=pattern, n=n), torch.randn(images, 5, 19, 23))
+        for name, pattern, n, images in product(names, patterns, (1, 70), (1, 3))
+    ]
+    try:
+        torch.set_num_threads(1)
+        expected = [made(x) for made, x in cases]
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert all(same(made(x), one) for (made, x), one in zip(cases, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def arguments(made: SparseConv2d, x: Tensor) -> tuple[Any, ...]:
+    walk = made.geometry
+    return (
+        x,
+        made.packed,
+        made.n,
+        made.bias,
+        walk.kernel_size,
+        walk.stride,
+        walk.sides,
+        walk.dilation,
+        made.activation,
+    )
+
+
+@pytest.mark.parametrize("name", ["1x1", "4x2, same", "3x3 padded with a stride"])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "bias", "activation"),
+    [
+        (torch.float32, (2, 5, 8, 9), True, "none"),
+        (torch.bfloat16, (5, 8, 9), False, "relu"),
+        (torch.float16, (1, 5, 9, 8), True, "gelu"),
+        (torch.float32, (0, 5, 8, 9), False, "silu"),
+    ],
+)
+def test_opcheck(name: str, dtype: torch.dtype, shape: tuple[int, ...], bias: bool, activation: str) -> None:
+    made = layer(name, bias=bias, activation=activation)
+    for x in (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype).transpose(-1, -2)):
+        torch.library.opcheck(torch.ops.pycompress.sparse_conv2d.default, arguments(made, x))
+
+
+@EVERY
+def test_fake_has_the_shape_and_strides_of_the_real_result(name: str) -> None:
+    made = layer(name)
+    x = torch.randn(2, 5, 10, 11).to(memory_format=torch.channels_last)
+    real, fake = made(x), copy.deepcopy(made).to("meta")(x.to("meta"))
+    assert fake.is_meta
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+def test_vmap(same: Same) -> None:
+    made, x = layer(activation="relu"), torch.randn(4, 3, 5, 6, 7)
+    assert same(torch.func.vmap(made)(x), torch.stack([made(one) for one in x]))
+    assert same(torch.func.vmap(made, in_dims=1)(x), torch.stack([made(x[:, i]) for i in range(3)]))
+    assert same(torch.func.vmap(made)(x[0]), made(x[0]))
+    values = list(arguments(made, x[0]))
+    assert made.bias is not None
+    values[3] = made.bias.expand(2, -1).contiguous()
+    over_the_bias = torch.func.vmap(
+        torch.ops.pycompress.sparse_conv2d.default, in_dims=(None, None, None, 0, *[None] * 5)
+    )
+    with pytest.raises(NotImplementedError, match="vmap over the weights"):
+        over_the_bias(*values)
+
+
+CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "float64": ({"x": torch.ones(1, 5, 4, 4, dtype=torch.float64)}, TypeError, "x is torch.float64"),
+    "a matrix": ({"x": torch.ones(5, 4)}, ValueError, r"x is \[5, 4\], expected \[N, C, H, W\] or \[C, H, W\]"),
+    "five dimensions": ({"x": torch.ones(1, 1, 5, 4, 4)}, ValueError, r"expected \[N, C, H, W\] or \[C, H, W\]"),
+    "channels": ({"x": torch.ones(1, 6, 4, 4)}, ValueError, "6 channels.*the packed weight expects k = 45"),
+    "no channels": ({"x": torch.ones(1, 0, 4, 4)}, ValueError, "0 channels.*the packed weight expects k = 45"),
+    "too small": ({"x": torch.ones(1, 5, 4, 2)}, ValueError, "x with its padding is 4x2, expected at least 3x3"),
+    "no pixels": ({"x": torch.ones(1, 5, 0, 0)}, ValueError, "x with its padding is 0x0, expected at least 3x3"),
+    "n": ({"n": 18, "bias": None}, ValueError, "n is 18, the packed weight has 19 channels"),
+    "kernel": ({"kernel_size": (3, 2)}, ValueError, "5 channels and a kernel of 3x2.*expects k = 45"),
+    "kernel of one number": ({"kernel_size": (3,)}, ValueError, r"kernel_size is \(3,\), .*expected two numbers"),
+    "kernel of zero": ({"kernel_size": (0, 3)}, ValueError, r"kernel_size is \(0, 3\)"),
+    "an enormous kernel": ({"kernel_size": (2**40, 2**40)}, ValueError, "expected two numbers from 1 to 65536"),
+    "stride": ({"stride": (1, 0)}, ValueError, r"stride \(1, 0\).*expected two numbers from 1"),
+    "dilation": ({"dilation": (-1, 1)}, ValueError, r"dilation \(-1, 1\).*expected two numbers from 1"),
+    "padding": ({"padding": (0, 0, -1, 0)}, ValueError, r"padding \(0, 0, -1, 0\).*of padding four from 0"),
+    "padding of two numbers": ({"padding": (1, 1)}, ValueError, r"padding \(1, 1\).*of padding four from 0"),
+    "activation": ({"activation": "tanh"}, ValueError, "activation is 'tanh', expected one of none, relu"),
+    "bias": ({"bias": torch.ones(18)}, ValueError, r"sparse_conv2d: bias is \[18\], expected \[19\]"),
+    "bias in float64": ({"bias": torch.ones(19).double()}, ValueError, r"bias is torch.float64 \[19\]"),
+    "packed": ({"packed": torch.ones(64)}, ValueError, "packed is torch.float32"),
+    "another packed": ({"packed": torch.ones(64, dtype=torch.uint8)}, ValueError, "unknown format|packed"),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_bad_calls_are_refused(case: str) -> None:
+    made = layer("3x3")
+    names = ("x", "packed", "n", "bias", "kernel_size", "stride", "padding", "dilation", "activation")
+    good = dict(zip(names, arguments(made, torch.ones(1, 5, 4, 4)), strict=True))
+    change, error, message = CALLS[case]
+    with pytest.raises(error, match=message):
+        ops.sparse_conv2d(**{**good, **change})
+    with pytest.raises(error, match=message):
+        torch.ops.pycompress.sparse_conv2d.default(*{**good, **change}.values())
+
+
+def test_int8_weights_are_refused() -> None:
+    weight = Sparse(0.5, bits=8).compress(torch.randn(4, 18))
+    packed = ops.sparse_pack(weight.mask, weight.values, 18, 7)
+    with pytest.raises(ValueError, match="sparse_conv2d: the packed weight is int8, expected float32"):
+        ops.sparse_conv2d(torch.randn(1, 2, 5, 5), packed, 4, None, (3, 3))
+
+
+# --- the module ---------------------------------------------------------------------------------------------------------
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def equal_states(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@EVERY
+@pytest.mark.parametrize("bias", [False, True])
+def test_from_dense(name: str, bias: bool) -> None:
+    conv = dense(name, bias=bias)
+    made = SparseConv2d.from_dense(conv, Sparse(0.3))
+    for attribute in (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    ):  # fmt: skip
+        assert getattr(made, attribute) == getattr(conv, attribute), attribute
+    weight = Sparse(0.3).compress(conv.weight.reshape(19, -1))
+    assert (made.bits, made.nnz, made.density, made.activation_bits) == (32, weight.nnz, weight.density, None)
+    assert torch.equal(made.canonical().mask, weight.mask)
+    assert torch.equal(made.canonical().values, weight.values)
+    assert torch.equal(made.weight, weight.decompress().view(conv.weight.shape))
+    assert (made.bias is None) is not bias
+    assert not list(made.parameters())
+    conv.weight.data.copy_(made.weight)
+    x = torch.randn(2, 5, 9, 9)
+    torch.testing.assert_close(made(x), conv(x))
+    assert made(input=x).shape == conv(input=x).shape
+
+
+def test_all_weights_of_the_dense_layer_stay_without_a_method() -> None:
+    conv = dense().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        conv.weight[torch.rand(conv.weight.shape) < 0.7] = 0
+    made = SparseConv2d.from_dense(conv)
+    assert torch.equal(made.weight, conv.weight)
+    assert made.nnz == int((conv.weight != 0).sum())
+
+
+def test_importance_decides_what_stays() -> None:
+    conv = dense()
+    importance = torch.rand(conv.weight.shape)
+    weight = Sparse(0.2).compress(conv.weight.flatten(1), importance.flatten(1))
+    made = SparseConv2d.from_weight(weight, Conv2dGeometry(5, (3, 3), padding=(1, 1)), conv.bias)
+    kept = importance >= importance.flatten().sort(descending=True).values[made.nnz - 1]
+    assert torch.equal(made.weight, conv.weight * kept)
+    x = torch.randn(1, 5, 6, 6)
+    torch.testing.assert_close(made(x), conv2d(x, conv.weight * kept, conv.bias, padding=1))
+
+
+def test_a_layer_whose_attributes_are_out_of_date() -> None:
+    """As after pruning whole channels by hand: torch goes by the weight, and so does this."""
+    conv, x = dense(), torch.randn(1, 4, 6, 6)
+    conv.weight = nn.Parameter(conv.weight[:, :4].detach())
+    made = SparseConv2d.from_dense(conv)
+    assert made.in_channels == 4
+    torch.testing.assert_close(made(x), conv(x))
+
+
+def test_what_is_refused() -> None:
+    weight, geometry = Sparse(0.5).compress(torch.randn(4, 18)), Conv2dGeometry(2, (3, 3))
+    with pytest.raises(
+        ValueError, match=r"the weight is \[4, 18\], expected k = 27 for in_channels=3, kernel_size=\(3, 3\)"
+    ):
+        SparseConv2d.from_weight(weight, Conv2dGeometry(3, (3, 3)))
+    with pytest.raises(ValueError, match=r"SparseConv2d: bias is \[5\], expected \[4\]"):
+        SparseConv2d.from_weight(weight, geometry, torch.zeros(5))
+    with pytest.raises(ValueError, match="activation is 'tanh', expected one of"):
+        SparseConv2d.from_weight(weight, geometry, None, "tanh")
+    with pytest.raises(ValueError, match="the weight is int8, expected float32: int8 has no sparse convolution yet"):
+        SparseConv2d.from_dense(nn.Conv2d(2, 4, 3), Sparse(0.5, bits=8))
+    with pytest.raises(TypeError, match="the weight is Int8Weight, expected SparseWeight"):
+        SparseConv2d.from_dense(nn.Conv2d(2, 4, 3), Int8())
+    with pytest.raises(TypeError, match="SparseConv2d: the dense layer is Linear, expected Conv2d"):
+        SparseConv2d.from_dense(nn.Linear(4, 4))
+    for kind in (SparseLinear, Int8Linear):
+        with pytest.raises(TypeError, match=f"{kind.__name__}: the dense layer is Conv2d, expected Linear"):
+            kind.from_dense(nn.Conv2d(2, 4, 3))
+    with pytest.raises(ValueError, match="groups is 2, expected 1"):
+        SparseConv2d.from_dense(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match="padding_mode is 'reflect', expected 'zeros'"):
+        SparseConv2d.from_dense(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_channels": 0}, "in_channels is 0"),
+        ({"in_channels": True}, "in_channels is True"),
+        ({"kernel_size": (3, 0)}, r"kernel_size is \(3, 0\)"),
+        ({"kernel_size": (3, 70000)}, "expected two numbers from 1 to 65536"),
+        ({"kernel_size": 3}, "kernel_size is 3"),
+        ({"stride": (1, 1, 1)}, r"stride is \(1, 1, 1\)"),
+        ({"dilation": (1.0, 1)}, r"dilation is \(1.0, 1\)"),
+        ({"padding": (-1, 0)}, r"padding is \(-1, 0\)"),
+        ({"padding": "full"}, "padding is 'full'"),
+        ({"padding": "same", "stride": (2, 1)}, r"stride is \(2, 1\), expected \(1, 1\) for padding 'same'"),
+    ],
+)
+def test_geometries_that_are_none(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Conv2dGeometry(**{"in_channels": 3, "kernel_size": (3, 3), **change})
+
+
+def test_repr_and_label() -> None:
+    made = layer(activation="relu")
+    assert repr(made) == (
+        "SparseConv2d(out_channels=19, in_channels=5, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), "
+        "bias=True, density=0.299, bits=32, activation=relu)"
+    )
+    assert made.label == "sparse 29.9 %"
+
+
+def through_torch_save(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@EVERY
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
+def test_copies(name: str, duplicate: Callable[[nn.Module], nn.Module], same: Same) -> None:
+    made, x = layer(name, activation="gelu").eval(), torch.randn(2, 5, 9, 9)
+    copied = duplicate(made)
+    assert (type(copied), repr(copied), copied.training) == (SparseConv2d, repr(made), False)
+    assert equal_states(state(copied), state(made))
+    assert same(copied(x), made(x))
+    before = state(copied)
+    for buffer in made.buffers():
+        buffer.zero_()
+    assert equal_states(state(copied), before), "a copy shares no memory"
+
+
+def test_a_pickle_and_a_state_dict_hold_the_canonical_weight() -> None:
+    made = layer()
+    assert set(made.__getstate__()["_buffers"]) == {"weight_mask", "weight_values", "weight_scale", "bias"}
+    found = made.state_dict()
+    assert list(found) == ["weight_mask", "weight_values", "bias"]
+    assert torch.equal(found["weight_values"], made.canonical().values)
+    assert found["weight_mask"].shape == (19, 6)
+    assert made.canonical_bytes() == 4 * made.nnz + 19 * 6
+
+
+@EVERY
+def test_state_dict_round_trip(name: str, same: Same) -> None:
+    source, target = nn.Sequential(layer(name, 0.5)), nn.Sequential(layer(name, 0.1))
+    target.load_state_dict(source.state_dict())
+    assert target[0].nnz == source[0].nnz
+    x = torch.randn(2, 5, 9, 9)
+    assert same(target(x), source(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {**s, "weight_values": s["weight_values"][:-1]}, "values, the mask has"),
+        (lambda s: {**s, "weight_mask": s["weight_mask"][:-1]}, "weight_mask is"),
+        (lambda s: {**s, "weight_values": s["weight_values"].to(torch.int8)}, "weight_values is torch.int8"),
+        (lambda s: {**s, "bias": s["bias"][:-1]}, "bias is"),
+        (lambda s: {**s, "bias": s["bias"] * torch.nan}, "the bias holds NaN"),
+        (lambda s: {k: v for k, v in s.items() if k != "weight_mask"}, "Missing key.*weight_mask"),
+        (lambda s: {**s, "kernel": torch.ones(1)}, "Unexpected key.*kernel"),
+        (lambda _: layer("1x1").state_dict(), "weight_mask is"),
+        (lambda _: dense().state_dict(), "Missing key.*weight_mask"),
+    ],
+)
+def test_a_bad_state_dict_is_refused(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str) -> None:
+    target = layer()
+    broken = change(layer().state_dict())
+    before = state(target)
+    with pytest.raises(RuntimeError, match=message):
+        target.load_state_dict(broken)
+    if "Unexpected" not in message:
+        assert equal_states(state(target), before)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.bfloat16(),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to(memory_format=torch.channels_last),
+    ],
+)
+def test_moving_keeps_the_numbers(move: Callable[[nn.Module], nn.Module], same: Same) -> None:
+    made, x = layer(), torch.randn(1, 5, 6, 6)
+    before, expected = state(made), made(x)
+    move(nn.Sequential(made))
+    assert equal_states(state(made), before)
+    assert same(made(x), expected)
+
+
+def test_a_dense_layer_in_half_precision() -> None:
+    conv = dense().bfloat16()
+    made = SparseConv2d.from_dense(conv)
+    assert torch.equal(made.weight, conv.weight.float())
+    x = torch.randn(1, 5, 6, 6)
+    assert within(made(x), x, made)
+
+
+def test_meta_device_and_back(same: Same) -> None:
+    source, target = layer(), layer().to("meta")
+    assert target(torch.empty(2, 5, 6, 7, device="meta")).shape == (2, 19, 6, 7)
+    assert (target.weight.shape, target.weight.is_meta, target.format) == ((19, 5, 3, 3), True, "")
+    assert repr(copy.deepcopy(target)) == repr(source)
+    target.to_empty(device="cpu")
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(2, 5, 6, 6)
+    assert same(target(x), source(x))
+
+
+def test_sharing_a_weight_between_geometries() -> None:
+    conv, other = nn.Conv2d(5, 8, 3, padding=1), nn.Conv2d(5, 8, 3, stride=2)
+    other.weight = conv.weight
+    one, two = SparseConv2d.from_dense(conv), SparseConv2d.from_dense(other)
+    assert one.same_weight(two)
+    two.share(one)
+    copied = copy.deepcopy(nn.ModuleList([one, two]))
+    assert copied[0].packed is copied[1].packed
+    x = torch.randn(1, 5, 9, 9)
+    torch.testing.assert_close(copied[1](x), other(x))
+    assert not one.same_weight(SparseLinear.from_weight(one.canonical()))
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(2, 5, 9, 10), (5, 10, 9)])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_gradient_of_the_input_is_that_of_the_dense_weight(name: str, shape: tuple[int, ...], activation: str) -> None:
+    conv, x = dense(name), torch.randn(shape, requires_grad=True)
+    made = SparseConv2d.from_dense(conv, Sparse(0.3), activation)
+    conv.weight.data.copy_(made.weight)
+    expected_y = nn.functional.silu(conv(x)) if activation == "silu" else conv(x)
+    seed = torch.randn_like(expected_y)
+    y = made(x)
+    assert y.requires_grad
+    torch.testing.assert_close(y, expected_y)
+    (gradient,) = torch.autograd.grad(y, x, seed)
+    (expected,) = torch.autograd.grad(expected_y, x, seed)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_in_half_precision(dtype: torch.dtype) -> None:
+    made, x = layer(), torch.randn(2, 5, 6, 6).to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(made(x).sum(), x)
+    exact = x.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(made(exact).sum(), exact)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_inference_mode_and_autocast(same: Same) -> None:
+    made, x = layer(activation="relu"), torch.randn(1, 5, 6, 6)
+    expected = made(x)
+    with torch.inference_mode():
+        assert same(made(x), expected)
+        assert made(x.clone()).is_inference()
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = nn.Conv2d(5, 5, 1)(x)
+        assert same(made(hidden), made(hidden.clone()))
+
+
+@pytest.fixture
+def fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> nn.Sequential:
+    second = layer("4x2, same", 0.2, channels=19, n=6, bias=False)
+    return nn.Sequential(layer("3x3 padded with a stride", activation="gelu"), nn.BatchNorm2d(19), second).eval()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_compile_fullgraph(dtype: torch.dtype, same: Same) -> None:
+    model = network().to(dtype)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for x in (torch.randn(2, 5, 9, 8).to(dtype), torch.randn(3, 5, 7, 12).to(dtype)):
+            assert same(compiled(x), model(x))
+            last = x.to(memory_format=torch.channels_last)
+            assert same(compiled(last), model(last))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compile_with_a_gradient() -> None:
+    model = network()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 9, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compile_with_inductor() -> None:
+    model, x = network(), torch.randn(2, 5, 9, 8)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        last = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(compiled(last), model(last))
+
+
+def test_export_with_free_sizes() -> None:
+    model, dim = network(), torch.export.Dim
+    sizes = {0: dim("images", min=1, max=64), 2: dim("height", min=4, max=512), 3: dim("width", min=4, max=512)}
+    program = torch.export.export(model, (torch.randn(2, 5, 9, 8),), dynamic_shapes=(sizes,))
+    found = [node.target for node in program.graph.nodes]
+    assert found.count(torch.ops.pycompress.sparse_conv2d.default) == 2
+    x = torch.randn(3, 5, 20, 31)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+# --- compress and summary -----------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A basic block of a ResNet, its batch norms folded into the convolutions."""
+
+    def __init__(self, channels: int, n: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, n, 3, stride, 1)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(n, n, 3, 1, 1)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.shortcut = nn.Conv2d(channels, n, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
+        return y
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.blocks = nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return y
+
+
+CONV_NAMES = [
+    "stem.0", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.shortcut",
+]  # fmt: skip
+
+
+def resnet() -> ResNet:
+    return ResNet().eval()
+
+
+def pruned_by_hand(model: nn.Module, compressed: nn.Module) -> nn.Module:
+    """The dense model with the weights that the compressed one kept."""
+    model = copy.deepcopy(model)
+    for name, one in compressed_layers(compressed).items():
+        model.get_submodule(name).weight.data.copy_(one.weight)
+    return model
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {record.name: record.reason for record in pc.summary(model).layers if record.method is None}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_residual_network(inplace: bool) -> None:
+    model, x = resnet(), torch.randn(2, 3, 33, 40)
+    original = copy.deepcopy(model)
+    result = pc.compress(model, Sparse(0.3), inplace=inplace)
+    assert (result is model) is inplace
+    layers = compressed_layers(result)
+    assert list(layers) == [*CONV_NAMES, "head"]
+    assert {name for name, one in layers.items() if type(one) is SparseConv2d} == set(CONV_NAMES)
+    assert {name for name, one in layers.items() if one.activation == "relu"} == {
+        "stem.0", "blocks.0.conv1", "blocks.1.conv1",
+    }, "and conv2 adds the shortcut first"  # fmt: skip
+    assert type(result.stem[1]) is nn.Identity
+    with torch.no_grad():
+        torch.testing.assert_close(result(x), pruned_by_hand(original, result)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_summary() -> None:
+    model = resnet()
+    result = pc.compress(model, {"blocks.0.*": None, "*": Sparse(0.25)})
+    summary = pc.summary(result)
+    assert [record.name for record in summary.layers] == [*CONV_NAMES, "head"]
+    record = {one.name: one for one in summary.layers}["blocks.1.conv1"]
+    made = result.blocks[1].conv1
+    assert (record.kind, record.shape, record.method, record.label) == (
+        "Conv2d",
+        (16, 8, 3, 3),
+        "sparse",
+        "sparse 25 %",
+    )
+    assert (record.density, record.bits, record.activation) == (0.25, 32, "relu")
+    assert record.dense_bytes == 4 * (16 * 8 * 9 + 16)
+    assert record.bytes == 4 * (made.nnz + 16) + 16 * 9
+    weight = model.blocks[1].conv1.weight
+    assert record.error == pytest.approx(float((made.weight - weight).detach().norm() / weight.detach().norm()))
+    assert "16x8x3x3" in str(summary)
+    assert reasons(result) == dict.fromkeys(CONV_NAMES[1:3], "the plan keeps 'blocks.0.*' dense")
+    assert summary.dense_bytes == sum(p.numel() * 4 for p in model.parameters())
+    by_hand = pc.summary(nn.Sequential(made)).layers[0]
+    assert (by_hand.kind, by_hand.shape, by_hand.dense_bytes) == ("Conv2d", (16, 8, 3, 3), record.dense_bytes)
+
+
+def test_methods_that_take_no_convolutions(same: Same) -> None:
+    model, x = resnet(), torch.randn(1, 3, 32, 32)
+    for method, reason in (
+        (Int8(), "int8 takes linear layers only"),
+        (Sparse(0.5, bits=8), "int8 has no sparse convolution yet"),
+    ):
+        result = pc.compress(model, method)
+        assert list(compressed_layers(result)) == ["head"]
+        assert reasons(result) == dict.fromkeys(CONV_NAMES, reason)
+        only = pc.compress(model, {"stem.*": method})
+        assert not compressed_layers(only)
+        assert reasons(only)["stem.0"] == reason
+        assert same(only(x), model(x))
+
+
+class Own:
+    """A user's method, which does not say what it takes."""
+
+    name = "sparse"
+
+    def compress(self, weight: Tensor) -> SparseWeight:
+        return Sparse(0.5).compress(weight)
+
+
+class OwnForConvolutions(Own):
+    def refuses(self, kind: str) -> str:
+        return "" if kind == "Conv2d" else "this one is for convolutions"
+
+
+def test_a_method_says_what_it_takes() -> None:
+    model = resnet()
+    assert list(compressed_layers(pc.compress(model, Own()))) == ["head"]
+    result = pc.compress(model, OwnForConvolutions())
+    assert list(compressed_layers(result)) == CONV_NAMES
+    assert reasons(result) == {"head": "this one is for convolutions"}
+
+
+class Special(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), "groups is 2, expected 1: convolutions in groups have no kernel yet"),
+        (nn.Conv2d(4, 4, 3, groups=4), "groups is 4, expected 1: convolutions in groups have no kernel yet"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding_mode is 'circular', expected 'zeros'"),
+        (Special(4, 4, 3), "Special is a subclass of Conv2d, which may do something else"),
+        (nn.LazyConv2d(4, 3), "its parameters are not initialized yet"),
+        (nn.ConvTranspose2d(4, 6, 3), "ConvTranspose2d has no compressed layer"),
+        (nn.Conv1d(4, 4, 3), "Conv1d has no compressed layer"),
+        (nn.Conv3d(4, 4, 3), "Conv3d has no compressed layer"),
+        (nn.Conv2d(4, 4, 3).double(), "its weight is torch.float64, expected float32, bfloat16 or float16"),
+        (nn.Conv2d(8, 2, (128, 65)), "its weight is [2, 66560], expected 1 to 65536 input features"),
+        (nn.Conv2d(4, 4, 3, padding=-1), "padding is (-1, -1)"),
+    ],
+)
+def test_convolutions_that_stay_dense(module: nn.Module, reason: str) -> None:
+    model = nn.ModuleDict({"a": module, "b": nn.Linear(4, 4)})
+    for plan in (Sparse(0.5), {"a": Sparse(0.5), "*": Int8()}):
+        result = pc.compress(model, plan)
+        assert list(compressed_layers(result)) == ["b"]
+        assert reason in reasons(result)["a"]
+        assert type(result["a"]) is type(module)
+        str(pc.summary(result))
+
+
+def test_a_convolution_with_hooks_stays_dense() -> None:
+    model = resnet()
+    model.stem[0].register_forward_hook(lambda *_: None)
+    assert reasons(pc.compress(model, Sparse(0.5))) == {"stem.0": "it has hooks, which would be lost"}
+
+
+def test_a_convolution_with_nan_is_refused(snapshot: Snapshot) -> None:
+    model = resnet()
+    with torch.no_grad():
+        model.blocks[1].conv2.weight[3, 2, 1, 0] = torch.nan
+    modules = list(model.modules())
+    for inplace in (False, True):
+        with pytest.raises(ValueError, match=r"the weight of blocks\.1\.conv2 holds NaN or Inf"):
+            pc.compress(model, Sparse(0.5), inplace=inplace)
+    assert list(model.modules()) == modules
+
+
+def test_the_model_itself_is_a_convolution() -> None:
+    conv, x = dense(), torch.randn(1, 5, 6, 6)
+    made = pc.compress(conv, Sparse(0.5))
+    assert isinstance(made, pc.SparseConv2d)
+    torch.testing.assert_close(made(x), pruned_by_hand_alone(conv, made)(x))
+
+
+def pruned_by_hand_alone(conv: nn.Conv2d, made: SparseConv2d) -> nn.Conv2d:
+    conv = copy.deepcopy(conv)
+    conv.weight.data.copy_(made.weight)
+    return conv
+
+
+def test_layers_that_torch_pruned() -> None:
+    model, x = resnet(), torch.randn(1, 3, 32, 32)
+    for name in CONV_NAMES:
+        prune.random_unstructured(model.get_submodule(name), "weight", amount=0.7)
+    prune.ln_structured(model.blocks[0].conv2, "weight", amount=0.5, n=2, dim=0)
+    prune.l1_unstructured(model.stem[0], "bias", amount=0.5)
+    with torch.no_grad():
+        expected = model(x)
+        model.stem[0].weight_orig *= 2  # `weight` is out of date now, until the next call
+        changed = pc.compress(model, Sparse())
+        model.stem[0].weight_orig /= 2
+        result = pc.compress(model, Sparse())
+        torch.testing.assert_close(result(x), expected)
+        torch.testing.assert_close(changed.stem[0].weight, 2 * result.stem[0].weight)
+    for name in CONV_NAMES:
+        conv, made = model.get_submodule(name), result.get_submodule(name)
+        assert type(made) is SparseConv2d
+        assert made.nnz == int((conv.weight_orig * conv.weight_mask != 0).sum())
+
+
+class TiedConvs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+        self.far.weight = self.near.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.far(self.near(x).tanh())
+        return y
+
+
+def test_a_shared_weight_stays_shared() -> None:
+    model, x = TiedConvs(), torch.randn(1, 4, 8, 8)
+    result = pc.compress(model, Sparse(0.5))
+    assert result.near.packed is result.far.packed
+    assert (result.near.dilation, result.far.dilation) == ((1, 1), (2, 2))
+    torch.testing.assert_close(result(x), pruned_by_hand(model, result)(x))
+    records = {record.name: record for record in pc.summary(result).layers}
+    assert (records["far"].dense_bytes, records["far"].bytes) == (16, 16), "its bias alone"
+
+
+def test_a_weight_shared_with_a_transposed_convolution_stays_dense() -> None:
+    model = nn.ModuleDict({"encode": nn.Conv2d(4, 4, 3), "decode": nn.ConvTranspose2d(4, 4, 3)})
+    model["decode"].weight = model["encode"].weight
+    assert reasons(pc.compress(model, Sparse(0.5)))["encode"] == (
+        "its weight is shared with decode: compressing it would add bytes"
+    )
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "16x1"])
+def test_one_density_for_convolutions_and_linear_layers(pattern: str) -> None:
+    model = resnet()
+    with torch.no_grad():
+        model.head.weight *= 10
+    result = pc.compress(model, Sparse(0.2, pattern, scope="model"))
+    layers = compressed_layers(result)
+    assert list(layers) == [*CONV_NAMES, "head"]
+    weights = {name: model.get_submodule(name).weight.detach().flatten(1) for name in layers}
+    if pattern == "unstructured":
+        magnitudes = torch.cat([weight.abs().flatten() for weight in weights.values()])
+        threshold = magnitudes.sort(descending=True).values[round(0.2 * len(magnitudes)) - 1]
+        expected = {name: int((weight.abs() >= threshold).sum()) for name, weight in weights.items()}
+        assert {name: one.nnz for name, one in layers.items()} == expected
+    assert layers["head"].density > 0.9
+    assert len({one.density for one in layers.values()}) > 3
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_only_if_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def times(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[float, float]:
+        seen.append((first().shape, second().shape))
+        return (2.0, 1.0) if faster else (1.0, 2.0)
+
+    monkeypatch.setattr(model_module, "interleaved_us", times)
+    model, x = resnet(), torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    result = pc.compress(model, {"head": None, "*": Sparse(0.2)}, example_inputs=x, only_if_faster=True)
+    assert len(seen) == len(CONV_NAMES)
+    assert all(first == second for first, second in seen)
+    assert list(compressed_layers(result)) == (CONV_NAMES if faster else [])
+    if not faster:
+        assert set(reasons(result).values()) == {
+            "the plan keeps 'head' dense",
+            "dense is faster here: 1 us against 2 us",
+        }
+
+
+def test_layers_are_measured_in_the_memory_format_of_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    forward = nn.Conv2d.forward
+
+    def watched(self: nn.Conv2d, x: Tensor) -> Tensor:
+        seen.append(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", watched)
+    monkeypatch.setattr(model_module, "interleaved_us", lambda first, second: (first() is None, 1.0))
+    x = torch.randn(2, 5, 8, 8)
+    for channels_last in (False, True):
+        seen.clear()
+        given = x.to(memory_format=torch.channels_last) if channels_last else x
+        pc.compress(nn.Sequential(dense()), Sparse(0.2), example_inputs=given, only_if_faster=True)
+        assert seen == [channels_last] * 2, "once in the model, once to be measured"
+
+
+def test_measuring_for_real() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())
+    result = pc.compress(model, Sparse(0.01), example_inputs=torch.randn(1, 8, 12, 12), only_if_faster=True)
+    record = pc.summary(result).layers[0]
+    assert record.dense_us > 0 and record.us > 0
+    assert (record.method == "sparse") is (record.us < record.dense_us)
+    assert measure.interleaved_us is model_module.interleaved_us
+
+
+# --- storage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.safetensors"
+
+
+def assorted() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, (4, 2), padding="same", dilation=(1, 3), bias=False),
+        nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 5),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_save_and_load(meta: bool, path: Path, same: Same) -> None:
+    model, x = pc.compress(assorted(), {"3": None, "5": Int8(), "*": Sparse(0.4)}), torch.randn(2, 3, 12, 12)
+    pc.save(model, path)
+    with torch.device("meta" if meta else "cpu"):
+        target = assorted()
+    loaded = pc.load(target, path)
+    assert repr(loaded) == repr(model)
+    assert same(loaded(x), model(x))
+    again = pc.load(pc.compress(assorted(), {"3": None, "5": Int8(), "*": Sparse(0.9)}), path)
+    assert same(again(x), model(x))
+    records = {record.name: record for record in pc.summary(loaded).layers}
+    assert (records["0"].kind, records["0"].shape, records["0"].activation) == ("Conv2d", (8, 3, 3, 3), "relu")
+
+
+def test_what_is_in_the_file(path: Path) -> None:
+    model = pc.compress(assorted(), {"5": None, "*": Sparse(0.4)})
+    pc.save(model, path)
+    with safe_open(path, "pt") as file:
+        entry = json.loads(file.metadata()["pycompress"])["layers"]["2"]
+        assert set(file.keys()) == set(model.state_dict())
+    assert entry == {
+        "method": "sparse", "shape": [8, 64], "bias": False, "activation": "none", "bits": 32, "nnz": model[2].nnz,
+        "conv2d": {"kernel_size": [4, 2], "stride": [1, 1], "padding": "same", "dilation": [1, 3]},
+    }  # fmt: skip
+
+
+def test_save_and_load_of_tied_weights(path: Path, same: Same) -> None:
+    model, x = pc.compress(TiedConvs(), Sparse(0.5)), torch.randn(1, 4, 8, 8)
+    pc.save(model, path)
+    loaded = pc.load(TiedConvs(), path)
+    assert loaded.near.packed is loaded.far.packed
+    assert same(loaded(x), model(x))
+
+
+def test_the_layer_itself_in_a_file(path: Path, same: Same) -> None:
+    made, x = pc.compress(dense("4x2, same"), Sparse(0.5)), torch.randn(1, 5, 8, 8)
+    pc.save(made, path)
+    assert same(pc.load(dense("4x2, same"), path)(x), made(x))
+
+
+def refused(path: Path, message: str, model: nn.Module, snapshot: Snapshot) -> None:
+    unchanged = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        pc.load(model, path)
+    assert unchanged()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            nn.Conv2d(5, 8, 3),
+            r"0 is \[8, 45\] .*padding=\(0, 0\).* in the model, \[8, 45\] .*padding=\(1, 1\).* in the file",
+        ),
+        (nn.Conv2d(5, 8, 3, 2, 1), r"stride=\(2, 2\).* in the model, .*stride=\(1, 1\).* in the file"),
+        (nn.Conv2d(5, 8, 3, 1, 1, 2), r"dilation=\(2, 2\).* in the model"),
+        (nn.Conv2d(5, 8, (9, 1), 1, 1), r"kernel_size=\(9, 1\).* in the model"),
+        (nn.Conv2d(45, 8, 1, 1, 1), r"in_channels=45.* in the model"),
+        (nn.Conv2d(5, 8, 3, 1, 1, bias=False), "bias=False.* in the model, .*bias=True.* in the file"),
+        (nn.Conv2d(5, 9, 3, 1, 1), r"\[9, 45\].* in the model"),
+        (nn.Conv2d(20, 8, 3, 1, 1, groups=4), "0 is a Conv2d in the model: groups is 4, expected 1"),
+        (nn.Conv2d(5, 8, 3, 1, 1, padding_mode="reflect"), "padding_mode is 'reflect'"),
+        (nn.Linear(45, 8), "0 is a Linear in the model, expected a Conv2d"),
+        (nn.ConvTranspose2d(8, 5, 3), "0 is a ConvTranspose2d in the model, expected a Conv2d"),
+        (nn.ReLU(), "0 is a ReLU in the model, expected a Conv2d"),
+        (SparseLinear.from_dense(nn.Linear(45, 8)), r"\[8, 45\] with bias=True in the model, .*in_channels=5"),
+        (SparseConv2d.from_dense(nn.Conv2d(5, 8, 3)), r"padding=\(0, 0\).* in the model"),
+    ],
+)
+def test_models_of_another_architecture(other: nn.Module, message: str, path: Path, snapshot: Snapshot) -> None:
+    pc.save(nn.Sequential(SparseConv2d.from_dense(nn.Conv2d(5, 8, 3, 1, 1), Sparse(0.5))), path)
+    refused(path, message, nn.Sequential(other), snapshot)
+
+
+def test_a_linear_layer_of_the_file_finds_a_convolution(path: Path, snapshot: Snapshot) -> None:
+    pc.save(nn.Sequential(SparseLinear.from_dense(nn.Linear(45, 8))), path)
+    refused(path, "0 is a Conv2d in the model, expected a linear layer", nn.Sequential(nn.Conv2d(5, 8, 3)), snapshot)
+    made = SparseConv2d.from_dense(nn.Conv2d(5, 8, 3))
+    refused(path, r"in_channels=5.* in the model, \[8, 45\] with bias=True in the file", nn.Sequential(made), snapshot)
+
+
+GEOMETRY = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "int8"}, "method is 'int8', expected 'sparse'"),
+        ({"bits": 8, "activation_bits": 7}, "its weight is int8, expected float32 in a convolution"),
+        ({"conv2d": None}, "conv2d is None, expected its kernel_size"),
+        ({"conv2d": []}, r"conv2d is \[\]"),
+        ({"conv2d": {}}, r"the settings are \[\], expected \['kernel_size', 'stride', 'padding', 'dilation'\]"),
+        ({"conv2d": {**GEOMETRY, "groups": 1}}, "the settings are .*'groups'"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": [2, 2]}}, r"kernel_size is \(2, 2\), expected a divisor of k = 45"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": [1, 1]}}, "in_channels=45.* in the file"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": [0, 3]}}, r"kernel_size is \(0, 3\)"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": [3]}}, r"kernel_size is \(3,\)"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": [[3], 3]}}, r"kernel_size is \(\[3\], 3\)"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": 3}}, "kernel_size is 3"),
+        ({"conv2d": {**GEOMETRY, "kernel_size": [True, 3]}}, r"kernel_size is \(True, 3\)"),
+        ({"conv2d": {**GEOMETRY, "stride": [10**30, 1]}}, "stride is"),
+        ({"conv2d": {**GEOMETRY, "stride": "same"}}, "stride is 'same'"),
+        ({"conv2d": {**GEOMETRY, "padding": [-1, 1]}}, r"padding is \(-1, 1\)"),
+        ({"conv2d": {**GEOMETRY, "padding": {"a": 1}}}, "padding is {'a': 1}"),
+        ({"conv2d": {**GEOMETRY, "padding": "everything"}}, "padding is 'everything'"),
+        ({"conv2d": {**GEOMETRY, "padding": "same"}}, "padding=same.* in the file"),
+        ({"conv2d": {**GEOMETRY, "dilation": [2, 1]}}, r"dilation=\(2, 1\).* in the file"),
+        ({"conv2d": {**GEOMETRY, "dilation": [1.5, 1]}}, r"dilation is \(1.5, 1\)"),
+        ({"shape": [45, 8]}, "kernel_size is"),
+        ({"nnz": 3}, "weight_values is"),
+    ],
+)
+def test_hostile_plans(change: dict[str, Any], message: str, path: Path, snapshot: Snapshot) -> None:
+    pc.save(nn.Sequential(SparseConv2d.from_dense(nn.Conv2d(5, 8, 3, 1, 1), Sparse(0.5))), path)
+    with safe_open(path, "pt") as file:
+        plan = json.loads(file.metadata()["pycompress"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert plan["layers"]["0"]["conv2d"] == GEOMETRY
+    plan["layers"]["0"].update(change)
+    save_file(tensors, path, metadata={"pycompress": json.dumps(plan)})
+    refused(path, message, nn.Sequential(nn.Conv2d(5, 8, 3, 1, 1)), snapshot)
+
+
+# --- onnx and validation ------------------------------------------------------------------------------------------------
+
+
+def onnx_extra() -> Any:
+    pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
+    from pycompress import onnx
+
+    return onnx
+
+
+@EVERY
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lowered_to_onnx(name: str, activation: str, bias: bool) -> None:
+    onnx = onnx_extra()
+    made = layer(name, activation=activation, bias=bias)
+    model = onnx.lower(made)
+    assert {node.domain for node in model.graph.node} == {""}
+    run = onnx.session(model).run
+    for shape in ((1, 5, 9, 9), (3, 5, 12, 7)):
+        x = torch.randn(shape)
+        y = torch.from_numpy(run(["y"], {"x": x.numpy()})[0])
+        exact, _ = exact_with_bound(x, made)
+        expected = nn.functional.gelu(exact) if activation == "gelu" else exact
+        torch.testing.assert_close(y, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_is_stored_once_in_onnx() -> None:
+    onnx = onnx_extra()
+    made = layer()
+    stored = {tensor.name: tuple(tensor.dims) for tensor in onnx.lower(made).graph.initializer}
+    assert stored == {"weight": (19, 5, 3, 3), "bias": (19,)}
+
+
+def test_a_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx = onnx_extra()
+    monkeypatch.setattr(onnx, "MAX_WEIGHT_BYTES", 255)
+    with pytest.raises(ValueError, match=r"the weight \[4, 4, 2, 2\] has 256 bytes, expected at most 255"):
+        onnx.lower(SparseConv2d.from_dense(nn.Conv2d(4, 4, 2)))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_validate_every_geometry(name: str, dtype: torch.dtype) -> None:
+    onnx_extra()
+    model = nn.Sequential(layer(name, activation="relu"))
+    for shape in ((2, 5, 9, 9), (5, 9, 10)):
+        x = torch.randn(shape).to(dtype)
+        report = pc.validate(model, x)
+        assert report.ok, str(report)
+        rows = model(x).numel() // 19
+        (record,) = report.layers
+        assert (record.rows, record.rows_seen, record.integers_equal, record.max_ulp) == (rows, rows, None, None)
+        assert record.share_of_bound <= 1
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_validate_a_residual_network(memory_format: torch.memory_format) -> None:
+    onnx_extra()
+    result = pc.compress(resnet(), {"head": Int8(), "*": Sparse(0.3)})
+    x = torch.randn(2, 3, 40, 40).to(memory_format=memory_format)
+    report = pc.validate(result, x)
+    assert report.ok, str(report)
+    assert [record.name for record in report.layers] == [*CONV_NAMES, "head"]
+    assert report.layers[0].rows == 2 * 20 * 20
+
+
+def test_validate_names_a_wrong_convolution() -> None:
+    onnx_extra()
+    result = pc.compress(resnet(), Sparse(0.3))
+    conv = result.blocks[1].conv1
+    forward = conv.forward
+    conv.forward = lambda x: forward(x.roll(1, -1))
+    report = pc.validate(result, torch.randn(1, 3, 32, 32))
+    assert report.first_divergence == "blocks.1.conv1"
+    assert "y: native and NumPy differ" in str(report)
+    assert "y: ONNX Runtime and NumPy differ" not in str(report)
+
+
+def test_validate_sees_the_last_row_of_a_large_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx_extra()
+    from pycompress.validation import checks
+
+    monkeypatch.setattr(checks, "MAX_ROWS", 50)
+    made = layer()
+    forward = made.forward
+
+    def wrong(x: Tensor) -> Tensor:
+        y = forward(x)
+        y[:, :, -1] += 1
+        return y
+
+    made.forward = wrong
+    report = pc.validate(nn.Sequential(made), torch.randn(2, 5, 20, 20))
+    (record,) = report.layers
+    assert (record.rows, record.rows_seen, record.status) == (50, 800, "diverged")
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (5, 8, 8)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_validate_with_nan_and_inf(bad: float, shape: tuple[int, ...]) -> None:
+    onnx_extra()
+    model = nn.Sequential(layer(density=0.2, activation="relu"), layer("1x1", 0.3, channels=19))
+    x = torch.randn(shape)
+    x[..., 2, 3, 4] = bad
+    report = pc.validate(model, x)
+    assert report.ok, str(report)
+
+
+def test_validate_without_images() -> None:
+    onnx_extra()
+    model = nn.Sequential(layer())
+    report = pc.validate(model, torch.randn(0, 5, 8, 8))
+    assert (report.layers[0].rows, report.ok) == (0, False)
+    assert "NOTHING COMPARED" in str(report)
