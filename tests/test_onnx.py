@@ -265,7 +265,7 @@ def test_a_missing_dependency_names_the_extra(missing: str, monkeypatch: pytest.
 
 
 def test_every_compressed_module_has_a_lowering() -> None:
-    assert set(LOWERINGS) == set(pycompress.nn.LAYERS.values())
+    assert set(LOWERINGS) == {*pycompress.nn.LAYERS.values(), *pycompress.nn.CONVOLUTIONS.values()}
 
 
 # --- sparse -------------------------------------------------------------------------------------------------------------

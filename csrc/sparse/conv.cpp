@@ -115,6 +115,7 @@ class Worker {
 
 void conv2d(const Convolution& p) {
   const Header& header = header_of(p.packed, p.packed_bytes);
+  check(p.type != Type::int32, "sparse_conv2d: x is int32, expected a float type");
   check(is_float(header.format), "sparse_conv2d: the packed weight is int8, expected float32");
   check(p.channels * p.kernel_h * p.kernel_w == header.k, "sparse_conv2d: ", p.channels, " channels and a kernel of ",
         p.kernel_h, "x", p.kernel_w, " make ", p.channels * p.kernel_h * p.kernel_w,

@@ -16,7 +16,7 @@ constexpr uint32_t kVersion = 1;
 // From this density on a single row of x takes its weights by bitmask: an eighth of a byte a position, where indices
 // cost a byte a weight, and time per position, not per weight.
 constexpr double kBitsDensity = 0.4;
-constexpr int64_t kMaxBlockChannels = 512, kMinBlocks = 4;
+constexpr int64_t kMaxBlockChannels = 512, kMinBlocks = 6;
 
 template <class T>
 T round_up(T value, T unit) {
@@ -387,8 +387,14 @@ std::vector<uint8_t> pack(Format format, const uint8_t* mask, const void* values
   check(is_float(format) ? activation_bits == 0 : activation_bits == 7 || activation_bits == 8,
         "sparse_pack: activation_bits is ", activation_bits, ", expected 7 or 8 for int8 weights, 0 for float32");
   const std::vector<int64_t> rows = row_offsets(mask, n, k);
+  for (int64_t row = 0; row < n && k % 8 != 0; ++row)
+    check(mask[(row + 1) * ((k + 7) / 8) - 1] >> (k % 8) == 0, "sparse_pack: row ", row,
+          " of the mask has bits set behind k = ", k);
   check(rows.back() == nonzeros, "sparse_pack: the mask has ", rows.back(), " ones, but there are ", nonzeros,
         " values");
+  const auto* bytes = static_cast<const int8_t*>(values);
+  check(is_float(format) || std::find(bytes, bytes + nonzeros, int8_t{-128}) == bytes + nonzeros,
+        "sparse_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)");
 
   Header header{};
   std::memcpy(header.magic, kMagic, sizeof(kMagic));
@@ -402,9 +408,8 @@ std::vector<uint8_t> pack(Format format, const uint8_t* mask, const void* values
   if (header.kb == 0) header.kb = 1;
   header.has_bits =
       format == Format::rows && static_cast<double>(nonzeros) >= kBitsDensity * static_cast<double>(n * k);
-  // Enough blocks of channels for the threads to share, but no more: in a large block more channels are of one length.
-  const int64_t least = std::max<int64_t>(kMinBlocks, 2 * threads);
-  const int64_t blocks = least * ((n + least * kMaxBlockChannels - 1) / (least * kMaxBlockChannels));
+  // Enough blocks of channels for threads to share, but no more: in a large block more channels are of one length.
+  const int64_t blocks = kMinBlocks * ((n + kMinBlocks * kMaxBlockChannels - 1) / (kMinBlocks * kMaxBlockChannels));
   header.nb = static_cast<int32_t>(round_up<int64_t>((n + blocks - 1) / blocks, kPanel));
 
   const Source source{mask, values, rows, n, k};

@@ -65,7 +65,7 @@ class LayersMethod(Protocol):
 
 
 @runtime_checkable
-class ChoosyMethod(Protocol):
+class SelectiveMethod(Protocol):
     """A method that says which kinds of layers it takes. Others take linear layers, and no convolutions."""
 
     def refuses(self, kind: str) -> str:
@@ -74,7 +74,7 @@ class ChoosyMethod(Protocol):
 
 def refusal(method: Method, kind: str) -> str:
     """Why a method cannot take layers of a kind, or ''."""
-    if isinstance(method, ChoosyMethod):
+    if isinstance(method, SelectiveMethod):
         return method.refuses(kind)
     return "" if kind == "Linear" else f"{method.name} takes linear layers only"
 

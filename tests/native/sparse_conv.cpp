@@ -134,7 +134,7 @@ void test_refusals() {
   const Weight floats = make_weight(4, 27, c.mask, Values::gaussian, true, random);
   const Weight ints = make_weight(4, 27, c.mask, Values::gaussian, false, random);
   const auto refused = [&](const std::string& what, const std::vector<uint8_t>& buffer, auto&& change) {
-    Guarded<uint8_t> packed(buffer.size());
+    Guarded<uint8_t> packed(buffer.size(), Edge::begin);
     std::copy(buffer.begin(), buffer.end(), packed.data());
     std::vector<float> x(75, 1.0f), y(100);
     Convolution problem = problem_of(c, packed);
