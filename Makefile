@@ -12,7 +12,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
-	PYCOMPRESS_ISA=scalar $(BIN)/python -m pytest tests/test_kernels.py tests/test_ops.py
+	PYCOMPRESS_ISA=scalar $(BIN)/python -m pytest tests/test_kernels.py tests/test_ops.py tests/test_sparse_ops.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,6 +27,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernels.py --op sparse
 	$(BIN)/python benchmarks/models.py
 
 # The C++ core alone under AddressSanitizer and UBSan.

@@ -214,11 +214,10 @@ void single_row(const Block& block, const float* x, float* sums, bool accumulate
   const uint8_t* index = block.index;
   const auto* w = static_cast<const float*>(block.values);
   const uint16_t* order = block.order;
-  const auto four = [x](uint32_t positions) {
-    __m128 v = _mm_load_ss(x + (positions & 255));
-    v = _mm_insert_ps(v, _mm_load_ss(x + (positions >> 8 & 255)), 0x10);
-    v = _mm_insert_ps(v, _mm_load_ss(x + (positions >> 16 & 255)), 0x20);
-    return _mm_insert_ps(v, _mm_load_ss(x + (positions >> 24)), 0x30);
+  const auto four = [x](size_t a, size_t b, size_t c, size_t d) {
+    __m128 v = _mm_insert_ps(_mm_load_ss(x + a), _mm_load_ss(x + b), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + c), 0x20);
+    return _mm_insert_ps(v, _mm_load_ss(x + d), 0x30);
   };
   for (int r = 0; r < block.run_count; ++r) {
     const ptrdiff_t count = block.runs[2 * r], full = count / 4 * 4;
@@ -226,14 +225,13 @@ void single_row(const Block& block, const float* x, float* sums, bool accumulate
     const uint32_t bytes = (1u << 8 * (count % 4)) - 1;  // positions behind them would lie anywhere
     for (int left = block.runs[2 * r + 1]; left > 0; --left, ++order, index += count, w += count) {
       __m128 sum = _mm_setzero_ps();
-      uint32_t positions;
-      for (ptrdiff_t i = 0; i < full; i += 4) {
-        __builtin_memcpy(&positions, index + i, 4);
-        sum = _mm_fmadd_ps(four(positions), _mm_loadu_ps(w + i), sum);
-      }
-      __builtin_memcpy(&positions, index + full, 4);
-      const __m128 rest = _mm_and_ps(four(positions & bytes), _mm_castsi128_ps(first));
-      sum = _mm_fmadd_ps(rest, _mm_maskload_ps(w + full, first), sum);
+      for (ptrdiff_t i = 0; i < full; i += 4)
+        sum = _mm_fmadd_ps(four(index[i], index[i + 1], index[i + 2], index[i + 3]), _mm_loadu_ps(w + i), sum);
+      uint32_t last;
+      __builtin_memcpy(&last, index + full, 4);
+      last &= bytes;
+      const __m128 rest = four(last & 255, last >> 8 & 255, last >> 16 & 255, 0);
+      sum = _mm_fmadd_ps(_mm_and_ps(rest, _mm_castsi128_ps(first)), _mm_maskload_ps(w + full, first), sum);
       const float total = horizontal_sum(sum);
       sums[*order] = accumulate ? sums[*order] + total : total;
     }

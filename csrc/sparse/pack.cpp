@@ -51,7 +51,7 @@ void choose_tile(Format format, double density, Header& header) {
     double below;  // density
     int width, kb;
   };
-  static constexpr Choice kRows[] = {{0.075, 32, 256}, {0.15, 32, 192}, {0.3, 64, 128}, {2, 64, 96}};
+  static constexpr Choice kRows[] = {{0.075, 32, 256}, {0.3, 32, 192}, {2, 64, 96}};
   static constexpr Choice kPanels[] = {{2, 32, 192}};
   static constexpr Choice kQuads[] = {{2, 32, 256}};
   static constexpr Choice kQuads4[] = {{0.15, 32, 768}, {2, 64, 384}};

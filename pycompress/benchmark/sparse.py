@@ -146,7 +146,7 @@ def measure_sparse(
     `effective_gops` (non-zero weights only), `peak_gops` (the faster of the probes before and after),
     `bandwidth_gbs` (the probe's rate at the size of the weight, up to FEW_ROWS rows), `floor_us` and
     `share_of_floor` (floor_us / us), `relative_error` (Frobenius, to float32 with the same weights), and
-    `time_ratio`: median and quartiles of each other candidate's time over this one's.
+    `time_ratio`: median and quartiles of the time of the dense layers and of torch CSR over this one's.
     """
     by_zeros: dict[Zeros, nn.Linear] = {}
     built: dict[str, Bind] = {}
@@ -227,14 +227,19 @@ def floor_us(operations: int, peak_gops: float | None, n_bytes: int, bandwidth_g
     return max((time for time in (computing, reading) if time is not None), default=None)
 
 
+def is_reference(name: str) -> bool:
+    """Whether other candidates are held against this one."""
+    return name in (*DENSE_FP32, "dense_int8") or name.startswith("torch_csr_")
+
+
 def _times(name: str, timings: Mapping[str, Timing]) -> Record:
     own = timings[name]
-    ratios = {other: ratio(timing, own) for other, timing in timings.items() if other != name}
+    ratios = {other: ratio(timing, own) for other, timing in timings.items() if is_reference(other) and other != name}
     return {
         "rounds": len(own.seconds),
         "us": own.median * 1e6,
         "us_quartiles": [value * 1e6 for value in own.quartiles],
-        # Four digits: they are most of the file, and the fourth is noise already.
+        # Four digits: the fourth is noise already.
         "time_ratio": {other: [float(f"{value:.4g}") for value in found] for other, found in ratios.items()},
     }
 
