@@ -319,7 +319,9 @@ def test_measuring_a_small_sparse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
             assert record["gops"] == pytest.approx(2e-3 * m * k * n / record["us"])
             assert record["effective_gops"] == pytest.approx(record["gops"] * nnz / (k * n))
             assert record["relative_error"] < 1e-6
-            references = {name for name in candidates if name.startswith("torch_") or name in ("ort_fp32", "dense_int8")}
+            references = {
+                name for name in candidates if name.startswith("torch_") or name in ("ort_fp32", "dense_int8")
+            }
             assert set(record["time_ratio"]) == references - {record["candidate"]}
             computing = 2e-3 * m * nnz / peaks["maddubs_d2" if record["bits"] == 8 else "fp32_fma"]
             reading = 1e-3 * record["weight_bytes"] / 10.0 if m == 1 else 0.0
