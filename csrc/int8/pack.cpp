@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/buffer.h"
 #include "../common/check.h"
 #include "../common/parallel.h"
 #include "windows.h"
@@ -13,27 +14,6 @@ namespace {
 constexpr char kMagic[8] = {'p', 'y', 'c', '.', 'i', 'n', 't', '8'};
 constexpr uint32_t kVersion = 1;
 constexpr int kNr = 16, kLanes = 2 * kNr;  // of the chains layout: two 16-bit lanes per channel
-
-template <class T>
-T round_up(T value, T unit) {
-  return (value + unit - 1) / unit * unit;
-}
-
-// FNV-1a over the header but its checksum: an edited one must not send the kernels out of the buffer.
-uint32_t checksum_of(Header header) {
-  header.checksum = 0;
-  unsigned char bytes[sizeof(Header)];
-  std::memcpy(bytes, &header, sizeof(header));
-  uint32_t hash = 2166136261u;
-  for (const unsigned char byte : bytes) hash = (hash ^ byte) * 16777619u;
-  return hash;
-}
-
-template <class T>
-void append(std::vector<uint8_t>& out, const T* values, size_t count) {
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(values);
-  out.insert(out.end(), bytes, bytes + count * sizeof(T));
-}
 
 // --- the chains layout --------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/buffer.h"
+
 namespace pycompress::int8 {
 namespace {
 
@@ -96,12 +98,6 @@ std::vector<Item> matched(const std::vector<Item>& items, int amax, uint32_t* pa
   *pairs = static_cast<uint32_t>(result.size() / 2);
   result.insert(result.end(), singles.begin(), singles.end());
   return result;
-}
-
-template <class T>
-void append(std::vector<uint8_t>& out, const T* values, size_t count) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(values);
-  out.insert(out.end(), bytes, bytes + count * sizeof(T));
 }
 
 void append_item(std::vector<uint8_t>& out, const Item& item) {

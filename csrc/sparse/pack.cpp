@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../common/buffer.h"
 #include "../common/check.h"
 #include "../common/parallel.h"
 #include "../int8/pack.h"
@@ -17,26 +18,6 @@ constexpr uint32_t kVersion = 1;
 // cost a byte a weight, and time per position, not per weight.
 constexpr double kBitsDensity = 0.4;
 constexpr int64_t kMaxBlockChannels = 512, kMinBlocks = 6;
-
-template <class T>
-T round_up(T value, T unit) {
-  return (value + unit - 1) / unit * unit;
-}
-
-uint32_t checksum_of(Header header) {  // FNV-1a over the header but its checksum
-  header.checksum = 0;
-  unsigned char bytes[sizeof(Header)];
-  std::memcpy(bytes, &header, sizeof(header));
-  uint32_t hash = 2166136261u;
-  for (const unsigned char byte : bytes) hash = (hash ^ byte) * 16777619u;
-  return hash;
-}
-
-template <class T>
-void append(std::vector<uint8_t>& out, const T* values, size_t count) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(values);
-  out.insert(out.end(), bytes, bytes + count * sizeof(T));
-}
 
 int values_per_element(Format format) { return format == Format::rows ? 1 : format == Format::panels ? kPanel : 4; }
 size_t value_bytes(Format format) { return is_float(format) ? sizeof(float) : sizeof(int8_t); }

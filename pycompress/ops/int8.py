@@ -16,10 +16,10 @@ from pycompress.ops.native import (
     check,
     check_float,
     check_operand,
+    implement,
     is_plain,
     library,
     matrix_of,
-    not_on_cpu,
     reads_tensors,
     rows_of,
     vector,
@@ -61,22 +61,12 @@ def _int8_linear_fake(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | N
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
-def _int8_linear_elsewhere(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001
-    not_on_cpu("int8_linear", x, packed, scale, bias)
+def _int8_linear_vmapped(*operands: Any) -> Tensor:
+    y: Tensor = _int8_linear_op(*operands)
+    return y
 
 
-def _int8_linear_vmap(_info: Any, in_dims: tuple[Any, ...], x: Tensor, *operands: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:]):
-        raise NotImplementedError("int8_linear: vmap over the weights, expected over x only")
-    y: Tensor = torch.ops.pycompress.int8_linear.default(x.movedim(in_dims[0], 0), *operands)
-    return y, 0
-
-
-library.impl("int8_linear", _int8_linear_cpu, "CPU")
-library.impl("int8_linear", _int8_linear_elsewhere, "CUDA")
-torch.library.register_fake("pycompress::int8_linear", _int8_linear_fake, lib=library)
-torch.library.register_vmap("pycompress::int8_linear", _int8_linear_vmap, lib=library)
-_int8_linear_op = torch.ops.pycompress.int8_linear.default
+_int8_linear_op = implement("int8_linear", _int8_linear_cpu, _int8_linear_fake, _int8_linear_vmapped)
 
 
 def int8_linear(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -120,6 +121,31 @@ def not_on_cpu(op: str, *tensors: Tensor | None) -> NoReturn:
     raise RuntimeError(
         f"{op}: the tensors are on {devices}, expected all of them on the CPU: this layer has CPU kernels only"
     )
+
+
+def implement(
+    name: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor], vmapped: Callable[..., Tensor]
+) -> Any:
+    """Registers what a defined op of x and a packed weight does; returns the op.
+
+    Args:
+        cpu, fake: the op itself, and its result's shape and dtype.
+        vmapped: the op for x with the dimension of ``torch.vmap`` in front.
+    """
+
+    def elsewhere(*operands: Any) -> NoReturn:
+        not_on_cpu(name, *operands)
+
+    def vmap(_info: Any, in_dims: tuple[Any, ...], x: Tensor, *operands: Any) -> tuple[Tensor, int]:
+        if any(isinstance(dim, int) for dim in in_dims[1:]):
+            raise NotImplementedError(f"{name}: vmap over the weights, expected over x only")
+        return vmapped(x.movedim(in_dims[0], 0), *operands), 0
+
+    library.impl(name, cpu, "CPU")
+    library.impl(name, elsewhere, "CUDA")
+    torch.library.register_fake(f"pycompress::{name}", fake, lib=library)
+    torch.library.register_vmap(f"pycompress::{name}", vmap, lib=library)
+    return getattr(torch.ops.pycompress, name).default
 
 
 def vector(data: bytes) -> Tensor:

@@ -20,10 +20,10 @@ from pycompress.ops.native import (
     check,
     check_float,
     check_operand,
+    implement,
     is_plain,
     library,
     matrix_of,
-    not_on_cpu,
     reads_tensors,
     rows_of,
     vector,
@@ -80,24 +80,12 @@ def _sparse_linear_fake(
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _sparse_linear_elsewhere(
-    x: Tensor, packed: Tensor, n: int, scale: Tensor | None, bias: Tensor | None, activation: str  # noqa: ARG001
-) -> Tensor:  # fmt: skip
-    not_on_cpu("sparse_linear", x, packed, scale, bias)
+def _sparse_linear_vmapped(*operands: Any) -> Tensor:
+    y: Tensor = _sparse_linear_op(*operands)
+    return y
 
 
-def _sparse_linear_vmap(_info: Any, in_dims: tuple[Any, ...], x: Tensor, *operands: Any) -> tuple[Tensor, int]:
-    if any(dim is not None for dim in in_dims[1:]):
-        raise NotImplementedError("sparse_linear: vmap over the weights, expected over x only")
-    y: Tensor = torch.ops.pycompress.sparse_linear.default(x.movedim(in_dims[0], 0), *operands)
-    return y, 0
-
-
-library.impl("sparse_linear", _sparse_linear_cpu, "CPU")
-library.impl("sparse_linear", _sparse_linear_elsewhere, "CUDA")
-torch.library.register_fake("pycompress::sparse_linear", _sparse_linear_fake, lib=library)
-torch.library.register_vmap("pycompress::sparse_linear", _sparse_linear_vmap, lib=library)
-_sparse_linear_op = torch.ops.pycompress.sparse_linear.default
+_sparse_linear_op = implement("sparse_linear", _sparse_linear_cpu, _sparse_linear_fake, _sparse_linear_vmapped)
 
 
 def sparse_linear(
@@ -193,24 +181,13 @@ def _sparse_conv2d_fake(
     return x.new_empty(_conv2d_shape(x, n, kernel_size, stride, padding, dilation))
 
 
-def _sparse_conv2d_elsewhere(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, *_rest: Any) -> Tensor:  # noqa: ARG001
-    not_on_cpu("sparse_conv2d", x, packed, bias)
-
-
-def _sparse_conv2d_vmap(_info: Any, in_dims: tuple[Any, ...], x: Tensor, *operands: Any) -> tuple[Tensor, int]:
-    if any(isinstance(dim, int) for dim in in_dims[1:]):
-        raise NotImplementedError("sparse_conv2d: vmap over the weights, expected over x only")
-    x = x.movedim(in_dims[0], 0)
+def _sparse_conv2d_vmapped(x: Tensor, *operands: Any) -> Tensor:
     check(x.dim() in (4, 5), f"sparse_conv2d: x is {list(x.shape[1:])}, expected [N, C, H, W] or [C, H, W]")
-    y: Tensor = torch.ops.pycompress.sparse_conv2d.default(x.reshape(-1, *x.shape[-3:]), *operands)
-    return y.reshape(*x.shape[:-3], *y.shape[-3:]), 0
+    y: Tensor = _sparse_conv2d_op(x.reshape(-1, *x.shape[-3:]), *operands)
+    return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 
-library.impl("sparse_conv2d", _sparse_conv2d_cpu, "CPU")
-library.impl("sparse_conv2d", _sparse_conv2d_elsewhere, "CUDA")
-torch.library.register_fake("pycompress::sparse_conv2d", _sparse_conv2d_fake, lib=library)
-torch.library.register_vmap("pycompress::sparse_conv2d", _sparse_conv2d_vmap, lib=library)
-_sparse_conv2d_op = torch.ops.pycompress.sparse_conv2d.default
+_sparse_conv2d_op = implement("sparse_conv2d", _sparse_conv2d_cpu, _sparse_conv2d_fake, _sparse_conv2d_vmapped)
 
 
 def sparse_conv2d(
