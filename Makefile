@@ -28,6 +28,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/kernels.py --op sparse
+	$(BIN)/python benchmarks/kernels.py --op low_rank
 	$(BIN)/python benchmarks/models.py
 
 # The C++ core alone under AddressSanitizer and UBSan.

@@ -1,4 +1,4 @@
-"""The command line: `pycompress info`, `pycompress bench int8`, `pycompress bench sparse` and `pycompress demo`.
+"""The command line: `pycompress info`, `pycompress bench int8|sparse|low-rank` and `pycompress demo`.
 
 Exit codes: 0 for success, 1 for a failure (such as a validation that found a difference), 2 for wrong usage.
 """
@@ -40,7 +40,7 @@ def console(*, stderr: bool = False) -> Console:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pycompress")
 def pycompress() -> None:
-    """Compressed layers for PyTorch: fast int8 and sparse kernels, validated against ONNX Runtime."""
+    """Compressed layers for PyTorch: fast int8, sparse and low-rank kernels, validated against ONNX Runtime."""
 
 
 # --------------------------------------------------------------------------------------------------- info
@@ -145,6 +145,17 @@ def grid_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def budget_option(seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """How long a cell of a grid with many candidates may take."""
+    return click.option(
+        "--budget",
+        type=click.FloatRange(min=0),
+        default=seconds,
+        show_default=True,
+        help="Seconds after which a cell begins no further round; it has three at least.",
+    )
+
+
 @bench.command()
 @grid_options
 @click.option("--weights", type=click.Choice(["gaussian", "uniform"]), default="gaussian", show_default=True)
@@ -192,13 +203,7 @@ def int8(
     show_default=True,
     help="Which ones are pruned: random ones, or those of all-MiniLM-L6-v2 in its own shapes.",
 )
-@click.option(
-    "--budget",
-    type=click.FloatRange(min=0),
-    default=25.0,
-    show_default=True,
-    help="Seconds after which a cell begins no further round; it has three at least.",
-)
+@budget_option(25.0)
 @click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds.")
 def sparse(
     *,
@@ -215,10 +220,10 @@ def sparse(
     from pycompress import benchmark
 
     layers = minilm_layers(shapes) if weights == "minilm" else None
-    default = benchmark.QUICK_SHAPES if quick else benchmark.SPARSE_SHAPES
+    default = benchmark.QUICK_SHAPES if quick else benchmark.GRID_SHAPES
     cells = benchmark.sparse_cells(
         shapes or tuple(key for key in default if layers is None or key in layers),
-        rows or (benchmark.QUICK_ROWS if quick else benchmark.SPARSE_ROWS),
+        rows or (benchmark.QUICK_ROWS if quick else benchmark.GRID_ROWS),
         weights,
     )
     peers, missing = benchmark.available(benchmark.SPARSE_PEERS)
@@ -233,9 +238,42 @@ def sparse(
     records = collected(found, "sparse", len(cells))
     write_records(environment, records, output=output, as_json=as_json)
     if not as_json:
-        summary = benchmark.summarize_sparse(records), benchmark.csr_forms(records), benchmark.break_even(records)
-        lines = [line for part in summary for line in part]
-        show(environment, sparse_table(records), lines, missing)
+        forms, crossings = benchmark.csr_forms(records), benchmark.break_even_density(records)
+        show(environment, sparse_table(records), [*benchmark.summarize_sparse(records), *forms, *crossings], missing)
+
+
+@bench.command()
+@grid_options
+@budget_option(15.0)
+@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds.")
+def low_rank(
+    *,
+    shapes: tuple[tuple[int, int], ...],
+    rows: tuple[int, ...] | None,
+    rounds: int | None,
+    budget: float,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """The low-rank layers, alone and beside int8 and sparse ones, against dense layers and two torch layers."""
+    from pycompress import benchmark
+
+    cells = benchmark.low_rank_cells(
+        shapes or (benchmark.QUICK_SHAPES if quick else benchmark.GRID_SHAPES),
+        rows or (benchmark.QUICK_ROWS if quick else benchmark.GRID_ROWS),
+    )
+    peers, missing = benchmark.available(benchmark.LOW_RANK_PEERS)
+    environment = benchmark.Environment.collect()
+    found = benchmark.measure_low_rank(
+        cells, benchmark.low_rank_candidates(peers), rounds=rounds or (5 if quick else 11), budget_s=budget
+    )
+    records = collected(found, "low rank", len(cells))
+    write_records(environment, records, output=output, as_json=as_json)
+    if not as_json:
+        speeds, crossings = benchmark.speeds(records), benchmark.break_even_rank(records)
+        lines = [*benchmark.summarize_low_rank(records), *speeds, *crossings]
+        show(environment, low_rank_table(records), lines, missing)
 
 
 def minilm_layers(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], nn.Linear]:
@@ -322,19 +360,41 @@ def by_cell(records: Iterable[Record], *further: str) -> dict[tuple[Any, ...], d
 
 def sparse_table(records: Sequence[Record]) -> Table:
     """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
-    from pycompress.benchmark import DENSE_FP32, FEWER_ZEROS, best_ratio
+    from pycompress.benchmark import FEWER_ZEROS
 
     further = [f"sparse_fp32_{zeros}" for zeros in FEWER_ZEROS]  # these are in the break-even, all in the JSON lines
     further += [f"torch_csr_{zeros}" for zeros in (50, 70, 90)]
+    title = "sparse linear, times faster than the best dense fp32 (80: per cent of zeros)"
+    return speedup_table(title, records, further, "sparse_fp32_80", left_out=("sparse_", "torch_"))
+
+
+def low_rank_table(records: Sequence[Record]) -> Table:
+    """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
+    from pycompress.benchmark import HIGHER_RANKS
+
+    title = "low-rank linear, times faster than the best dense fp32 (8, 4: rank min(n, k) / 8, / 4)"
+    return speedup_table(title, records, HIGHER_RANKS, "low_rank_8")  # the higher ranks are in the break-even
+
+
+def speedup_table(
+    title: str, records: Sequence[Record], further: Sequence[str], floor_of: str, left_out: Sequence[str] = ()
+) -> Table:
+    """The candidates but for the `further` ones, and what share of its floor `floor_of` reaches.
+
+    `left_out` of the candidates' names, so that the columns have room.
+    """
+    from pycompress.benchmark import DENSE_FP32, best_ratio
+
     names = dict.fromkeys(record["candidate"] for record in records)
     candidates = [name for name in names if name not in (*DENSE_FP32, *further)]
-    title = "sparse linear, times faster than the best dense fp32 (80: per cent of zeros)"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("m", "k", "n", "dense_fp32_Gop/s", *candidates, "share_of its_floor_fp32_80"):
-        heading = name.replace("sparse_", "").replace("torch_", "").replace("_", "\n")
-        table.add_column(heading, justify="right", no_wrap=True)
+    for name in ("m", "k", "n", "dense_fp32_Gop/s", *candidates, f"share_of_{floor_of}'s_floor"):
+        heading = name
+        for part in left_out:
+            heading = heading.replace(part, "")
+        table.add_column(heading.replace("_", "\n"), justify="right", no_wrap=True)
     for (m, k, n), found in by_cell(records).items():
-        share = found["sparse_fp32_80"]["share_of_floor"]
+        share = found[floor_of]["share_of_floor"]
         table.add_row(
             *(str(size) for size in (m, k, n)),
             f"{max(found[name]['gops'] for name in DENSE_FP32 if name in found):.3g}",

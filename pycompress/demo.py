@@ -28,7 +28,8 @@ from torch import nn
 
 from pycompress import benchmark
 from pycompress.benchmark import Record, UnavailableError
-from pycompress.methods import Int8, Sparse
+from pycompress.calibration import Calibration, calibrate
+from pycompress.methods import Int8, LowRank, Sparse
 from pycompress.methods.weight import Method
 from pycompress.model import compress
 from pycompress.storage import load as load_weights
@@ -57,10 +58,11 @@ MODULES = (
 )
 
 
-def docstring_sentences(count: int) -> list[str]:
+def docstring_sentences(count: int, *, besides: Sequence[str] = ()) -> list[str]:
     """`count` different English sentences of 6 to 40 words, spread over the standard library's docstrings.
 
-    The same Python version gives the same sentences. Raises ValueError where there are fewer than `count`.
+    The same Python version gives the same sentences; none of `besides` is among them. Raises ValueError where there are fewer
+    than `count`.
     """
     found: dict[str, None] = {}  # a set that keeps its order
     for name in MODULES.split():
@@ -68,6 +70,8 @@ def docstring_sentences(count: int) -> list[str]:
             sentence = _first_sentence(owner.__doc__)
             if sentence is not None:
                 found.setdefault(sentence)
+    for sentence in besides:
+        found.pop(sentence, None)
     if not 1 <= count <= len(found):
         raise ValueError(f"docstring_sentences: count is {count}, expected 1 to {len(found)}")
     sentences = list(found)
@@ -156,10 +160,30 @@ def torch_dynamic(model: nn.Module, folder: Path, *, engine: str) -> Variant:
     return Variant(partial(call_module, quantized), path.stat().st_size, linear_share(model, path.stat().st_size))
 
 
-def pycompress_variant(model: nn.Module, folder: Path, *, method: Method) -> Variant:
+@dataclass(frozen=True)
+class Recipe:
+    """A method, and whether it is told what the layers' inputs look like."""
+
+    method: Method
+    calibrated: bool = False
+
+    def compress(self, model: nn.Module, calibration: Calibration | None) -> nn.Module:
+        return compress(model, self.method, calibration=calibration if self.calibrated else None)
+
+
+def calibrated(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> Calibration:
+    """What the layers' inputs look like when the model reads these sentences, which should not be those of a measurement."""
+    with calibrate(model) as calibration:
+        embed(partial(call_module, model), tokenizer, sentences)
+    return calibration
+
+
+def pycompress_variant(
+    model: nn.Module, folder: Path, *, name: str, recipe: Recipe, calibration: Calibration | None
+) -> Variant:
     """Compressed, saved, and loaded again into the dense model: what is timed is what a file gives."""
-    path = folder / f"{method!r}.safetensors"
-    save(compress(model, method), path)
+    path = folder / f"{name}.safetensors"
+    save(recipe.compress(model, calibration), path)
     loaded = load_weights(copy.deepcopy(model), path)
     return Variant(partial(call_module, loaded), path.stat().st_size, linear_share(model, path.stat().st_size))
 
@@ -243,15 +267,15 @@ def quiet() -> Iterator[None]:
 
 BASELINE = "torch fp32"
 # The sparse ones are pruned by magnitude alone, without training or data: they show speed and size, not what pruning can keep.
-METHODS: dict[str, Method] = {
-    "Int8(activation_bits=8)": Int8(activation_bits=8),
-    "Int8(activation_bits=7)": Int8(activation_bits=7),
-    "Sparse(density=0.2)": Sparse(density=0.2),
-    "Sparse(pattern='4:16', bits=8)": Sparse(pattern="4:16", bits=8),
+RECIPES: dict[str, Recipe] = {
+    "Int8(activation_bits=8)": Recipe(Int8(activation_bits=8)),
+    "Int8(activation_bits=7)": Recipe(Int8(activation_bits=7)),
+    "Sparse(density=0.2)": Recipe(Sparse(density=0.2)),
+    "Sparse(pattern='4:16', bits=8)": Recipe(Sparse(pattern="4:16", bits=8)),
+    "LowRank(192, bits=8), calibrated": Recipe(LowRank(192, bits=8), calibrated=True),
+    "LowRank(16, residual=Int8(7))": Recipe(LowRank(16, residual=Int8(7)), calibrated=True),
 }
-OURS: dict[str, BuildVariant] = {
-    f"pycompress {name}": partial(pycompress_variant, method=method) for name, method in METHODS.items()
-}
+CALIBRATION_SENTENCES = 512
 PEERS: dict[str, BuildVariant] = {
     "torch quantize_dynamic": partial(torch_dynamic, engine="fbgemm"),
     "onnxruntime fp32": ort_fp32,
@@ -259,7 +283,13 @@ PEERS: dict[str, BuildVariant] = {
 }
 
 
-def build(model: nn.Module, folder: Path, peers: Mapping[str, BuildVariant]) -> tuple[dict[str, Variant], Record]:
+def build(
+    model: nn.Module,
+    folder: Path,
+    peers: Mapping[str, BuildVariant],
+    recipes: Mapping[str, Recipe],
+    calibration: Calibration | None,
+) -> tuple[dict[str, Variant], Record]:
     """The baseline, the peers that run here and our variants, by name; why the other peers are missing."""
     variants = {BASELINE: torch_fp32(model, folder)}
     missing: Record = {}
@@ -268,14 +298,18 @@ def build(model: nn.Module, folder: Path, peers: Mapping[str, BuildVariant]) -> 
             variants[name] = build_variant(model, folder)
         except Exception as error:  # whatever keeps a peer from running is reported; it is no failure of ours
             missing[name] = str(error) or type(error).__name__
-    variants.update({name: build_variant(model, folder) for name, build_variant in OURS.items()})
+    for name, recipe in recipes.items():
+        ours = pycompress_variant(model, folder, name=name, recipe=recipe, calibration=calibration)
+        variants[f"pycompress {name}"] = ours
     return variants, missing
 
 
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def embed(variant: Variant, tokenizer: Any, sentences: Sequence[str], batch_size: int = 32) -> torch.Tensor:
+def embed(
+    forward: Callable[[Batch], torch.Tensor], tokenizer: Any, sentences: Sequence[str], batch_size: int = 32
+) -> torch.Tensor:
     """Sentence embeddings float32 [sentences, features]: mean over the tokens, normalised to length 1."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding, as its users do it
     rows = []
@@ -285,7 +319,7 @@ def embed(variant: Variant, tokenizer: Any, sentences: Sequence[str], batch_size
         batch = {name: tokens[name] for name in INPUTS}
         with torch.inference_mode():
             mask = batch["attention_mask"].unsqueeze(-1)
-            mean = (variant.forward(batch) * mask).sum(dim=1) / mask.sum(dim=1)
+            mean = (forward(batch) * mask).sum(dim=1) / mask.sum(dim=1)
             rows.append(nn.functional.normalize(mean, dim=1))
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
@@ -354,7 +388,7 @@ def measure(
     rounds: int = 5,
 ) -> list[Record]:
     """One record per variant: sizes, closeness to the baseline's embeddings, latency per (batch, length)."""
-    reference = embed(variants[BASELINE], tokenizer, sentences)
+    reference = embed(variants[BASELINE].forward, tokenizer, sentences)
     batches = [token_batch(tokenizer, sentences, *shape) for shape in shapes]
     latency = latencies(variants, batches, rounds)
     return [
@@ -364,7 +398,7 @@ def measure(
             "candidate": name,
             "file_bytes": variant.file_bytes,
             "linear_bytes": variant.linear_bytes,
-            **closeness(embed(variant, tokenizer, sentences), reference),
+            **closeness(embed(variant.forward, tokenizer, sentences), reference),
             "latency": latency[name],
         }
         for name, variant in variants.items()
@@ -413,19 +447,20 @@ def run(
     with console.status("loading the model"):
         model, tokenizer = load()
     with tempfile.TemporaryDirectory() as folder:
-        with console.status("compressing, exporting and quantizing"):
-            variants, missing = build(model, Path(folder), PEERS)
+        with console.status("calibrating, compressing, exporting and quantizing"):
+            calibration = calibrated(model, tokenizer, docstring_sentences(CALIBRATION_SENTENCES, besides=sentences))
+            variants, missing = build(model, Path(folder), PEERS, RECIPES, calibration)
         with console.status("measuring"):
             records = measure(variants, tokenizer, sentences=sentences, shapes=shapes, rounds=rounds)
     console.print(table(records, missing))
     console.print("layers MB: the linear layers' share of the file; (x): speed over torch fp32, turn by turn")
     with console.status("validating"):
-        return validated(console, model, token_batch(tokenizer, sentences, 4, 32))
+        return validated(console, model, token_batch(tokenizer, sentences, 4, 32), calibration)
 
 
-def validated(console: Console, model: nn.Module, batch: Batch) -> bool:
+def validated(console: Console, model: nn.Module, batch: Batch, calibration: Calibration) -> bool:
     """Print for each of our variants whether its layers agree with ONNX Runtime and NumPy; True where all do."""
-    reports = {name: validate(compress(model, method), batch) for name, method in METHODS.items()}
+    reports = {name: validate(recipe.compress(model, calibration), batch) for name, recipe in RECIPES.items()}
     for name, report in reports.items():
         console.print(f"validation, {name}: {report.verdict}", highlight=False, soft_wrap=True)
     return all(report.ok for report in reports.values())

@@ -12,10 +12,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pycompress.calibration import Calibration
 from pycompress.measure import interleaved_us
-from pycompress.methods.weight import Method
-from pycompress.nn import CONVOLUTIONS, LAYERS, CompressedLayer
-from pycompress.nn.dense import dense_weight, is_conv1d, is_convolution, pruned_names, weight_shape, without_pruning
+from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.weight import Method, Refused
+from pycompress.nn import CONVOLUTIONS, EMBEDDINGS, LAYERS, CompressedLayer
+from pycompress.nn.dense import (
+    dense_weight,
+    fitted,
+    is_conv1d,
+    is_convolution,
+    pruned_names,
+    weight_shape,
+    without_pruning,
+)
 from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, split, targets_of
 from pycompress.records import RECORDS, LayerRecord, Summary, compressed_layers, summary
 
@@ -43,18 +53,23 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
     )
 
 
-def _compressed(target: Target, ties: dict[int, list[CompressedLayer]]) -> CompressedLayer:
-    """The compressed layer; one that ties its weight to an earlier one (in ``ties``) shares that one's, if they came out alike."""
+def _compressed(target: Target, ties: dict[int, list[CompressedLayer]]) -> CompressedLayer | None:
+    """The compressed layer; one that ties its weight to an earlier one (in ``ties``) shares that one's, if they came out alike.
+
+    None where its method refuses it: then the target has lost its method, and its record says why.
+    """
     method, module, record = target.method, target.module, target.record
     assert method is not None
     dense = dense_weight(module).detach()
     try:
-        weight = method.compress(dense)
+        weight = fitted(method, module).compress(dense)
+    except Refused as refused:
+        target.keep_dense(str(refused))
+        return None
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"compress: {target.name}: {error}") from error
-    layers: Mapping[str, type[CompressedLayer]] = CONVOLUTIONS if is_convolution(module) else LAYERS
-    layer = layers[method.name].replacing(module, weight, record.activation)
+    layer = _layers_for(module)[method.name].replacing(module, weight, record.activation)
     layer.train(module.training)
     tied = [] if target.tie is None else ties.setdefault(target.tie, [])
     earlier = next((other for other in tied if other.same_weight(layer)), None)
@@ -66,6 +81,12 @@ def _compressed(target: Target, ties: dict[int, list[CompressedLayer]]) -> Compr
     norm = float(dense.float().norm())
     record.error = float((weight.decompress() - dense.float()).norm()) / norm if norm else 0.0
     return layer
+
+
+def _layers_for(module: nn.Module) -> Mapping[str, type[CompressedLayer]]:
+    if isinstance(module, nn.Embedding):
+        return EMBEDDINGS
+    return CONVOLUTIONS if is_convolution(module) else LAYERS
 
 
 def install(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -127,6 +148,13 @@ def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> di
     return calls
 
 
+def _sample(module: nn.Module, shape: Tensor) -> Tensor:
+    """Random input of a shape, stride and dtype."""
+    if isinstance(module, nn.Embedding):
+        return torch.randint_like(shape, module.num_embeddings, device="cpu")
+    return torch.randn_like(shape, device="cpu")
+
+
 def _keep_if_faster(model: nn.Module, targets: list[Target], inputs: Inputs, progress: bool) -> None:
     """Measures each layer on the shapes that the inputs produce; where dense wins, the target loses its method."""
     calls = _input_shapes(model, targets, inputs)
@@ -136,6 +164,8 @@ def _keep_if_faster(model: nn.Module, targets: list[Target], inputs: Inputs, pro
             target.keep_dense("example_inputs never reach it, so it could not be shown to be faster")
             continue
         layer = _compressed(target, {})
+        if layer is None:
+            continue
         activations = [model.get_submodule(name) for name in target.fused[:1]]
         plain = without_pruning(target.module)  # dense without torch's masks: these need not be applied at each call
 
@@ -147,7 +177,7 @@ def _keep_if_faster(model: nn.Module, targets: list[Target], inputs: Inputs, pro
         dense_us = us = 0.0
         with torch.inference_mode():
             for shape in shapes:
-                x = torch.randn_like(shape, device="cpu")
+                x = _sample(target.module, shape)
                 pair = interleaved_us(lambda x=x, f=dense: f(x), lambda x=x, f=layer: f(x))  # type: ignore[misc]
                 dense_us, us = dense_us + pair[0], us + pair[1]
         record = target.record
@@ -176,6 +206,7 @@ def compress(
     model: ModelT,
     plan: Plan,
     *,
+    calibration: Mapping[str, InputStatistics] | None = None,
     example_inputs: Inputs | None = None,
     only_if_faster: bool = False,
     inplace: bool = False,
@@ -184,12 +215,15 @@ def compress(
     """Replaces the layers that ``plan`` names by compressed ones. Everything that can fail fails before a layer is replaced.
 
     Args:
-        model: any ``nn.Module`` with ``nn.Linear`` (or transformers' ``Conv1D``) or ``nn.Conv2d`` layers, on the CPU.
+        model: any ``nn.Module`` with ``nn.Linear`` (or transformers' ``Conv1D``) or ``nn.Conv2d`` layers, on the CPU; or with
+            ``nn.Embedding``, for a method that takes embeddings.
         plan: a method for every layer, or an ordered ``{glob: method or None}``; the first glob that matches a layer's dotted name
             decides, None keeps it dense, and so does no match. A method that looks at several layers together (``Sparse`` with the
             scope ``model``) sees those that the same object stands for. All linear layers and convolutions count as matched; those
             that their method cannot take (a Conv2d that is to be int8, in groups, transposed or of another kind) stay dense, and
-            their summary says why.
+            their summary says why; so do those that it refuses when it sees their weight (``LowRank`` where its rank would not be
+            faster).
+        calibration: what :func:`calibrate` gathered, for methods that make use of it; others go without.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``.
         only_if_faster: measure each layer on the shapes that ``example_inputs`` produce, dense and compressed in turns, and keep
             the dense one where it is not slower.
@@ -204,7 +238,8 @@ def compress(
     Raises:
         TypeError: the plan is no method and no mapping of globs to methods, or there is nothing to compress in that type.
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
-            without ``example_inputs``, or ``inplace`` where the model itself is the layer.
+            without ``example_inputs``, ``inplace`` where the model itself is the layer, a calibration that is still running or that
+            never saw a layer whose method makes use of it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -212,7 +247,9 @@ def compress(
         raise ValueError(
             "compress: only_if_faster needs example_inputs, to measure the layers on the shapes that they meet"
         )
-    targets = targets_of(model, plan)
+    if isinstance(calibration, Calibration) and calibration.running:
+        raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
+    targets = targets_of(model, plan, calibration)
     chosen = [target for target in targets if target.method is not None]
     if inplace and any(target.module is model for target in chosen):
         raise ValueError("compress: the model itself is the layer to replace, which cannot be done in place")
@@ -222,10 +259,10 @@ def compress(
         assert example_inputs is not None
         _keep_if_faster(model, chosen, example_inputs, progress)
         chosen = [target for target in chosen if target.method is not None]
-    records = [target.record for target in targets]
     count_shared_weights_once(targets)
     number_ties(chosen)
     result = _replace_in_place(model, chosen, progress) if inplace else _replace_in_copy(model, chosen, progress)
+    records = [target.record for target in targets]
     earlier = [record for record in model.__dict__.get(RECORDS, []) if record.method is not None]
     again = {record.name for record in records}
     records += [record for record in earlier if record.name not in again]
@@ -238,7 +275,9 @@ def compress(
 def _replace_in_place(model: ModelT, targets: list[Target], progress: bool) -> ModelT:
     ties: dict[int, list[CompressedLayer]] = {}
     for target in _track(targets, "compressing", progress):
-        _install(model, target, _compressed(target, ties))
+        layer = _compressed(target, ties)
+        if layer is not None:
+            _install(model, target, layer)
         target.module = nn.Identity()  # lets go of the dense weight before the next layer is compressed
     return model
 
@@ -246,14 +285,17 @@ def _replace_in_place(model: ModelT, targets: list[Target], progress: bool) -> M
 def _replace_in_copy(model: ModelT, targets: list[Target], progress: bool) -> ModelT:
     ties: dict[int, list[CompressedLayer]] = {}
     memo: dict[int, Any] = {}  # what stands here for a module is taken for its copy: its dense weight is never copied
+    layers: list[CompressedLayer] = []
     for target in _track(targets, "compressing", progress):
-        memo[id(target.module)] = _compressed(target, ties)
-    layers = [memo[id(target.module)] for target in targets]
+        layer = _compressed(target, ties)
+        if layer is not None:
+            memo[id(target.module)] = layer
+            layers.append(layer)
     for module in model.modules():
         if id(module) not in memo:
             memo.update(_products_of_pruning(module))
     result = deepcopy(model, memo)
-    for target, layer in zip(targets, layers, strict=True):
+    for target, layer in zip([target for target in targets if target.method is not None], layers, strict=True):
         _install(result, target, layer)
     return result
 

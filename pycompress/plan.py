@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import fusion, ops
-from pycompress.methods.weight import LayersMethod, Method, is_method, refusal
+from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.weight import CalibratedMethod, LayersMethod, Method, is_method, refusal
 from pycompress.nn import LAYERS
 from pycompress.nn.dense import (
     dense_bias,
@@ -23,6 +24,7 @@ from pycompress.nn.dense import (
     is_conv1d,
     is_convolution,
     is_linear,
+    padding_idx_of,
     stored_weight,
     weight_parameter,
     weight_shape,
@@ -71,15 +73,19 @@ def split(name: str) -> tuple[str, str]:
     return parent, attribute
 
 
-def targets_of(model: nn.Module, plan: Plan) -> list[Target]:
+def targets_of(model: nn.Module, plan: Plan, calibration: Mapping[str, InputStatistics] | None = None) -> list[Target]:
     """All linear layers and convolutions of a model; those that the plan compresses, and that can be, have a method.
 
+    Embeddings are among them where a method of the plan takes any. Methods that make use of inputs have those of their layer.
+
     Raises:
-        TypeError, ValueError: a plan that is none, that fits nothing, or a weight that cannot be compressed. The model is only
-            looked at: whatever can stop a compression stops it here.
+        TypeError, ValueError: a plan that is none, that fits nothing, a weight that cannot be compressed, a layer whose inputs were
+            never seen. The model is only looked at: whatever can stop a compression stops it here.
     """
-    targets = _candidates(model)
-    _assign_methods(targets, plan)
+    rules = _rules(plan)
+    methods = [method for method in rules.values() if method is not None]
+    targets = _candidates(model, embeddings=any(not refusal(method, "Embedding") for method in methods))
+    _assign_methods(targets, rules)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -89,14 +95,16 @@ def targets_of(model: nn.Module, plan: Plan) -> list[Target]:
     chosen = [target for target in targets if target.method is not None]
     _check_weights(chosen)
     _look_at_all_layers(chosen)
+    if calibration is not None:
+        _give_inputs(chosen, calibration)
     _take_over_activations(model, chosen)
     return targets
 
 
-def _candidates(model: nn.Module) -> list[Target]:
+def _candidates(model: nn.Module, *, embeddings: bool) -> list[Target]:
     found: dict[int, Target] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if not is_candidate(module):
+        if not (is_candidate(module) or (embeddings and isinstance(module, nn.Embedding))):
             continue
         if id(module) in found:
             found[id(module)].names.append(name)
@@ -109,13 +117,13 @@ def _known(method: object) -> bool:
     return is_method(method) and method.name in LAYERS
 
 
-def _assign_methods(targets: list[Target], plan: Plan) -> None:
-    """The first glob that matches one of a layer's names decides. Raises where a glob matches nothing."""
+def _rules(plan: Plan) -> dict[str, Method | None]:
+    """{glob: method or None}. Raises where the plan is none."""
     if not (isinstance(plan, Mapping) or _known(plan)):
         raise TypeError(
             f"compress: the plan is {plan!r}, expected a method such as Int8() or a mapping of globs to methods"
         )
-    rules = dict(plan) if isinstance(plan, Mapping) else {"*": plan}
+    rules: dict[str, Method | None] = dict(plan) if isinstance(plan, Mapping) else {"*": plan}
     for glob, method in rules.items():
         if not isinstance(glob, str) or not (method is None or _known(method)):
             raise TypeError(
@@ -123,6 +131,11 @@ def _assign_methods(targets: list[Target], plan: Plan) -> None:
             )
     if not rules:
         raise ValueError("compress: the plan is empty, expected a method or {glob: method}")
+    return rules
+
+
+def _assign_methods(targets: list[Target], rules: Mapping[str, Method | None]) -> None:
+    """The first glob that matches one of a layer's names decides. Raises where a glob matches nothing."""
     matched: set[str] = set()
     for target in targets:
         hits = [glob for glob in rules if any(fnmatchcase(name, glob) for name in target.names)]
@@ -150,12 +163,12 @@ def _why_dense(target: Target, model: nn.Module, owners: dict[int, list[str]]) -
     if any(is_lazy(p) for p in module.parameters()):
         return "its parameters are not initialized yet"
     assert target.method is not None
-    if reason := _misfit(module) or refusal(target.method, "Conv2d" if is_convolution(module) else "Linear"):
+    if reason := _misfit(module) or refusal(target.method, _kind(module)):
         return reason
     if has_foreign_hooks(module):
         return "it has hooks, which would be lost"
     users = [split(name)[0] for name in owners.get(id(weight_parameter(module)), [])]
-    foreign = [name for name in users if _misfit(model.get_submodule(name))]
+    foreign = [name for name in users if not _can_share(module, model.get_submodule(name))]
     if foreign:
         return f"its weight is shared with {foreign[0]}: compressing it would add bytes"
     dtype, shape = stored_weight(module).dtype, weight_shape(module)
@@ -166,18 +179,41 @@ def _why_dense(target: Target, model: nn.Module, owners: dict[int, list[str]]) -
     return ""
 
 
+def _kind(module: nn.Module) -> str:
+    """What a method is asked whether it takes it."""
+    if isinstance(module, nn.Embedding):
+        return "Embedding"
+    return "Conv2d" if is_convolution(module) else "Linear"
+
+
+def _can_share(module: nn.Module, other: nn.Module) -> bool:
+    """Whether the compressed layers of two modules with one weight could have one compressed weight: not those of embeddings."""
+    if module is other:
+        return True
+    embeddings = isinstance(module, nn.Embedding) or isinstance(other, nn.Embedding)
+    return not embeddings and not _misfit(other)
+
+
 def _misfit(module: nn.Module) -> str:
     """Why no method could take this module, whatever its weight, or ''."""
     kind = type(module)
     if is_linear(module):
         plain = kind is nn.Linear or is_conv1d(module)
         return "" if plain else f"{kind.__name__} is a subclass of Linear, which may do something else"
+    if isinstance(module, nn.Embedding):
+        return _why_not(padding_idx_of, module, "Embedding")
     if not isinstance(module, nn.Conv2d):
         return f"{kind.__name__} has no compressed layer"
-    if kind is not nn.Conv2d:
-        return f"{kind.__name__} is a subclass of Conv2d, which may do something else"
+    return _why_not(geometry_of, module, "Conv2d")
+
+
+def _why_not(read: Callable[[nn.Module], object], module: nn.Module, base: str) -> str:
+    """Why a module of this kind, of which ``read`` reads what a compressed layer has to know, has none, or ''."""
+    kind = type(module)
+    if kind is not getattr(nn, base):
+        return f"{kind.__name__} is a subclass of {base}, which may do something else"
     try:
-        geometry_of(module)
+        read(module)
     except ValueError as error:
         return str(error)
     return ""
@@ -211,6 +247,29 @@ def _look_at_all_layers(targets: list[Target]) -> None:
             target.method = own[_weight_key(target.module)]
 
 
+def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistics]) -> None:
+    """Tells the methods that ask for it what their layer's inputs look like; layers that share a weight are told of all of theirs,
+    so that they go on sharing it."""
+    groups: dict[tuple[int, int, bool], list[Target]] = {}
+    for target in targets:
+        if isinstance(target.method, CalibratedMethod):
+            groups.setdefault(_weight_key(target.module), []).append(target)
+    for group in groups.values():
+        inputs = InputStatistics.joined([_inputs_of(target, calibration) for target in group])
+        for target in group:
+            assert isinstance(target.method, CalibratedMethod)
+            target.method = target.method.with_inputs(inputs)
+
+
+def _inputs_of(target: Target, calibration: Mapping[str, InputStatistics]) -> InputStatistics:
+    found = [calibration[name] for name in target.names if name in calibration]
+    if not found:
+        raise ValueError(
+            f"compress: the calibration never saw {target.name}: run batches that reach it, or have the plan keep it dense"
+        )
+    return found[0]
+
+
 def _weight_key(module: nn.Module) -> tuple[int, int, bool]:
     """Alike for modules that compute with one weight: the same tensor, the same mask, read the same way round."""
     return id(stored_weight(module)), id(module._buffers.get("weight_mask")), is_conv1d(module)
@@ -219,6 +278,8 @@ def _weight_key(module: nn.Module) -> tuple[int, int, bool]:
 def _take_over_activations(model: nn.Module, targets: list[Target]) -> None:
     followers: dict[str, dict[str, tuple[str, str]]] = {}
     for target in targets:
+        if isinstance(target.module, nn.Embedding):
+            continue  # has no kernel that could
         hits = []
         for name in filter(None, target.names):
             parent, attribute = split(name)

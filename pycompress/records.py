@@ -18,12 +18,14 @@ class LayerRecord:
 
     Attributes:
         name, kind, shape: dotted name in the model, class of the dense layer, shape of its weight.
-        method: ``int8``, ``sparse`` or None where the layer stayed dense; ``reason`` says why then.
+        method: ``int8``, ``sparse``, ``low_rank`` or None where the layer stayed dense; ``reason`` says why then.
         dense_bytes, bytes: parameters before and after.
         error: relative error of the weight, ||W - W'|| / ||W|| (Frobenius).
         dense_us, us: measured time of one call, where ``only_if_faster`` measured it.
         label: the method as the table has it, e.g. ``sparse 20 % int8``.
-        density, bits: of a sparse layer: the share of its weights that is non-zero, and what one of them takes, 32 or 8.
+        density: of a sparse layer: the share of its weights that is non-zero.
+        rank: of a low-rank layer with two factors.
+        bits: of a sparse or a low-rank layer: what one of its weights (in the factors) takes, 32 or 8.
     """
 
     name: str
@@ -40,12 +42,14 @@ class LayerRecord:
     label: str = "dense"
     density: float | None = None
     bits: int | None = None
+    rank: int | None = None
 
     def describe(self, layer: CompressedLayer, *, shares_weight: bool = False) -> None:
         """Writes down what the compressed layer is; a weight that it shares with another layer counts there."""
         self.method, self.label, self.reason = layer.weight_type.name, layer.label, ""
         self.activation = layer.activation
-        self.density, self.bits = getattr(layer, "density", None), getattr(layer, "bits", None)
+        self.density, self.rank = getattr(layer, "density", None), getattr(layer, "rank", None)
+        self.bits = getattr(layer, "bits", None)
         self.bytes = 4 * _size(layer.bias) + (0 if shares_weight else layer.canonical_bytes())
 
 

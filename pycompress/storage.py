@@ -21,14 +21,20 @@ from pycompress import ops
 from pycompress.fusion import activation_name
 from pycompress.methods.weight import Expected
 from pycompress.model import compressed_layers, install, switch_off_fast_paths
-from pycompress.nn import CONVOLUTIONS, LAYERS, CompressedLayer, Conv2dGeometry
-from pycompress.nn.dense import dense_bias, geometry_of, is_linear, weight_shape
+from pycompress.nn import CONVOLUTIONS, EMBEDDINGS, LAYERS, CompressedLayer, Conv2dGeometry, LowRankEmbedding
+from pycompress.nn.dense import dense_bias, geometry_of, is_linear, padding_idx_of, stored_weight, weight_shape
 from pycompress.records import RECORDS
 
 VERSION = 1
 _KEY = "pycompress"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Path = str | PathLike[str]
+# What may stand in the place of a dense layer, by the layer's kind and the name of the method.
+_KINDS: dict[str, Mapping[str, type[CompressedLayer]]] = {
+    "Linear": LAYERS,
+    "Conv2d": CONVOLUTIONS,
+    "Embedding": EMBEDDINGS,
+}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -86,13 +92,15 @@ def save(model: nn.Module, path: Path) -> None:
 
 def _described(layer: CompressedLayer) -> dict[str, Any]:
     """The plan's entry for a layer."""
-    geometry = {} if layer.geometry is None else {"conv2d": layer.geometry.settings()}
+    kind: dict[str, Any] = {} if layer.geometry is None else {"conv2d": layer.geometry.settings()}
+    if layer.dense_kind == "Embedding":
+        kind["embedding"] = True
     return {
         "method": layer.weight_type.name,
         "shape": [layer.n, layer.k],
         "bias": layer.bias is not None,
         "activation": layer.activation,
-        **geometry,
+        **kind,
         **layer.settings,
     }
 
@@ -127,6 +135,7 @@ def _read_plan(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 class _Entry:
     """What the plan says about one layer, checked; ``expected``: the tensors of its canonical weight."""
 
+    kind: str  # of the dense layer: Linear, Conv2d or Embedding
     method: str
     shape: tuple[int, int]
     bias: bool
@@ -135,24 +144,28 @@ class _Entry:
     settings: dict[str, object]
     expected: Expected
 
-    def build(self, tensors: dict[str, Tensor], bias: Tensor | None) -> CompressedLayer:
-        """Raises ValueError where the tensors are no canonical weight."""
-        if self.geometry is None:
-            kind = LAYERS[self.method]
-            weight = kind.weight_type.from_tensors(self.shape, tensors, self.settings)
-            return kind.from_weight(weight, bias, self.activation)
-        convolution = CONVOLUTIONS[self.method]
-        weight = convolution.weight_type.from_tensors(self.shape, tensors, self.settings)
-        return convolution.from_weight(weight, self.geometry, bias, self.activation)
+    def build(self, module: nn.Module, tensors: dict[str, Tensor], bias: Tensor | None) -> CompressedLayer:
+        """In the place of a module of the model. Raises ValueError where the tensors are no canonical weight."""
+        weight = _KINDS[self.kind][self.method].weight_type.from_tensors(self.shape, tensors, self.settings)
+        if self.kind == "Embedding":
+            dtype = module.dtype if isinstance(module, LowRankEmbedding) else stored_weight(module).dtype
+            return EMBEDDINGS[self.method](weight, _padding_idx(module), dtype)  # type: ignore[arg-type]
+        if self.geometry is not None:
+            return CONVOLUTIONS[self.method].from_weight(weight, self.geometry, bias, self.activation)
+        return LAYERS[self.method].from_weight(weight, bias, self.activation)
+
+
+def _padding_idx(module: nn.Module) -> int | None:
+    return module.padding_idx if isinstance(module, LowRankEmbedding) else padding_idx_of(module)
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any]) -> _Entry:
     settings = dict(entry)
     method, shape, bias, activation = (settings.pop(key, None) for key in ("method", "shape", "bias", "activation"))
-    is_conv2d, conv2d = "conv2d" in settings, settings.pop("conv2d", None)
-    kinds: Mapping[str, type[CompressedLayer]] = CONVOLUTIONS if is_conv2d else LAYERS
-    if not isinstance(method, str) or method not in kinds:
-        known = " or ".join(map(repr, kinds))
+    kind = "Conv2d" if "conv2d" in settings else "Embedding" if "embedding" in settings else "Linear"
+    conv2d, embedding = settings.pop("conv2d", None), settings.pop("embedding", None)
+    if not isinstance(method, str) or method not in _KINDS[kind]:
+        known = " or ".join(map(repr, _KINDS[kind]))
         raise _fail(path, f"layer {name}: method is {method!r}, expected {known}")
     if type(bias) is not bool:
         raise _fail(path, f"layer {name}: bias is {bias!r}, expected true or false")
@@ -160,17 +173,20 @@ def _entry(path: Path, name: str, entry: dict[str, Any]) -> _Entry:
         raise _fail(path, f"layer {name}: activation is {activation!r}, expected one of {tuple(ops.ACTIVATIONS)}")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
         raise _fail(path, f"layer {name}: shape is {shape!r}, expected [out_features, in_features]")
-    if is_conv2d and not isinstance(conv2d, dict):
+    if kind == "Conv2d" and not isinstance(conv2d, dict):
         raise _fail(path, f"layer {name}: conv2d is {conv2d!r}, expected its kernel_size, stride, padding and dilation")
+    if kind == "Embedding" and (embedding is not True or bias or activation != "none"):
+        found = f"embedding is {embedding!r}, bias {bias}, activation {activation!r}"
+        raise _fail(path, f"layer {name}: {found}, expected true, false and 'none'")
     n, k = shape
     try:
-        expected = kinds[method].weight_type.expected((n, k), settings)
+        expected = _KINDS[kind][method].weight_type.expected((n, k), settings)
         geometry = None if conv2d is None else Conv2dGeometry.from_settings(k, conv2d)
     except ValueError as error:
         raise _fail(path, f"layer {name}: {error}") from None
-    if is_conv2d and "weight_scale" in expected:
+    if kind == "Conv2d" and "weight_scale" in expected:
         raise _fail(path, f"layer {name}: its weight is int8, expected float32 in a convolution")
-    return _Entry(method, (n, k), bias, activation, geometry, settings, expected)
+    return _Entry(kind, method, (n, k), bias, activation, geometry, settings, expected)
 
 
 class _File:
@@ -203,22 +219,33 @@ class _File:
         return tensor
 
 
+def _kind_of(module: nn.Module) -> str:
+    """The key of _KINDS for a layer of the model, dense or compressed, or ''."""
+    if isinstance(module, CompressedLayer):
+        return module.dense_kind
+    if is_linear(module):
+        return "Linear"
+    return next((kind for kind in ("Conv2d", "Embedding") if isinstance(module, getattr(nn, kind))), "")
+
+
 def _check_place(path: Path, model: nn.Module, name: str, entry: _Entry) -> None:
     """The model has a layer of the right kind, shape and geometry at this name."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise _fail(path, f"the model has no layer {name!r}") from None
+    if _kind_of(module) != entry.kind:
+        kind = {"Linear": "a linear layer", "Conv2d": "a Conv2d", "Embedding": "an Embedding"}[entry.kind]
+        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected {kind}")
     if isinstance(module, CompressedLayer):
         shape, bias, geometry = (module.n, module.k), module.bias is not None, module.geometry
-    elif isinstance(module, nn.Conv2d) if entry.geometry else is_linear(module):
+    else:
         try:
-            shape, bias, geometry = weight_shape(module), dense_bias(module) is not None, geometry_of(module)
+            _padding_idx(module)
+            bias = entry.kind != "Embedding" and dense_bias(module) is not None
+            shape, geometry = weight_shape(module), geometry_of(module)
         except ValueError as error:
             raise _fail(path, f"{name} is a {type(module).__name__} in the model: {error}") from None
-    else:
-        kind = "a linear layer" if entry.geometry is None else "a Conv2d"
-        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected {kind}")
     if (shape, bias, geometry) != (entry.shape, entry.bias, entry.geometry):
         here, there = _outline(shape, bias, geometry), _outline(entry.shape, entry.bias, entry.geometry)
         raise _fail(path, f"{name} is {here} in the model, {there} in the file")
@@ -228,11 +255,14 @@ def _outline(shape: tuple[int, int], bias: bool, geometry: Conv2dGeometry | None
     return f"{list(shape)} with bias={bias}" + ("" if geometry is None else f", {geometry}")
 
 
-def _read_layer(file: _File, name: str, entry: _Entry, first: dict[str, list[CompressedLayer]]) -> CompressedLayer:
+def _read_layer(
+    file: _File, name: str, entry: _Entry, module: nn.Module, first: dict[str, list[CompressedLayer]]
+) -> CompressedLayer:
+    """The layer that takes the place of this module; ``first``: those before it, by where the file keeps their weight."""
     prefix = f"{name}." if name else ""
     tensors = {kind: file.read(prefix + kind) for kind in entry.expected}
     try:
-        layer = entry.build(tensors, file.read(prefix + "bias") if entry.bias else None)
+        layer = entry.build(module, tensors, file.read(prefix + "bias") if entry.bias else None)
     except ValueError as error:
         raise _fail(file.path, f"layer {name}: {error}") from None
     main = prefix + next(iter(entry.expected))
@@ -321,10 +351,10 @@ def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str
     layers: dict[str, CompressedLayer] = {}
     same: dict[int, CompressedLayer] = {}  # one module under two names stays one module
     for name, entry in plan["layers"].items():
-        place = id(model.get_submodule(name))
-        if place not in same:
-            same[place] = _read_layer(file, name, entry, first)
-        layers[name] = same[place]
+        module = model.get_submodule(name)
+        if id(module) not in same:
+            same[id(module)] = _read_layer(file, name, entry, module, first)
+        layers[name] = same[id(module)]
     return layers, {name: file.read(name) for name in dense}
 
 

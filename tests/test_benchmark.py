@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from pycompress import benchmark
-from pycompress.benchmark import Record, UnavailableError, environment, harness, int8, peers, sparse
+from pycompress.benchmark import Record, UnavailableError, environment, grid, harness, int8, low_rank, peers, sparse
+from pycompress.benchmark.break_even import Crossing, crossing
 from pycompress.benchmark.harness import Timing
-from pycompress.benchmark.sparse import Candidate, Crossing
+from pycompress.benchmark.sparse import Candidate
 
 ALL = {**benchmark.OURS, **benchmark.PEERS, **benchmark.SPINNING, **benchmark.SPARSE_PEERS}
 
@@ -284,11 +285,14 @@ def test_sparse_candidates_without_peers_are_ours() -> None:
 
 
 def test_the_floor_is_the_longer_of_computing_and_reading() -> None:
-    assert sparse.floor_us(2_000_000, 100.0, 1_000_000, 10.0) == pytest.approx(100.0)  # 20 us of computing
-    assert sparse.floor_us(2_000_000, 100.0, 1_000, 10.0) == pytest.approx(20.0)
-    assert sparse.floor_us(2_000_000, 100.0, 1_000_000, None) == pytest.approx(20.0)
-    assert sparse.floor_us(2_000_000, None, 1_000_000, 10.0) == pytest.approx(100.0)
-    assert sparse.floor_us(2_000_000, None, 1_000_000, None) is None
+    peaks = {"fp32_fma": 100.0, "maddubs_d2": 400.0}
+    computing = {32: 2_000_000}  # 20 us
+    assert grid.floor_us(computing, peaks, 1_000_000, 10.0) == pytest.approx(100.0)
+    assert grid.floor_us(computing, peaks, 1_000, 10.0) == pytest.approx(20.0)
+    assert grid.floor_us(computing, peaks, 1_000_000, None) == pytest.approx(20.0)
+    assert grid.floor_us({**computing, 8: 2_000_000}, peaks, 1_000, 10.0) == pytest.approx(25.0)  # one after the other
+    assert grid.floor_us(computing, {}, 1_000_000, 10.0) == pytest.approx(100.0)
+    assert grid.floor_us(computing, {}, 1_000_000, None) is None
 
 
 def stand_ins() -> dict[str, Candidate]:
@@ -303,8 +307,8 @@ def stand_ins() -> dict[str, Candidate]:
 
 def test_measuring_a_small_sparse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"fp32_fma": 100.0, "maddubs_d2": 250.0}
-    monkeypatch.setattr(sparse, "probe_peaks", lambda: peaks)
-    monkeypatch.setattr(sparse, "probe_bandwidth", lambda n_bytes, seconds: 10.0)
+    monkeypatch.setattr(grid, "probe_peaks", lambda: peaks)
+    monkeypatch.setattr(grid, "probe_bandwidth", lambda n_bytes, seconds: 10.0)
     candidates = stand_ins()
     cells = benchmark.sparse_cells([(64, 32), (32, 16)], [1, 128])
     found = list(benchmark.measure_sparse(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
@@ -394,20 +398,20 @@ def test_the_forms_of_torch_csr_are_counted() -> None:
 
 
 def test_crossing_is_interpolated_in_the_logarithm() -> None:
-    assert sparse.crossing({0.2: 4.0, 0.4: 0.25, 0.1: 8.0}) == Crossing(pytest.approx(0.3))
-    assert sparse.crossing({0.2: 2.0, 0.5: 0.25}) == Crossing(pytest.approx(0.3))
-    assert sparse.crossing({0.2: 1.0, 0.5: 0.5}) == Crossing(pytest.approx(0.2))
+    assert crossing({0.2: 4.0, 0.4: 0.25, 0.1: 8.0}) == Crossing(pytest.approx(0.3))
+    assert crossing({0.2: 2.0, 0.5: 0.25}) == Crossing(pytest.approx(0.3))
+    assert crossing({0.2: 1.0, 0.5: 0.5}) == Crossing(pytest.approx(0.2))
 
 
 def test_crossing_beyond_what_was_measured() -> None:
-    assert sparse.crossing({0.05: 0.9, 0.5: 0.4}) == Crossing(0.05, "below")
-    assert sparse.crossing({0.05: 9.0, 0.8: 1.1}) == Crossing(0.8, "above")
+    assert crossing({0.05: 0.9, 0.5: 0.4}) == Crossing(0.05, "below")
+    assert crossing({0.05: 9.0, 0.8: 1.1}) == Crossing(0.8, "above")
     assert str(Crossing(0.05, "below")) == "below 5%"
     assert str(Crossing(0.423)) == "42%"
 
 
 def test_the_first_crossing_counts() -> None:
-    assert sparse.crossing({0.1: 4.0, 0.3: 0.25, 0.5: 2.0, 0.8: 0.5}) == Crossing(pytest.approx(0.2))
+    assert crossing({0.1: 4.0, 0.3: 0.25, 0.5: 2.0, 0.8: 0.5}) == Crossing(pytest.approx(0.2))
 
 
 def test_break_even_per_number_of_rows() -> None:
@@ -420,10 +424,164 @@ def test_break_even_per_number_of_rows() -> None:
         sparse_record("16x4_int8_80", 8, torch_fp32=4.0),
         sparse_record("torch_fp32", 8),
     ]
-    one, eight = benchmark.break_even(records)
+    one, eight = benchmark.break_even_density(records)
     assert (one.m, one.mean) == (1, Crossing(0.2, "below"))
     assert eight.m == 8
     assert eight.shapes == {(64, 32): Crossing(pytest.approx(0.3)), (64, 48): Crossing(0.4, "above")}
-    assert eight.mean.density == pytest.approx(0.2 + 0.2 * 3 / 3.5)  # from a mean of 8 to one of 1 / sqrt 2
+    assert eight.mean.share == pytest.approx(0.2 + 0.2 * 3 / 3.5)  # from a mean of 8 to one of 1 / sqrt 2
     assert "m = 8: 37% non-zeros over 2 shape(s), from 30% to above 40%" in str(eight)
     assert "20%, 40%" in str(eight)
+
+
+# --- low rank -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_linears_repeat_their_weights() -> None:
+    a, b = (peers.two_linears(48, 8, 32) for _ in range(2))
+    assert all(torch.equal(*both) for both in zip(a.parameters(), b.parameters(), strict=True))
+    assert [list(weight.shape) for weight in a.parameters()] == [[8, 48], [32, 8], [32]]
+    assert peers.two_linears(48, 8, 32, bias=False).up.bias is None
+
+
+def test_low_rank_candidates_without_peers_are_ours() -> None:
+    everything = benchmark.low_rank_candidates(benchmark.LOW_RANK_PEERS)
+    without = benchmark.low_rank_candidates({})
+    assert set(everything) - set(without) == {"torch_fp32", "ort_fp32", "ort_two_8"}
+    assert set(low_rank.REFERENCES) < set(everything)
+    assert {*low_rank.RANKS, *low_rank.SPEEDS} < set(without)
+    assert set(benchmark.HIGHER_RANKS) < set(low_rank.RANKS)
+
+
+@pytest.mark.parametrize(("k", "n", "rank"), [(96, 64, 16), (64, 96, 16), (3, 9, 1)])
+def test_the_rank_of_a_share(k: int, n: int, rank: int) -> None:
+    candidate = benchmark.low_rank_candidates({})["low_rank_4"]
+    assert low_rank.rank_of(candidate, k, n) == rank
+
+
+def test_a_branch_in_a_small_layer_is_narrower() -> None:
+    candidate = benchmark.low_rank_candidates({})["int8_branch_32"]
+    assert low_rank.rank_of(candidate, 768, 64) == 32
+    assert low_rank.rank_of(candidate, 768, 24) == 24
+
+
+def test_measuring_a_small_low_rank_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"fp32_fma": 100.0, "maddubs_d2": 250.0}
+    monkeypatch.setattr(grid, "probe_peaks", lambda: peaks)
+    monkeypatch.setattr(grid, "probe_bandwidth", lambda n_bytes, seconds: 10.0)
+    candidates = benchmark.low_rank_candidates({"torch_fp32": peers.torch_fp32})
+    cells = benchmark.low_rank_cells([(96, 64), (40, 48)], [1, 128])
+    found = list(benchmark.measure_low_rank(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
+    assert [[record["candidate"] for record in records] for records in found] == [list(candidates)] * 4
+    factors = {(96, 64): {"low_rank_8": 8, "low_rank_int8_4": 16, "int8_branch_32": 32, "int8_two_call_32": 32}}
+    factors[40, 48] = {"low_rank_8": 5, "low_rank_int8_4": 10, "int8_branch_32": 32, "int8_two_call_32": 32}
+    for cell, records in zip(cells, found, strict=True):
+        m, k, n = cell["m"], cell["k"], cell["n"]
+        for record in records:
+            name = record["candidate"]
+            assert {key: record[key] for key in cell} == cell
+            assert record["rounds"] == 2
+            assert record["gops"] == pytest.approx(2e-3 * m * k * n / record["us"])
+            assert record["effective_gops"] == pytest.approx(2e-3 * m * record["multiply_adds"] / record["us"])
+            assert record["relative_error"] < (0.06 if 8 in (record["main_bits"], record["factor_bits"]) else 1e-5), (
+                name
+            )
+            references = {other for other in low_rank.REFERENCES if other in candidates}
+            assert set(record["time_ratio"]) == references - {name}
+            assert record["rank"] == factors[k, n].get(name, record["rank"])
+            main = {"": 0, "dense": k * n, "sparse": round(0.2 * k * n)}[record["main"]]
+            thin = record["rank"] * (n + k)
+            assert record["multiply_adds"] == main + thin
+            gops = {32: peaks["fp32_fma"], 8: peaks["maddubs_d2"], None: 1.0}
+            computing = 2e-3 * m * (main / gops[record["main_bits"]] + thin / gops[record["factor_bits"]])
+            reading = 1e-3 * record["weight_bytes"] / 10.0 if m == 1 else 0.0
+            assert record["floor_us"] == pytest.approx(max(computing, reading))
+            json.dumps(record)
+
+
+def test_every_low_rank_candidate_is_close_to_fp32() -> None:
+    usable, missing = benchmark.available(benchmark.LOW_RANK_PEERS)
+    if missing:
+        pytest.skip(f"{missing}")
+    cells = benchmark.low_rank_cells([(96, 64)], [1, 5])
+    candidates = benchmark.low_rank_candidates(usable)
+    for records in benchmark.measure_low_rank(cells, candidates, rounds=1, min_time_s=0.0, pause_s=0.0):
+        errors = {record["candidate"]: record["relative_error"] for record in records}
+        assert errors.keys() == candidates.keys()
+        for name, error in errors.items():
+            assert error < (0.06 if "int8" in name else 1e-5), name
+        # The same int8 layer, and the same factors beside it.
+        assert errors["int8_branch_32"] == pytest.approx(errors["int8_two_call_32"], rel=1e-3)
+
+
+def low_rank_record(candidate: str, m: int, k: int = 64, n: int = 32, **time_ratio: float) -> Record:
+    share = low_rank.RANKS.get(candidate)
+    return {**record(candidate, m, **time_ratio), "k": k, "n": n, "rank_share": None if share is None else float(share)}
+
+
+def test_low_rank_summary() -> None:
+    lines = benchmark.summarize_low_rank(
+        [
+            low_rank_record("low_rank_8", 1, torch_fp32=3.0, ort_fp32=2.0, torch_two_8=1.5, ort_two_8=1.2),
+            low_rank_record("low_rank_8", 32, torch_fp32=4.0, torch_two_8=1.25),
+            low_rank_record("low_rank_8", 128, n=48, torch_fp32=9.0, torch_two_8=0.9),
+            low_rank_record("low_rank_int8_4", 8, dense_int8=9.0),
+            low_rank_record("low_rank_int8_4", 128, dense_int8=1.5),
+            low_rank_record("int8_branch_32", 8, dense_int8=0.5, int8_two_call_32=2.0),
+            low_rank_record("int8_branch_32", 128, 768, 3072, dense_int8=0.8, int8_two_call_32=1.5),
+            low_rank_record("sparse_branch_32", 8, sparse_80=0.625),
+            low_rank_record("torch_fp32", 128, dense_int8=0.1),
+        ]
+    )
+    compared = [line.of if isinstance(line, low_rank.Cost) else line for line in lines]
+    found = {(line.candidate, line.against, line.scope): (line.cells, line.geometric_mean) for line in compared}
+    dense, two = "the best dense fp32", "two torch layers"
+    assert found == {
+        ("low_rank_8", dense, "m >= 32"): (2, pytest.approx(6.0)),
+        ("low_rank_8", dense, "m = 1"): (1, pytest.approx(2.0)),
+        ("low_rank_8", two, "m <= 64"): (2, pytest.approx((1.5 * 1.25) ** 0.5)),
+        ("low_rank_8", two, "m > 64"): (1, pytest.approx(0.9)),
+        ("low_rank_8", "two MatMul of ONNX Runtime", "m <= 64"): (1, pytest.approx(1.2)),
+        ("low_rank_int8_4", "our dense int8", "m >= 32"): (1, pytest.approx(1.5)),
+        ("int8_branch_32", "dense_int8", "whole grid"): (2, pytest.approx(0.4**0.5)),
+        ("int8_branch_32", "dense_int8", "m >= 32"): (1, pytest.approx(0.8)),
+        ("int8_branch_32", "dense_int8", "768x3072, m = 128"): (1, pytest.approx(0.8)),
+        ("int8_branch_32", "the same in two calls", "whole grid"): (2, pytest.approx(3.0**0.5)),
+        ("sparse_branch_32", "sparse_80", "whole grid"): (1, pytest.approx(0.625)),
+    }
+
+
+def test_a_cost_is_what_the_branch_adds() -> None:
+    records = [low_rank_record("int8_branch_32", m, dense_int8=ratio) for m, ratio in ((8, 0.5), (32, 0.8))]
+    cost = benchmark.summarize_low_rank(records)[0]
+    assert isinstance(cost, low_rank.Cost)
+    assert cost.mean == pytest.approx(0.4**-0.5 - 1)
+    assert cost.worst == pytest.approx(1.0)
+    assert str(cost) == (
+        "int8_branch_32 over dense_int8 alone, whole grid (2 cell(s)): +58.1% time (geometric mean), "
+        "worst +100.0% at m=8 k=64 n=32"
+    )
+
+
+def test_speeds_are_of_one_multiply_add() -> None:
+    records = [
+        {**low_rank_record("low_rank_8", 32, torch_fp32=4.0), "multiply_adds": 64 * 32 // 4},
+        {**low_rank_record("low_rank_8", 128, torch_fp32=16.0), "multiply_adds": 64 * 32 // 4},
+        {**low_rank_record("low_rank_8", 1, torch_fp32=100.0), "multiply_adds": 64 * 32 // 4},
+        {**low_rank_record("dense_int8", 32, torch_fp32=1.5), "multiply_adds": 64 * 32},
+        {**low_rank_record("torch_two_8", 32, torch_fp32=3.0), "multiply_adds": 64 * 32 // 4},
+    ]
+    (line,) = benchmark.speeds(records)
+    assert line.endswith("low_rank_8 2.00, dense_int8 1.50")
+    assert benchmark.speeds(records[2:3]) == []
+
+
+def test_break_even_rank() -> None:
+    records = [
+        low_rank_record("low_rank_8", 8, torch_fp32=4.0),
+        low_rank_record("low_rank_4", 8, torch_fp32=0.25, ort_fp32=0.5),
+        low_rank_record("torch_two_8", 8, torch_fp32=0.1),
+        low_rank_record("low_rank_int8_4", 8, torch_fp32=9.0),
+    ]
+    (line,) = benchmark.break_even_rank(records)
+    assert line.mean == Crossing(pytest.approx(0.1875))
+    assert "m = 8: 19% of min(n, k) as rank over 1 shape(s)" in str(line)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pycompress import cli, demo
 
-COMMANDS = [[], ["info"], ["bench"], ["bench", "int8"], ["bench", "sparse"], ["demo"]]
+COMMANDS = [[], ["info"], ["bench"], ["bench", "int8"], ["bench", "sparse"], ["bench", "low-rank"], ["demo"]]
 
 
 def invoke(*arguments: str) -> Result:
@@ -112,6 +112,17 @@ def test_bench_sparse_prints_a_table() -> None:
     assert all(len(line) <= cli.WIDTH for line in result.output.split("sparse_fp32_50 against")[0].splitlines())
 
 
+def test_bench_low_rank_prints_a_table() -> None:
+    result = invoke("bench", "low-rank", *TINY)
+    assert result.exit_code == 0, result.output
+    assert "low-rank linear" in result.output
+    assert "low_rank_8 against the best dense fp32, m = 1" in result.output
+    assert "low_rank_8 against two torch layers, m <= 64" in result.output
+    assert "int8_branch_32 over dense_int8 alone, whole grid" in result.output
+    assert "break-even with the best dense fp32, m = 4" in result.output
+    assert all(len(line) <= cli.WIDTH for line in result.output.split("low_rank_8 against")[0].splitlines())
+
+
 def test_bench_sparse_on_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 16))
     monkeypatch.setattr(demo, "load", lambda: (model, None))
@@ -125,10 +136,10 @@ def test_bench_sparse_on_trained_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "32x16" in refused.output
 
 
-@pytest.mark.parametrize("op", ["int8", "sparse"])
+@pytest.mark.parametrize("op", ["int8", "sparse", "low_rank"])
 def test_bench_json_lines(op: str, tmp_path: Path) -> None:
     output = tmp_path / f"{op}.jsonl"
-    result = invoke("bench", op, *TINY, "--json", "--output", str(output))
+    result = invoke("bench", op.replace("_", "-"), *TINY, "--json", "--output", str(output))
     assert result.exit_code == 0, result.output
     environment, *records = [json.loads(line) for line in result.stdout.splitlines()]
     assert environment["environment"]["threads"] == torch.get_num_threads()
@@ -137,7 +148,14 @@ def test_bench_json_lines(op: str, tmp_path: Path) -> None:
     assert output.read_text() == result.stdout
 
 
-@pytest.mark.parametrize(("arguments", "title"), [([], "The int8 layer"), (["--op", "sparse"], "The sparse layers")])
+@pytest.mark.parametrize(
+    ("arguments", "title"),
+    [
+        ([], "The int8 layer"),
+        (["--op", "sparse"], "The sparse layers"),
+        (["--op", "low_rank"], "The low-rank layers"),
+    ],
+)
 def test_the_script_of_the_grids(
     arguments: list[str], title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +179,7 @@ def test_the_script_of_the_grids(
         (["bench", "int8", "--weights", "normal"], "'normal' is not one of"),
         (["bench", "sparse", "--weights", "uniform"], "'uniform' is not one of"),
         (["bench", "sparse", "--budget", "-1"], "-1.0 is not in the range"),
+        (["bench", "low-rank", "--weights", "minilm"], "No such option"),
         (["demo", "--sentences", "1"], "1 is not in the range"),
         (["info", "--xml"], "No such option"),
         (["nothing"], "No such command"),
@@ -178,6 +197,7 @@ def test_sentences_are_different_and_repeatable() -> None:
     assert len(set(sentences)) == 512
     assert sentences == demo.docstring_sentences(512)
     assert all(6 <= len(sentence.split()) <= 40 for sentence in sentences)
+    assert not set(sentences) & set(demo.docstring_sentences(100, besides=sentences))
     with pytest.raises(ValueError, match="count is 1000000"):
         demo.docstring_sentences(1_000_000)
 
@@ -212,6 +232,6 @@ def test_demo_on_a_few_sentences() -> None:
     console = Console(width=140, record=True)
     assert demo.run(console, demo.docstring_sentences(12), rounds=1, shapes=[(2, 8)])
     text = console.export_text()
-    for name in (demo.BASELINE, *demo.OURS, *demo.PEERS):
+    for name in (demo.BASELINE, *(f"pycompress {name}" for name in demo.RECIPES), *demo.PEERS):
         assert name in text
-    assert all(f"validation, {name}: OK" in text for name in demo.METHODS)
+    assert all(f"validation, {name}: OK" in text for name in demo.RECIPES)

@@ -21,20 +21,21 @@ ALLOWED: dict[str, set[str]] = {
     "measure": set(),
     "fusion": set(),
     "ops": {"_C", "reference"},
-    "methods": {"ops", "reference"},
+    "methods": {"ops", "reference", "measure"},
     "nn": {"methods", "ops", "reference"},
     "records": {"nn"},
+    "calibration": {"nn", "methods"},
     "plan": {"records", "nn", "methods", "ops", "fusion"},
-    "model": {"plan", "records", "nn", "methods", "ops", "fusion", "measure"},
+    "model": {"plan", "records", "calibration", "nn", "methods", "ops", "fusion", "measure"},
     "storage": {"model", "records", "nn", "methods", "ops", "fusion"},
     "onnx": {"nn", "methods", "ops"},
     "validation": {"onnx", "model", "nn", "methods", "ops"},
     "benchmark": {"model", "nn", "methods", "ops", "measure", "onnx"},
-    "demo": {"benchmark", "validation", "storage", "model", "nn", "methods", "ops", "onnx"},
+    "demo": {"benchmark", "validation", "storage", "model", "calibration", "nn", "methods", "ops", "onnx"},
     "cli": {"demo", "benchmark", "validation", "storage", "model", "nn", "methods", "ops", "onnx"},
-    "__init__": {"validation", "storage", "model", "nn", "methods", "ops"},
+    "__init__": {"validation", "storage", "model", "calibration", "nn", "methods", "ops"},
 }
-CHAIN = ["model", "plan", "records", "nn", "methods", "ops", "reference", "fusion", "measure"]
+CHAIN = ["model", "plan", "calibration", "records", "nn", "methods", "ops", "reference", "fusion", "measure"]
 ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}
 

@@ -251,7 +251,7 @@ def test_a_layer_without_a_lowering_is_named() -> None:
 
 
 def test_a_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pycompress.onnx.MAX_WEIGHT_BYTES", 63)
+    monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", 63)
     with pytest.raises(ValueError, match=r"the weight \[8, 8\] has 64 bytes, expected at most 63"):
         lower(make_layer(8, 8))
 
@@ -265,7 +265,8 @@ def test_a_missing_dependency_names_the_extra(missing: str, monkeypatch: pytest.
 
 
 def test_every_compressed_module_has_a_lowering() -> None:
-    assert set(LOWERINGS) == {*pycompress.nn.LAYERS.values(), *pycompress.nn.CONVOLUTIONS.values()}
+    tables = (pycompress.nn.LAYERS, pycompress.nn.CONVOLUTIONS, pycompress.nn.EMBEDDINGS)
+    assert set(LOWERINGS) == {kind for table in tables for kind in table.values()}
 
 
 # --- sparse -------------------------------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ def test_sparse_without_rows_and_without_weights() -> None:
 
 
 def test_a_sparse_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pycompress.onnx.MAX_WEIGHT_BYTES", 255)
+    monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", 255)
     with pytest.raises(ValueError, match=r"the weight \[8, 8\] has 256 bytes, expected at most 255"):
         lower(make_sparse(8, 8))
     lower(make_sparse(8, 8, 7))

@@ -31,7 +31,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(call: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            for module in (ops.native, ops.int8, ops.sparse):
+            for module in (ops.native, ops.int8, ops.sparse, ops.low_rank):
                 patch.setattr(module, "_C", reference.Native())
                 patch.setattr(module, "reads_tensors", False, raising=False)
             return call()
@@ -121,6 +121,21 @@ def test_same_errors(twin: Callable[..., Any]) -> None:
             message(lambda: ops.int8_pack(-127 - values, 8)),
             message(lambda: ops.int8_quantize(torch.ones(2, 3), 9)),
             message(lambda: ops.int8_pack(values, 8, "avx9")),
+            *low_rank_messages(),
+        ]
+
+    def low_rank_messages() -> list[str]:
+        down, up, scale = torch.ones(2, 4), torch.ones(3, 2), torch.ones(3)
+        packed = ops.low_rank_pack(down, up)
+        linear, sparse = ops.low_rank_linear, ops.sparse_pack(torch.full((3, 1), 15).byte(), torch.ones(12), 4)
+        return [
+            message(lambda: linear(torch.ones(2, 5), packed, 3)),
+            message(lambda: linear(torch.ones(2, 4), packed, 4)),
+            message(lambda: ops.low_rank_pack(down, up, None, None, 8)),
+            message(lambda: ops.low_rank_pack(values.new_ones(2, 4), values.new_ones(3, 2), scale[:2], scale, 9)),
+            message(lambda: ops.low_rank_pack(torch.ones(4, 4), torch.ones(3, 4))),
+            message(lambda: ops.low_rank_pack(torch.ones(2, 65537), up)),
+            message(lambda: ops.low_rank_pack(down, up, None, None, 0, "sparse", sparse, scale)),
         ]
 
     assert twin(messages) == messages()
@@ -266,7 +281,63 @@ def test_sparse_decompress_and_count(dtype: Any, k: int) -> None:
     np.testing.assert_array_equal(reference.sparse.decompress(mask, values, k), dense)
 
 
-# The kernels against the twin, and both against float64 and int64: test_sparse_ops.
+# --- low rank -----------------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_product_is_the_chain() -> None:
+    """From its start on, in ascending k; so two chains one behind the other are one."""
+    rng = np.random.default_rng(2)
+    x, weight = rng.standard_normal((4, 19), np.float32), rng.standard_normal((7, 19), np.float32)
+    weight[2, 3:9] = 0  # multiplied like any other
+    start = rng.standard_normal((4, 7), np.float32)
+    expected = start.copy()
+    for i in range(4):
+        for j in range(7):
+            for p in range(19):
+                expected[i, j] = reference.sparse.fma(x[i, p], weight[j, p], expected[i, j])
+    product = reference.low_rank.product
+    np.testing.assert_array_equal(product(x, weight, start), expected)
+    half = product(x[:, :8].copy(), weight[:, :8].copy(), start)
+    np.testing.assert_array_equal(product(x[:, 8:].copy(), weight[:, 8:].copy(), half), expected)
+    x[1, 4] = np.inf
+    assert np.isnan(product(x, weight, start)[1, 2]) and np.isfinite(product(x, weight, start)[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_low_rank_steps(with_bias: bool) -> None:
+    rng = np.random.default_rng(3)
+    x, nothing = rng.standard_normal((5, 12), np.float32), np.empty(0, np.float32)
+    bias = rng.standard_normal(7, np.float32) if with_bias else None
+    first = np.zeros((5, 7), np.float32) if bias is None else np.tile(bias, (5, 1))
+    low_rank = reference.low_rank
+    down, up = rng.standard_normal((3, 12), np.float32), rng.standard_normal((7, 3), np.float32)
+    t = low_rank.intermediate(x, down, nothing)
+    np.testing.assert_array_equal(t, low_rank.product(x, down, np.zeros((5, 3), np.float32)))
+    np.testing.assert_array_equal(low_rank.expand(t, up, nothing, bias), low_rank.product(t, up, first))
+    for bits in (7, 8):
+        down, up = (rng.integers(-127, 128, shape, np.int8) for shape in ((3, 12), (7, 3)))
+        scales = rng.random(3, np.float32), rng.random(7, np.float32)
+        t = low_rank.intermediate(x, down, scales[0], activation_bits=bits)
+        np.testing.assert_array_equal(t, reference.int8.linear(x, down, scales[0], activation_bits=bits))
+        y = low_rank.expand(t, up, scales[1], bias, activation_bits=bits)
+        np.testing.assert_array_equal(y, reference.int8.linear(t, up, scales[1], bias, activation_bits=bits))
+
+
+@native
+@pytest.mark.parametrize("rows_of_x", [4, 6, 30])
+def test_many_rows_have_the_bits_of_the_chains(rows_of_x: int, twin: Callable[..., Any], same: Same) -> None:
+    """The contract leaves one order for more rows than three: float32, with and without a dense residual."""
+    down, up, residual, bias = torch.randn(9, 200), torch.randn(21, 9), torch.randn(21, 200), torch.randn(21)
+    x = torch.randn(rows_of_x, 200)
+
+    def run() -> list[Tensor]:
+        packed = ops.low_rank_pack(down, up), ops.low_rank_pack(down, up, None, None, 0, "dense", residual)
+        return [ops.low_rank_linear(x, one, 21, bias) for one in packed]
+
+    assert all(same(got, expected) for got, expected in zip(twin(run), run(), strict=True))
+
+
+# The kernels against the twin, and both against float64 and int64: test_sparse_ops and test_low_rank_ops.
 
 
 # --- without the extension ----------------------------------------------------------------------------------------------
@@ -276,11 +347,13 @@ import torch
 from torch import nn
 import pycompress as pc
 from pycompress import ops
-from pycompress.nn import Int8Linear, SparseLinear
+from pycompress.methods.low_rank import LowRank
+from pycompress.nn import Int8Linear, LowRankLinear, SparseLinear
 
 reason = ops.extension_error()
 assert reason and "_C" in reason, reason
-assert {kernel["op"]: kernel["name"] for kernel in ops.kernels() if kernel["available"]} == {"int8": "numba", "sparse": "numba"}
+found = {kernel["op"]: kernel["name"] for kernel in ops.kernels() if kernel["available"]}
+assert found == {"int8": "numba", "low_rank": "numba", "sparse": "numba"}, found
 case = torch.load(sys.argv[1])
 packed = ops.int8_pack(case["values"], 8)
 assert torch.equal(ops.int8_unpack(packed), case["values"])
@@ -295,11 +368,16 @@ x = torch.randn(2, 40)
 assert torch.equal(target(x), layer(x))
 model = pc.compress(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)), pc.Int8())
 assert model(x).shape == (2, 5)
-for method in (pc.Sparse(density=0.3), pc.Sparse(density=0.3, bits=8), pc.Sparse(pattern="2:4", bits=8, activation_bits=8)):
-    layer = SparseLinear.from_dense(nn.Linear(40, 24), method, "relu")
+thin = {"rank": 4, "rank_guard": False}
+for kind, method in (
+    (SparseLinear, pc.Sparse(density=0.3)), (SparseLinear, pc.Sparse(density=0.3, bits=8)),
+    (SparseLinear, pc.Sparse(pattern="2:4", bits=8, activation_bits=8)), (LowRankLinear, LowRank(**thin)),
+    (LowRankLinear, LowRank(**thin, residual=pc.Int8())), (LowRankLinear, LowRank(**thin, bits=8, residual=pc.Sparse(0.3))),
+):
+    layer = kind.from_dense(nn.Linear(40, 24), method, "relu")
     y = layer(torch.randn(2, 3, 40))
     assert y.shape == (2, 3, 24) and y.isfinite().all()
-    target = SparseLinear.from_dense(nn.Linear(40, 24), method, "relu")
+    target = kind.from_dense(nn.Linear(40, 24), method, "relu")
     target.load_state_dict(layer.state_dict())
     assert torch.equal(target(x), layer(x))
 print(reason)

@@ -1072,7 +1072,7 @@ def refused(path: Path, message: str, model: nn.Module, snapshot: Snapshot) -> N
         (nn.Linear(45, 8), "0 is a Linear in the model, expected a Conv2d"),
         (nn.ConvTranspose2d(8, 5, 3), "0 is a ConvTranspose2d in the model, expected a Conv2d"),
         (nn.ReLU(), "0 is a ReLU in the model, expected a Conv2d"),
-        (SparseLinear.from_dense(nn.Linear(45, 8)), r"\[8, 45\] with bias=True in the model, .*in_channels=5"),
+        (SparseLinear.from_dense(nn.Linear(45, 8)), "SparseLinear in the model, expected a Conv2d"),
         (SparseConv2d.from_dense(nn.Conv2d(5, 8, 3)), r"padding=\(0, 0\).* in the model"),
     ],
 )
@@ -1085,7 +1085,7 @@ def test_a_linear_layer_of_the_file_finds_a_convolution(path: Path, snapshot: Sn
     pc.save(nn.Sequential(SparseLinear.from_dense(nn.Linear(45, 8))), path)
     refused(path, "0 is a Conv2d in the model, expected a linear layer", nn.Sequential(nn.Conv2d(5, 8, 3)), snapshot)
     made = SparseConv2d.from_dense(nn.Conv2d(5, 8, 3))
-    refused(path, r"in_channels=5.* in the model, \[8, 45\] with bias=True in the file", nn.Sequential(made), snapshot)
+    refused(path, "SparseConv2d in the model, expected a linear layer", nn.Sequential(made), snapshot)
 
 
 GEOMETRY = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
@@ -1094,7 +1094,7 @@ GEOMETRY = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilatio
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "int8"}, "method is 'int8', expected 'sparse'"),
+        ({"method": "int8"}, "method is 'int8', expected 'low_rank' or 'sparse'"),
         ({"bits": 8, "activation_bits": 7}, "its weight is int8, expected float32 in a convolution"),
         ({"conv2d": None}, "conv2d is None, expected its kernel_size"),
         ({"conv2d": []}, r"conv2d is \[\]"),
@@ -1167,7 +1167,7 @@ def test_the_weight_is_stored_once_in_onnx() -> None:
 
 def test_a_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     onnx = onnx_extra()
-    monkeypatch.setattr(onnx, "MAX_WEIGHT_BYTES", 255)
+    monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", 255)
     with pytest.raises(ValueError, match=r"the weight \[4, 4, 2, 2\] has 256 bytes, expected at most 255"):
         onnx.lower(SparseConv2d.from_dense(nn.Conv2d(4, 4, 2)))
 

@@ -734,7 +734,7 @@ SPARSE_PLANS: dict[str, tuple[Callable[[Plan], None], str]] = {
     "method int8": (edit("layers", "0", "method", value="int8"), "layer 0: .*activation_bits is None"),
     "method a list": (
         edit("layers", "0", "method", value=["sparse"]),
-        r"method is \['sparse'\], expected 'int8' or 'sparse'",
+        r"method is \['sparse'\], expected 'int8' or 'low_rank' or 'sparse'",
     ),
     "method unknown": (edit("layers", "0", "method", value="os.system"), "method is 'os.system', expected"),
     "bits 16": sparse_plan("0", "bits", value=16),

@@ -2,6 +2,7 @@
 #include "../common/isa.h"
 #include "../common/parallel.h"
 #include "../int8/gemm.h"
+#include "../low_rank/gemm.h"
 #include "../peak/peak.h"
 #include "../sparse/gemm.h"
 #include "python.h"
@@ -33,6 +34,8 @@ py::list kernels() {
     row["format"] = sparse::format_name(sparse[i].format);
     result.append(row);
   }
+  const low_rank::Kernel* factors = low_rank::kernels(&count);
+  for (int i = 0; i < count; ++i) result.append(describe("low_rank", factors[i]));
   return result;
 }
 
@@ -50,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   watch_fork();
   isa_available(Isa::scalar);  // an unknown PYCOMPRESS_ISA fails here, at import, and not in the middle of a model
   bind_int8(m);
+  bind_low_rank(m);
   bind_sparse(m);
   m.def("kernels", &kernels);
   m.def("instruction_sets", &instruction_sets);

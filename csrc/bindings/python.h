@@ -25,6 +25,7 @@ struct MaybeReleaseGil {
 };
 
 void bind_int8(py::module_& m);
+void bind_low_rank(py::module_& m);
 void bind_sparse(py::module_& m);
 
 }  // namespace pycompress

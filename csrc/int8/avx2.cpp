@@ -206,7 +206,10 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
     for (int j = 0; j < kVectors; ++j) {
       const __m256i acc = _mm256_sub_epi32(load256(c + m * nr + 8 * j), _mm256_mullo_epi32(column_sum[j], zero_point));
       Vector v{_mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), row_scale), weight_scale[j])};
-      if (e.bias != nullptr) v = v + Vector{bias[j]};
+      if (e.bias_stride != 0)
+        v = v + Vector{_mm256_loadu_ps(e.bias + m * e.bias_stride + 8 * j)};
+      else if (e.bias != nullptr)
+        v = v + Vector{bias[j]};
       if (e.activation != Activation::none) v = activate(e.activation, v);
       const auto result = converted<kType>(acc, v.value);
       uint8_t* at = y + (m * ldy + 8 * j) * size;

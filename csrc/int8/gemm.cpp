@@ -5,9 +5,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "../common/check.h"
+#include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "kernel_list.h"
@@ -21,11 +21,11 @@ const Kernel* const kKernels[] = {
     &kAvx512Vnni, &kAvxVnni, &kAvx2, &kAvx2Windows,
 #endif
     &kScalar};
-constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 // Quantized rows of one task, at most: they are walked block by block, so they need not fit the L2 as a whole.
 constexpr ptrdiff_t kActivationBytes = 1024 * 1024;
-constexpr int kFinishRows = 16;  // rows of results whose cache lines are fetched at once
+// Rows of results whose cache lines are fetched at once: this many, rounded up to the kernel's tile (up to 16 rows).
+constexpr int kFinishRows = 16;
 constexpr int kMaxTaskRows = 64, kMinTaskRows = 16, kTasksPerThread = 4;
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1.5e6;
@@ -49,6 +49,14 @@ const Kernel& kernel_for(const Header& header) {
 
 size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
 
+// The rows that the caller quantized, where they are as this weight needs them.
+const Quantized* quantized_for(const Problem& p, const Header& header) {
+  const Quantized* q = p.quantized;
+  const bool fits = q != nullptr && q->shape.k == header.k && q->shape.versions == header.versions &&
+                    q->activation_bits == header.activation_bits;
+  return fits ? q : nullptr;
+}
+
 // One thread's share of a call: it quantizes some rows into its scratch, then multiplies them with panels of weights.
 class Worker {
  public:
@@ -57,10 +65,13 @@ class Worker {
     const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(kernel.nr);
     const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
     const size_t bytes = (static_cast<size_t>(shape_.stride()) * rows + 63) / 64 * 64;
-    activations_ = scratch.reserve(bytes + (sums + 2 * rows) * 4);
-    sums_ = reinterpret_cast<int32_t*>(activations_ + bytes);
-    scale_ = reinterpret_cast<float*>(sums_ + sums);
-    zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
+    room_ = scratch.reserve(bytes + (sums + 2 * rows) * 4);
+    sums_ = reinterpret_cast<int32_t*>(room_ + bytes);
+    own_scale_ = reinterpret_cast<float*>(sums_ + sums);
+    own_zero_point_ = reinterpret_cast<int32_t*>(own_scale_ + rows);
+    activations_ = room_;
+    scale_ = own_scale_;
+    zero_point_ = own_zero_point_;
   }
 
   // Rows that are there already, from the task before, are not quantized again.
@@ -68,9 +79,15 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
+    if (const Quantized* q = quantized_for(p_, header_)) {
+      activations_ = q->data + row * shape_.stride();
+      scale_ = q->scale + row;
+      zero_point_ = q->zero_point + row;
+      return;
+    }
     const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
     const int amax = (1 << header_.activation_bits) - 1;
-    kernel_.quantize(x, p_.x_type, p_.ldx, rows, shape_, amax, activations_, scale_, zero_point_);
+    kernel_.quantize(x, p_.x_type, p_.ldx, rows, shape_, amax, room_, own_scale_, own_zero_point_);
   }
 
   // The thread that has the first panel of some rows hands out their scales.
@@ -119,9 +136,13 @@ class Worker {
       uint8_t* at = y + static_cast<size_t>(i) * y_stride;
       for (int r = 0; r < count; ++r) __builtin_prefetch(at + static_cast<size_t>(r) * y_stride, 1);
       add_block(panel, shape_.blocks() - 1, sums, i, i + count);
+      float room[kMaxTaskRows * kAddendStride];  // of whole tiles: a step may have more than kFinishRows
+      const float* bias = p_.bias == nullptr ? nullptr : p_.bias + n;
+      if (p_.addend != nullptr) bias = p_.addend->tile(p_.addend->context, row_ + i, count, n, columns, room);
       const Epilogue epilogue{column_sums + n,
                               p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
-                              p_.bias == nullptr ? nullptr : p_.bias + n,
+                              bias,
+                              p_.addend == nullptr ? 0 : kAddendStride,
                               scale_ + i,
                               zero_point_ + i,
                               p_.activation,
@@ -134,10 +155,13 @@ class Worker {
   const Header& header_;
   const Kernel& kernel_;
   const ActivationShape shape_;
-  uint8_t* activations_;
+  uint8_t* room_;
+  float* own_scale_;
+  int32_t* own_zero_point_;
+  const uint8_t* activations_;  // in the room, or where the caller quantized them
+  const float* scale_;
+  const int32_t* zero_point_;
   int32_t* sums_;
-  float* scale_;
-  int32_t* zero_point_;
   int64_t row_ = -1;
   int rows_ = 0;
 };
@@ -147,25 +171,17 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 const Kernel* kernels(int* count) {
-  static const auto list = [] {
-    auto copy = std::make_unique<Kernel[]>(kKernelCount);
-    for (int i = 0; i < kKernelCount; ++i) copy[static_cast<size_t>(i)] = *kKernels[i];
-    return copy;
-  }();
-  *count = kKernelCount;
-  return list.get();
+  static const auto list = listed(kKernels);
+  *count = static_cast<int>(list.size());
+  return list.data();
 }
 
 const Kernel& best_kernel() {
-  for (const Kernel* kernel : kKernels)
-    if (isa_available(kernel->isa)) return *kernel;
-  return kScalar;
+  return *first_available(kKernels, [](const Kernel&) { return true; });
 }
 
 const Kernel* kernel_for(Layout layout) {
-  for (const Kernel* kernel : kKernels)
-    if (kernel->layout == layout && isa_available(kernel->isa)) return kernel;
-  return nullptr;
+  return first_available(kKernels, [&](const Kernel& kernel) { return kernel.layout == layout; });
 }
 
 const Kernel& kernel_named(const char* name) {

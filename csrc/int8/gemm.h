@@ -69,7 +69,8 @@ using Tile = void (*)(const uint8_t* a, ptrdiff_t lda, int rows, const void* pan
 struct Epilogue {
   const int32_t* column_sum;  // [nr], zero padded
   const float* weight_scale;  // [columns]
-  const float* bias;          // [columns] or null
+  const float* bias;          // [columns] or null; of row i at bias + i * bias_stride
+  ptrdiff_t bias_stride;      // 0, or what lets 16 floats be read from each row
   const float* row_scale;     // [rows]
   const int32_t* zero_point;  // [rows]
   Activation activation;
@@ -94,6 +95,24 @@ const Kernel& best_kernel();
 const Kernel* kernel_for(Layout layout);       // the first that reads it and runs here, or null
 const Kernel& kernel_named(const char* name);  // throws where there is none, or the processor cannot run it
 
+// Rows that were quantized before the call: what Quantize made of all m.
+struct Quantized {
+  ActivationShape shape;
+  int activation_bits;
+  const uint8_t* data;
+  const float* scale;
+  const int32_t* zero_point;
+};
+
+// A matrix [m, n] that is added before the activation, made as it is needed, in the cache; it has the bias in it.
+constexpr int kAddendStride = 32;
+struct Addend {
+  const void* context;
+  // Rows [row, row + rows), columns [n, n + columns), columns <= 32: where they begin, row stride kAddendStride. They
+  // may lie in `room`, float [rows][kAddendStride]. Called by several threads at once.
+  const float* (*tile)(const void* context, int64_t row, int rows, int64_t n, int columns, float* room);
+};
+
 // y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.
 struct Problem {
   const void* x;
@@ -109,6 +128,8 @@ struct Problem {
   float* row_scale;     // [m] or null: where the caller wants sx and zp too
   int32_t* zero_point;  // [m] or null
   int threads;
+  const Quantized* quantized = nullptr;  // instead of quantizing x, where it is of the shape that the weight needs
+  const Addend* addend = nullptr;        // instead of the bias
 };
 void linear(const Problem& problem);                        // by the best kernel that reads `packed`
 void linear(const Problem& problem, const Kernel& kernel);  // by this one, which must read its layout

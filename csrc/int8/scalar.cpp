@@ -62,7 +62,7 @@ void finish(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, 
         continue;
       }
       Scalar v{(static_cast<float>(acc) * e.row_scale[m]) * e.weight_scale[n]};
-      if (e.bias != nullptr) v = v + Scalar{e.bias[n]};
+      if (e.bias != nullptr) v = v + Scalar{e.bias[m * e.bias_stride + n]};
       store(y, e.type, i, activate(e.activation, v).value);
     }
 }

@@ -510,9 +510,12 @@ void finish_columns(const float* sums, int width, int rows, int columns, const i
   for (int n = 0; n < columns; n += 8, sums += 8 * width, y += 8 * size) {
     const int left = columns - n;
     // To add -0 changes nothing, not even a zero.
-    const __m256 bias = e.bias == nullptr ? _mm256_set1_ps(-0.0f) : int8::load_floats_up_to(e.bias + n, left);
+    const __m256 shared = e.bias == nullptr ? _mm256_set1_ps(-0.0f) : int8::load_floats_up_to(e.bias + n, left);
+    const auto bias = [&](int m) {
+      return e.bias_stride == 0 ? shared : _mm256_loadu_ps(e.bias + m * e.bias_stride + n);
+    };
     if (width == 1) {
-      const int8::Vector v{_mm256_add_ps(int8::load_floats_up_to(sums, left), bias)};
+      const int8::Vector v{_mm256_add_ps(int8::load_floats_up_to(sums, left), bias(0))};
       store_result<kType>(int8::activate(e.activation, v).value, y, left);
       continue;
     }
@@ -523,14 +526,14 @@ void finish_columns(const float* sums, int width, int rows, int columns, const i
       transpose(r);
       if (left >= 8 && m + 8 <= rows && e.activation == Activation::none) {
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) store_result<kType>(_mm256_add_ps(r[j], bias), y + (m + j) * ldy * size, 8);
+        for (int j = 0; j < 8; ++j) store_result<kType>(_mm256_add_ps(r[j], bias(m + j)), y + (m + j) * ldy * size, 8);
         continue;
       }
       alignas(32) float turned[8][8];
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) _mm256_store_ps(turned[j], _mm256_add_ps(r[j], bias));
+      for (int j = 0; j < 8; ++j) _mm256_store_ps(turned[j], r[j]);
       for (int j = 0; j < 8 && m + j < rows; ++j) {
-        const int8::Vector v{_mm256_load_ps(turned[j])};
+        const int8::Vector v{_mm256_add_ps(_mm256_load_ps(turned[j]), bias(m + j))};
         store_result<kType>(int8::activate(e.activation, v).value, y + (m + j) * ldy * size, left);
       }
     }

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 
 #include "../common/check.h"
+#include "../common/kernels.h"
 #include "../common/scratch.h"
 #include "kernel_list.h"
 #include "pack.h"
@@ -19,7 +19,6 @@ const Kernel* const kKernels[] = {
     &kAvx2Rows,   &kAvx2Panels,   &kAvx2Quads,   &kAvx2Quads4,
 #endif
     &kScalarRows, &kScalarPanels, &kScalarQuads, &kScalarQuads4};
-constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
 thread_local Scratch scratch;
 
@@ -73,24 +72,38 @@ class Worker {
     row_ = task.row;
     const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(task.row * p_.ldx) * size_of(p_.x_type);
     if (is_float(header_.format)) return kernel_.load(x, p_.x_type, p_.ldx, task.rows, header_.k, task.width, tile_);
-    const int amax = (1 << header_.activation_bits) - 1;
-    int8::best_kernel().quantize(x, p_.x_type, p_.ldx, task.rows, shape(), amax, bytes_, scale_, zero_point_);
-    kernel_.load(bytes_, Type::float32, shape().stride(), task.rows, header_.k, task.width, tile_);
+    const uint8_t* bytes = bytes_;
+    const int8::Quantized* q = p_.quantized;
+    if (q != nullptr && q->shape.k == header_.k && q->shape.versions == 1 &&
+        q->activation_bits == header_.activation_bits) {
+      bytes = q->data + task.row * shape().stride();
+      std::copy_n(q->scale + task.row, task.rows, scale_);
+      std::copy_n(q->zero_point + task.row, task.rows, zero_point_);
+    } else {
+      const int amax = (1 << header_.activation_bits) - 1;
+      int8::best_kernel().quantize(x, p_.x_type, p_.ldx, task.rows, shape(), amax, bytes_, scale_, zero_point_);
+    }
+    kernel_.load(bytes, Type::float32, shape().stride(), task.rows, header_.k, task.width, tile_);
   }
 
   void finish(const Task& task, int64_t block, const uint8_t* sums) const {
     const int64_t first = block * header_.nb, end = std::min<int64_t>(first + header_.nb, p_.n);
     const auto* column_sums = reinterpret_cast<const int32_t*>(p_.packed + header_.column_sums);
     for (int64_t n = first; n < end; n += kPanel) {
+      const int columns = static_cast<int>(std::min<int64_t>(kPanel, end - n));
+      float room[kMaxWidth * int8::kAddendStride];
+      const float* bias = p_.bias == nullptr ? nullptr : p_.bias + n;
+      if (p_.addend != nullptr) bias = p_.addend->tile(p_.addend->context, task.row, task.rows, n, columns, room);
       const int8::Epilogue epilogue{column_sums + n,
                                     p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
-                                    p_.bias == nullptr ? nullptr : p_.bias + n,
+                                    bias,
+                                    p_.addend == nullptr ? 0 : int8::kAddendStride,
                                     scale_,
                                     zero_point_,
                                     p_.activation,
                                     p_.y_type};
-      kernel_.finish(sums + static_cast<size_t>((n - first) * task.width) * 4, task.width, task.rows,
-                     static_cast<int>(std::min<int64_t>(kPanel, end - n)), epilogue, result(task, n), p_.n);
+      kernel_.finish(sums + static_cast<size_t>((n - first) * task.width) * 4, task.width, task.rows, columns, epilogue,
+                     result(task, n), p_.n);
     }
   }
 
@@ -106,18 +119,14 @@ class Worker {
 }  // namespace
 
 const Kernel* kernels(int* count) {
-  static const auto list = [] {
-    auto copy = std::make_unique<Kernel[]>(kKernelCount);
-    for (int i = 0; i < kKernelCount; ++i) copy[static_cast<size_t>(i)] = *kKernels[i];
-    return copy;
-  }();
-  *count = kKernelCount;
-  return list.get();
+  static const auto list = listed(kKernels);
+  *count = static_cast<int>(list.size());
+  return list.data();
 }
 
 const Kernel& kernel_for(Format format) {
-  for (const Kernel* kernel : kKernels)
-    if (kernel->format == format && isa_available(kernel->isa)) return *kernel;
+  const auto fits = [&](const Kernel& kernel) { return kernel.format == format; };
+  if (const Kernel* kernel = first_available(kKernels, fits)) return *kernel;
   check(false, "no sparse kernel for format ", static_cast<uint32_t>(format));
   std::abort();
 }
@@ -133,7 +142,7 @@ void linear(const Problem& p) {
   if (is_delegated(header.format)) {
     const int64_t inner = p.packed_bytes - static_cast<int64_t>(header.blocks);
     return int8::linear({p.x, p.x_type, p.m, p.k, p.ldx, p.packed + header.blocks, inner, p.n, p.weight_scale, p.bias,
-                         p.activation, p.y, p.y_type, p.row_scale, p.zero_point, p.threads});
+                         p.activation, p.y, p.y_type, p.row_scale, p.zero_point, p.threads, p.quantized, p.addend});
   }
   if (p.m == 0) return;
   const Kernel& kernel = kernel_for(header.format);

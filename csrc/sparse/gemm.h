@@ -109,6 +109,9 @@ struct Problem {
   float* row_scale;     // [m] or null: where the caller wants scales and zero points too (int8 formats)
   int32_t* zero_point;  // [m] or null
   int threads;
+  const int8::Quantized* quantized =
+      nullptr;                           // instead of quantizing x, where it is of the shape that the weight needs
+  const int8::Addend* addend = nullptr;  // instead of the bias
 };
 void linear(const Problem& problem);
 

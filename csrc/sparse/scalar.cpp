@@ -95,7 +95,7 @@ void finish_float(const void* sums, int width, int rows, int columns, const int8
   for (int m = 0; m < rows; ++m)
     for (int n = 0; n < columns; ++n) {
       int8::Scalar v{static_cast<const float*>(sums)[n * width + m]};
-      if (e.bias != nullptr) v = v + int8::Scalar{e.bias[n]};
+      if (e.bias != nullptr) v = v + int8::Scalar{e.bias[m * e.bias_stride + n]};
       int8::store(y, e.type, m * ldy + n, int8::activate(e.activation, v).value);
     }
 }

@@ -1,10 +1,12 @@
 """The measuring harness, the peers and the grids of `pycompress bench` and of the scripts in benchmarks/.
 
 harness: candidates take turns. environment: the machine. peers: who else takes part. int8, sparse: the grids.
-results: comparisons and the file.
+grid, break_even:
+what the last two share. results: comparisons and the file.
 """
 
 from pycompress.benchmark.environment import PACKAGES, Environment, chosen_kernels, processor_name, versions
+from pycompress.benchmark.grid import DENSE_FP32, GRID_ROWS, GRID_SHAPES
 from pycompress.benchmark.harness import interleave, ratio
 from pycompress.benchmark.int8 import (
     EXACT_PEERS,
@@ -19,15 +21,22 @@ from pycompress.benchmark.int8 import (
     measure_int8,
     summarize_int8,
 )
+from pycompress.benchmark.low_rank import (
+    HIGHER_RANKS,
+    LOW_RANK_PEERS,
+    break_even_rank,
+    low_rank_candidates,
+    low_rank_cells,
+    measure_low_rank,
+    speeds,
+    summarize_low_rank,
+)
 from pycompress.benchmark.peers import UnavailableError, available, dense_linear, ort_session, quantize_dynamic
 from pycompress.benchmark.results import Record, best_ratio, json_lines, measured, write_json_lines
 from pycompress.benchmark.sparse import (
-    DENSE_FP32,
     FEWER_ZEROS,
     SPARSE_PEERS,
-    SPARSE_ROWS,
-    SPARSE_SHAPES,
-    break_even,
+    break_even_density,
     csr_forms,
     linear_layers,
     measure_sparse,
@@ -40,23 +49,26 @@ __all__ = [
     "DENSE_FP32",
     "EXACT_PEERS",
     "FEWER_ZEROS",
+    "GRID_ROWS",
+    "GRID_SHAPES",
+    "HIGHER_RANKS",
     "INT8_ROWS",
     "INT8_SHAPES",
+    "LOW_RANK_PEERS",
     "OURS",
     "PACKAGES",
     "PEERS",
     "QUICK_ROWS",
     "QUICK_SHAPES",
     "SPARSE_PEERS",
-    "SPARSE_ROWS",
-    "SPARSE_SHAPES",
     "SPINNING",
     "Environment",
     "Record",
     "UnavailableError",
     "available",
     "best_ratio",
-    "break_even",
+    "break_even_density",
+    "break_even_rank",
     "chosen_kernels",
     "csr_forms",
     "dense_linear",
@@ -64,7 +76,10 @@ __all__ = [
     "interleave",
     "json_lines",
     "linear_layers",
+    "low_rank_candidates",
+    "low_rank_cells",
     "measure_int8",
+    "measure_low_rank",
     "measure_sparse",
     "measured",
     "ort_session",
@@ -73,7 +88,9 @@ __all__ = [
     "ratio",
     "sparse_candidates",
     "sparse_cells",
+    "speeds",
     "summarize_int8",
+    "summarize_low_rank",
     "summarize_sparse",
     "versions",
     "write_json_lines",

@@ -111,7 +111,36 @@ def ort_fp32(linear: nn.Linear) -> Bind:
     weight, bias = _arrays(linear)
     nodes = [("MatMul", ["x", "weight"], ["product"], ""), ("Add", ["product", "bias"], ["y"], "")]
     constants = {"weight": np.ascontiguousarray(weight.T), "bias": bias}
-    return _ort_linear(linear, nodes, constants, spinning=False)
+    return _ort_linear(linear.in_features, linear.out_features, nodes, constants, spinning=False)
+
+
+class TwoLinears(nn.Module):
+    """A float32 layer of low rank as a user writes it: k -> rank -> n, the bias in the second."""
+
+    def __init__(self, k: int, rank: int, n: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.down = nn.Linear(k, rank, bias=False)
+        self.up = nn.Linear(rank, n, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.up(self.down(x))
+        return y
+
+
+def torch_two(factors: TwoLinears) -> Bind:
+    return module_call(factors)
+
+
+def ort_two(factors: TwoLinears) -> Bind:
+    """Two MatMul and an Add."""
+    down, (up, bias) = factors.down.weight.detach().numpy(), _arrays(factors.up)
+    nodes = [
+        ("MatMul", ["x", "down"], ["t"], ""),
+        ("MatMul", ["t", "up"], ["product"], ""),
+        ("Add", ["product", "bias"], ["y"], ""),
+    ]
+    constants = {"down": np.ascontiguousarray(down.T), "up": np.ascontiguousarray(up.T), "bias": bias}
+    return _ort_linear(down.shape[1], up.shape[0], nodes, constants, spinning=False)
 
 
 def ort_int8(signed: bool, *, spinning: bool = False) -> Build:
@@ -133,7 +162,7 @@ def ort_int8(signed: bool, *, spinning: bool = False) -> Build:
             "bias": bias,
         }
         node = ("DynamicQuantizeMatMul", ["x", *constants], ["y"], "com.microsoft")
-        return _ort_linear(linear, [node], constants, spinning=spinning)
+        return _ort_linear(linear.in_features, linear.out_features, [node], constants, spinning=spinning)
 
     return build
 
@@ -172,7 +201,8 @@ def _arrays(linear: nn.Linear) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
 
 
 def _ort_linear(
-    linear: nn.Linear,
+    k: int,
+    n: int,
     nodes: list[tuple[str, list[str], list[str], str]],
     constants: dict[str, np.ndarray[Any, Any]],
     *,
@@ -186,13 +216,13 @@ def _ort_linear(
     graph = helper.make_graph(
         [helper.make_node(op, inputs, outputs, domain=domain) for op, inputs, outputs, domain in nodes],
         "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", linear.in_features])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", linear.out_features])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    return ort_call(ort_session(model.SerializeToString(), spinning=spinning), linear.out_features)
+    return ort_call(ort_session(model.SerializeToString(), spinning=spinning), n)
 
 
 def available(builds: Mapping[str, Build]) -> tuple[dict[str, Build], dict[str, str]]:
@@ -221,6 +251,17 @@ def dense_linear(k: int, n: int, weights: str = "gaussian") -> nn.Linear:
             nn.init.uniform_(parameter, -(k**-0.5), k**-0.5, generator=generator)
         parameter.requires_grad_(False)
     return linear
+
+
+def two_linears(k: int, rank: int, n: int, *, bias: bool = True) -> TwoLinears:
+    """The same layer of low rank at every call, Gaussian (std 1/sqrt of each factor's inputs)."""
+    generator = torch.Generator().manual_seed(k * 65537 + n)
+    factors = TwoLinears(k, rank, n, bias=bias)
+    for linear in (factors.down, factors.up):
+        for parameter in linear.parameters():
+            nn.init.normal_(parameter, std=linear.in_features**-0.5, generator=generator)
+            parameter.requires_grad_(False)
+    return factors
 
 
 def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,7 +1,23 @@
 """Compression methods: float weight -> canonical weight. One file per method, its source named on line 1."""
 
+from pycompress.methods.dense import Dense, DenseWeight
+from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.int8 import Int8, Int8Weight
+from pycompress.methods.low_rank import LowRank, LowRankWeight
 from pycompress.methods.sparse import Sparse, SparseWeight
-from pycompress.methods.weight import Method, Weight
+from pycompress.methods.weight import Method, Refused, Weight
 
-__all__ = ["Int8", "Int8Weight", "Method", "Sparse", "SparseWeight", "Weight"]
+__all__ = [
+    "Dense",
+    "DenseWeight",
+    "InputStatistics",
+    "Int8",
+    "Int8Weight",
+    "LowRank",
+    "LowRankWeight",
+    "Method",
+    "Refused",
+    "Sparse",
+    "SparseWeight",
+    "Weight",
+]

@@ -135,6 +135,8 @@ class Sparse:
 
     def refuses(self, kind: str) -> str:
         """Why it cannot take layers of a kind, or ''."""
+        if kind == "Embedding":
+            return "Sparse takes no embeddings"
         return "int8 has no sparse convolution yet" if kind == "Conv2d" and self.bits == 8 else ""
 
     def prune(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:

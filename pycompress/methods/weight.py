@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from pycompress.methods.inputs import InputStatistics
+from pycompress.ops import MAX_IN_FEATURES
+
 Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name of a stored tensor -> its shape and dtype
+
+
+class Refused(ValueError):  # noqa: N818 - not a mistake of the caller's: an answer
+    """A method declines a weight and says why: ``compress`` keeps that layer dense, with the reason in its summary."""
 
 
 class Weight(Protocol):
     """A canonical weight [n, k]: what is saved, exported and compared; independent of any processor.
 
-    It is the tensors of :meth:`tensors` and the numbers of :meth:`settings`, nothing else; whoever makes one checks all of it.
+    It is the tensors of :meth:`tensors` and the values of :meth:`settings`, nothing else; whoever makes one checks all of it.
     """
 
     name: ClassVar[str]  # of the method, in plans, files and summaries
@@ -26,8 +33,8 @@ class Weight(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by the names that it has below the layer's; scales per output channel are ``weight_scale``."""
 
-    def settings(self) -> dict[str, int]:
-        """The rest, for JSON."""
+    def settings(self) -> dict[str, Any]:
+        """The rest, for JSON: numbers, strings and dictionaries of them."""
 
     @classmethod
     def expected(cls, shape: tuple[int, int], settings: Mapping[str, object]) -> Expected:
@@ -53,7 +60,7 @@ class Method(Protocol):
     name: ClassVar[str]
 
     def compress(self, weight: Tensor) -> Weight:
-        """Floating point [n, k] -> canonical weight."""
+        """Floating point [n, k] -> canonical weight. Raises :class:`Refused` for a weight that it would not make better."""
 
 
 @runtime_checkable
@@ -65,11 +72,27 @@ class LayersMethod(Protocol):
 
 
 @runtime_checkable
+class CalibratedMethod(Protocol):
+    """A method that makes use of what a layer's inputs look like."""
+
+    def with_inputs(self, statistics: InputStatistics) -> Method:
+        """The method for the layer that met these inputs."""
+
+
+@runtime_checkable
+class ConvolutionMethod(Protocol):
+    """A method to which a convolution is more than its matrix [n, k]."""
+
+    def for_convolution(self, shape: tuple[int, int, int, int], stride: tuple[int, int]) -> Method:
+        """The method for a convolution with a weight [n, channels, height, width]; it too is given the matrix [n, k]."""
+
+
+@runtime_checkable
 class SelectiveMethod(Protocol):
     """A method that says which kinds of layers it takes. Others take linear layers, and no convolutions."""
 
     def refuses(self, kind: str) -> str:
-        """Why it cannot take layers of a kind, ``Linear`` or ``Conv2d``; '' where it can."""
+        """Why it cannot take layers of a kind, ``Linear``, ``Conv2d`` or ``Embedding``; '' where it can."""
 
 
 def refusal(method: Method, kind: str) -> str:
@@ -93,3 +116,31 @@ def check_tensors(kind: str, tensors: Mapping[str, Tensor], expected: Expected) 
         found = tensors[name]
         if tuple(found.shape) != shape or found.dtype != dtype:
             raise ValueError(f"{kind}: {name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
+
+
+def matrix_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(n, k), checked. Raises ValueError where it is no shape of a weight that a kernel takes."""
+    n, k = shape
+    if type(n) is not int or type(k) is not int or n < 1 or not 1 <= k <= MAX_IN_FEATURES:
+        raise ValueError(f"{kind}: the shape is [{n!r}, {k!r}], expected [n > 0, 1 to {MAX_IN_FEATURES}]")
+    return n, k
+
+
+def finite_matrix(kind: str, weight: Tensor) -> Tensor:
+    """float32 [n, k] on the CPU; the weight itself where it is that already.
+
+    Raises:
+        TypeError: not a floating-point matrix. ValueError: it holds NaN or Inf, is on the meta device, empty or too large.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{kind}: the weight is {type(weight).__name__}, expected floating point [n, k]")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise TypeError(f"{kind}: the weight is {weight.dtype} {list(weight.shape)}, expected floating point [n, k]")
+    matrix_shape(kind, tuple(weight.shape))
+    if weight.is_meta:
+        raise ValueError(f"{kind}: the weight {list(weight.shape)} is on the meta device, expected one with data")
+    w = weight.detach().to("cpu", torch.float32)
+    bad = int((~torch.isfinite(w)).sum())
+    if bad:
+        raise ValueError(f"{kind}: the weight {list(w.shape)} holds {bad} NaN or Inf, expected finite values")
+    return w

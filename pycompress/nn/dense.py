@@ -13,6 +13,7 @@ from copy import copy
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from pycompress.methods.weight import ConvolutionMethod, Method
 from pycompress.nn.geometry import Conv2dGeometry
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -49,6 +50,26 @@ def geometry_of(module: nn.Module) -> Conv2dGeometry | None:
     _, in_channels, height, width = dense_shape(module)  # as torch computes: the attributes may be out of date
     padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
     return Conv2dGeometry(in_channels, (height, width), _pair(module.stride), padding, _pair(module.dilation))
+
+
+def padding_idx_of(module: nn.Module) -> int | None:
+    """Of an Embedding. Raises ValueError for what no compressed embedding does."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    if module.max_norm is not None:
+        raise ValueError(
+            f"max_norm is {module.max_norm}, expected None: it rescales the rows of its weight as they are used"
+        )
+    return module.padding_idx
+
+
+def fitted(method: Method, module: nn.Module) -> Method:
+    """The method for this layer: one that takes convolutions apart is told what theirs is."""
+    geometry = geometry_of(module) if isinstance(method, ConvolutionMethod) else None
+    if geometry is None or not isinstance(method, ConvolutionMethod):
+        return method
+    n, c, height, width = dense_shape(module)
+    return method.for_convolution((n, c, height, width), geometry.stride)
 
 
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -118,7 +139,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def dense_bias(module: nn.Module) -> Tensor | None:
     """The [n] bias with which a candidate computes, or None."""
-    return _current(module, "bias")
+    return None if isinstance(module, nn.Embedding) else _current(module, "bias")
 
 
 def without_pruning(module: nn.Module) -> nn.Module:

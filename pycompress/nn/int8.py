@@ -25,11 +25,11 @@ class Int8Linear(CompressedLinear):
 
     @property
     def activation_bits(self) -> int:
-        return self.settings["activation_bits"]
+        return int(self.settings["activation_bits"])
 
     @property
     def weight_bits(self) -> int:
-        return self.settings["weight_bits"]
+        return int(self.settings["weight_bits"])
 
     @property
     def weight(self) -> Tensor:

@@ -103,7 +103,7 @@ class CompressedLayer(nn.Module):
         """float32 [n, k], of tensors alone: it runs inside compiled graphs."""
         raise NotImplementedError
 
-    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:  # noqa: ARG002
+    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:  # noqa: ARG002
         """The settings under which the layer takes these tensors from a state dict; usually its own."""
         return self.settings
 

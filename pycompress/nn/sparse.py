@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class SparseLayer(CompressedLayer):
     @property
     def bits(self) -> int:
         """Of a stored weight: 32 or 8."""
-        return self.settings["bits"]
+        return int(self.settings["bits"])
 
     @property
     def activation_bits(self) -> int | None:
@@ -39,7 +40,7 @@ class SparseLayer(CompressedLayer):
     @property
     def nnz(self) -> int:
         """How many weights are stored."""
-        return self.settings["nnz"]
+        return int(self.settings["nnz"])
 
     @property
     def density(self) -> float:
@@ -77,7 +78,7 @@ class SparseLayer(CompressedLayer):
         weight = ops.sparse_dense(packed, (*shape, 32 if scale is None else 8))
         return weight if scale is None else weight.to(torch.float32) * scale[:, None]
 
-    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {**self.settings, "nnz": tensors["weight_values"].numel()}
 
     def _details(self) -> str:

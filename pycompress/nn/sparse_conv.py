@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from pycompress import ops
 from pycompress.methods.weight import Weight
-from pycompress.nn.dense import dense_bias, geometry_of
+from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.geometry import Conv2dGeometry
 from pycompress.nn.layer import DIFFERENTIABLE
 from pycompress.nn.sparse import SparseLayer
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 def _conv2d(
@@ -52,79 +49,18 @@ class _InputGradient(torch.autograd.Function):
         return wide[..., top : top + height, left : left + width].reshape(ctx.x_shape), None, None, None, None
 
 
-class SparseConv2d(SparseLayer):
-    """``act(conv2d(x, W) + b)`` with a sparse float32 weight, made by :meth:`from_dense` or :meth:`from_weight`.
+class SparseConv2d(SparseLayer, CompressedConv2d):
+    """``act(conv2d(x, W) + b)`` with a sparse float32 weight. The result is contiguous.
 
-    The canonical weight is that of the matrix [out_channels, in_channels * height * width]. Zeros are not multiplied: NaN or Inf
-    in x shows in those outputs that have a weight for it.
-
-    Shapes:
-        x [N, in_channels, H, W] or [in_channels, H, W] in float32, bfloat16 or float16, of any memory format -> as
-        ``nn.Conv2d``, in the same dtype; the result is contiguous.
+    Zeros are not multiplied: NaN or Inf in x shows in those outputs that have a weight for it.
     """
-
-    dense_kind = "Conv2d"
-    geometry: Conv2dGeometry
-    groups = 1
-    padding_mode = "zeros"
 
     def __init__(
         self, weight: Weight, geometry: Conv2dGeometry, bias: Tensor | None = None, activation: str = "none"
     ) -> None:
-        super().__init__(weight, bias, activation)
+        super().__init__(weight, geometry, bias, activation)
         if self.bits != 32:
             raise ValueError("SparseConv2d: the weight is int8, expected float32: int8 has no sparse convolution yet")
-        if self.k != geometry.in_features:
-            raise ValueError(
-                f"SparseConv2d: the weight is [{self.n}, {self.k}], expected k = {geometry.in_features} for {geometry}"
-            )
-        self.geometry = geometry
-
-    @classmethod
-    def from_weight(
-        cls, weight: Weight, geometry: Conv2dGeometry, bias: Tensor | None = None, activation: str = "none"
-    ) -> Self:
-        """From a canonical weight [out_channels, in_channels * height * width]; bias float [out_channels] or None."""
-        return cls(weight, geometry, bias, activation)
-
-    @classmethod
-    def replacing(cls, dense: nn.Module, weight: Weight, activation: str = "none") -> Self:
-        geometry = geometry_of(dense)
-        if geometry is None:
-            raise TypeError(f"{cls.__name__}: the dense layer is {type(dense).__name__}, expected Conv2d")
-        return cls(weight, geometry, dense_bias(dense), activation)
-
-    # --- what nn.Conv2d has ---------------------------------------------------------------------------------------
-
-    @property
-    def in_channels(self) -> int:
-        return self.geometry.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        return self.n
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        return self.geometry.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        return self.geometry.stride
-
-    @property
-    def padding(self) -> tuple[int, int] | str:
-        return self.geometry.padding
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        return self.geometry.dilation
-
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        return self.n, self.in_channels, *self.kernel_size
-
-    # --- forward --------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
         if input.requires_grad and torch.is_grad_enabled():
@@ -132,9 +68,3 @@ class SparseConv2d(SparseLayer):
             return DIFFERENTIABLE[self.activation](y)
         own = self._buffers
         return _conv2d(input, own["packed"], self.n, own["bias"], self.geometry, self.activation)  # type: ignore[arg-type]
-
-    def _with_weight(self, weight: Weight, bias: Tensor | None) -> Self:
-        return type(self).from_weight(weight, self.geometry, bias, self.activation)
-
-    def _sizes(self) -> str:
-        return f"out_channels={self.out_channels}, {self.geometry}"

@@ -5,6 +5,17 @@ Every op is registered with ``torch.library`` (``define`` and ``impl``, the chea
 """
 
 from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_pack, int8_quantize, int8_unpack
+from pycompress.ops.low_rank import (
+    RESIDUALS,
+    LowRankSizes,
+    LowRankTensors,
+    low_rank_dense,
+    low_rank_header,
+    low_rank_intermediate,
+    low_rank_linear,
+    low_rank_pack,
+    low_rank_unpack,
+)
 from pycompress.ops.native import (
     ACTIVATIONS,
     MAX_IN_FEATURES,
@@ -30,7 +41,10 @@ __all__ = [
     "ACTIVATIONS",
     "MAX_IN_FEATURES",
     "MAX_STEP",
+    "RESIDUALS",
     "SPARSE_FORMATS",
+    "LowRankSizes",
+    "LowRankTensors",
     "bandwidth",
     "extension_error",
     "instruction_sets",
@@ -41,6 +55,12 @@ __all__ = [
     "int8_quantize",
     "int8_unpack",
     "kernels",
+    "low_rank_dense",
+    "low_rank_header",
+    "low_rank_intermediate",
+    "low_rank_linear",
+    "low_rank_pack",
+    "low_rank_unpack",
     "peak",
     "sparse_accumulate",
     "sparse_conv2d",

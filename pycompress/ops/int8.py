@@ -13,6 +13,7 @@ from pycompress.ops.native import (
     EXACT_STRIDES,
     FLOATS,
     INT32,
+    activation_code,
     check,
     check_float,
     check_operand,
@@ -34,9 +35,7 @@ library.define(
 
 def _int8_linear_cpu(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     x, ldx = rows_of("int8_linear", x)
-    code = ACTIVATIONS.get(activation)
-    if code is None:
-        raise ValueError(f"int8_linear: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    code = activation_code("int8_linear", activation)
     check_operand("int8_linear", "packed", packed, torch.uint8)
     check_operand("int8_linear", "scale", scale, torch.float32)
     shape, n = x.shape, scale.shape[0]

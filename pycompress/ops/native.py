@@ -108,11 +108,27 @@ def check_operand(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> Non
     """Raises ValueError where the tensor is no dense vector of this dtype on the CPU."""
     if tensor.dtype is dtype and tensor.is_cpu and tensor.dim() == 1 and tensor.is_contiguous():
         return
-    source = f" from {op.split('_', 1)[0]}_pack" if name == "packed" else " with one value per output channel"
+    source = f" from {op.rpartition('_')[0]}_pack" if name == "packed" else " with one value per output channel"
     raise ValueError(
         f"{op}: {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, expected a dense {dtype} vector on "
         f"the CPU{source}"
     )
+
+
+def channels(op: str, name: str, tensor: Tensor, n: int) -> int:
+    """The address of a float32 [n]. Raises ValueError where the tensor is none."""
+    check_operand(op, name, tensor, torch.float32)
+    if tensor.shape[0] != n:
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected [{n}]")
+    return tensor.data_ptr()
+
+
+def activation_code(op: str, activation: str) -> int:
+    """What the kernels call an activation. Raises ValueError where they know none of this name."""
+    code = ACTIVATIONS.get(activation)
+    if code is None:
+        raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return code
 
 
 def not_on_cpu(op: str, *tensors: Tensor | None) -> NoReturn:

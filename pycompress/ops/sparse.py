@@ -17,6 +17,8 @@ from pycompress.ops.native import (
     EXACT_STRIDES,
     FLOATS,
     INT32,
+    activation_code,
+    channels,
     check,
     check_float,
     check_operand,
@@ -48,12 +50,10 @@ def _sparse_linear_cpu(
     x: Tensor, packed: Tensor, n: int, scale: Tensor | None, bias: Tensor | None, activation: str
 ) -> Tensor:
     x, ldx = rows_of("sparse_linear", x)
-    code = ACTIVATIONS.get(activation)
-    if code is None:
-        raise ValueError(f"sparse_linear: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    code = activation_code("sparse_linear", activation)
     check_operand("sparse_linear", "packed", packed, torch.uint8)
-    scale_address = 0 if scale is None else _channels("sparse_linear", "scale", scale, n)
-    bias_address = 0 if bias is None else _channels("sparse_linear", "bias", bias, n)
+    scale_address = 0 if scale is None else channels("sparse_linear", "scale", scale, n)
+    bias_address = 0 if bias is None else channels("sparse_linear", "bias", bias, n)
     shape = x.shape
     k = shape[-1]
     y = x.new_empty((*shape[:-1], n))
@@ -63,14 +63,6 @@ def _sparse_linear_cpu(
         bias_address, code, y.data_ptr(), kind, 0, 0, torch.get_num_threads(),
     )  # fmt: skip
     return y
-
-
-def _channels(op: str, name: str, tensor: Tensor, n: int) -> int:
-    """The address of a float32 [n]."""
-    check_operand(op, name, tensor, torch.float32)
-    if tensor.shape[0] != n:
-        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected [{n}]")
-    return tensor.data_ptr()
 
 
 def _sparse_linear_fake(
@@ -160,11 +152,9 @@ def _sparse_conv2d_cpu(
 ) -> Tensor:  # fmt: skip
     shape = _conv2d_shape(x, n, kernel_size, stride, padding, dilation)
     x, _ = rows_of("sparse_conv2d", x)  # of more than two dimensions: contiguous
-    code = ACTIVATIONS.get(activation)
-    if code is None:
-        raise ValueError(f"sparse_conv2d: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    code = activation_code("sparse_conv2d", activation)
     check_operand("sparse_conv2d", "packed", packed, torch.uint8)
-    bias_address = 0 if bias is None else _channels("sparse_conv2d", "bias", bias, n)
+    bias_address = 0 if bias is None else channels("sparse_conv2d", "bias", bias, n)
     y = x.new_empty(shape)
     _C.sparse_conv2d(
         x.data_ptr(), FLOATS[x.dtype], x.shape[0] if x.dim() == 4 else 1, *x.shape[-3:], packed.data_ptr(),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pycompress.reference import int8, sparse
+from pycompress.reference import int8, low_rank, sparse
 from pycompress.reference.activation import finish
 
 Array = NDArray[Any]
@@ -20,6 +20,7 @@ MAX_OUT_FEATURES = 2**24  # of the sparse op
 SPARSE_FORMATS = {"rows": 32, "panels": 32, "quads": 8, "quads4": 8, "windows": 8, "chains": 8}
 _DTYPES: dict[int, Any] = {32: np.float32, 8: np.int8}
 _ACTIVATION_BITS = {32: (0,), 8: (7, 8)}
+RESIDUALS = ("", "dense", "int8", "sparse")  # by the number that the low-rank op gives them
 
 
 def _view(address: int, dtype: Any, *shape: int) -> Array:
@@ -71,12 +72,55 @@ def _sparse_format(name: str, bits: int) -> str:
     return name
 
 
+class _LowRank(NamedTuple):
+    """The header of a packed low-rank weight."""
+
+    n: int
+    k: int
+    rank: int
+    bits: int
+    activation_bits: int
+    residual: int  # an index of RESIDUALS
+    residual_bytes: int
+    residual_scaled: int
+
+    def parts(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """dtype and shape of the arrays behind the header, each of which starts at a multiple of eight bytes."""
+        factors, scaled = _DTYPES[self.bits], self.bits == 8
+        dense = self.residual == 1
+        return {
+            "down": (factors, (self.rank, self.k)),
+            "up": (factors, (self.n, self.rank)),
+            "down_scale": (np.float32, (self.rank if scaled else 0,)),
+            "up_scale": (np.float32, (self.n if scaled else 0,)),
+            "residual": (np.float32, (self.n, self.k)) if dense else (np.uint8, (self.residual_bytes,)),
+            "residual_scale": (np.float32, (self.n if self.residual_scaled else 0,)),
+        }
+
+    def sizes(self) -> list[int]:
+        """Bytes of the parts, with what fills them up."""
+        return [-(-math.prod(shape) * np.dtype(kind).itemsize // 8) * 8 for kind, shape in self.parts().values()]
+
+    def is_valid(self) -> bool:
+        residual_bytes = {0: 0, 1: 4 * self.n * self.k}.get(self.residual, self.residual_bytes)
+        return (
+            self.n >= 1
+            and 1 <= self.k <= MAX_IN_FEATURES
+            and 1 <= self.rank <= min(self.n, self.k)
+            and self.activation_bits in _ACTIVATION_BITS.get(self.bits, ())
+            and 0 <= self.residual < len(RESIDUALS)
+            and self.residual_scaled in {2: (1,), 3: (0, 1)}.get(self.residual, (0,))
+            and self.residual_bytes == residual_bytes >= 0
+        )
+
+
 class Native:
     """Stands where the module ``_C`` would."""
 
     def kernels(self) -> list[dict[str, Any]]:
         numba = {"name": "numba", "isa": "scalar", "mr": 1, "nr": 1, "kr": 1, "available": True}
-        return [{"op": "int8", **numba}, *({"op": "sparse", **numba, "format": name} for name in SPARSE_FORMATS)]
+        sparse_rows = ({"op": "sparse", **numba, "format": name} for name in SPARSE_FORMATS)
+        return [{"op": "int8", **numba}, *sparse_rows, {"op": "low_rank", **numba}]
 
     def instruction_sets(self) -> dict[str, bool]:
         return {"scalar": True}
@@ -100,7 +144,8 @@ class Native:
         magic, n, k, bits = (
             self._HEADER.unpack(bytes(_view(packed, np.uint8, size))) if n_bytes >= size else (b"", 0, 0, 0)
         )
-        if magic != self._MAGIC or n_bytes != size + n * k:
+        sizes = n >= 1 and 1 <= k <= MAX_IN_FEATURES and bits in (7, 8)
+        if magic != self._MAGIC or not sizes or n_bytes != size + n * k:
             raise ValueError("packed int8 weight: unknown format, expected what int8_pack of this version returns")
         return {"n": n, "k": k, "activation_bits": bits, "groups": n * k // 4, "items": (0, 0, 0)}
 
@@ -263,3 +308,119 @@ class Native:
             )  # fmt: skip
             result[i] = sparse.linear(rows, mask, values, _vector(bias, n), code=activation).T.reshape(n, out_h, out_w)
         return _store(y, x_kind, result)
+
+    # --- low rank: a header, then the factors, their scales, the residual and its scale -------------------------------
+
+    _LOW_RANK_HEADER = struct.Struct("<8s8q")
+    _LOW_RANK_MAGIC = b"pyc.low1"
+
+    def low_rank_pack(
+        self, down: int, up: int, n: int, k: int, rank: int, bits: int, activation_bits: int, down_scale: int,
+        up_scale: int, residual_kind: int, residual: int, residual_bytes: int, residual_scale: int, _threads: int,
+    ) -> bytes:  # fmt: skip
+        if not 1 <= k <= MAX_IN_FEATURES:
+            raise ValueError(f"low_rank_pack: in_features is {k}, expected 1 to {MAX_IN_FEATURES}")
+        if not 1 <= rank <= min(n, k):
+            raise ValueError(f"low_rank_pack: the rank is {rank}, expected 1 to {min(n, k)} for a weight [{n}, {k}]")
+        if activation_bits not in _ACTIVATION_BITS[bits]:
+            raise ValueError(
+                f"low_rank_pack: activation_bits is {activation_bits}, expected 7 or 8 for int8 factors, 0 for float32"
+            )
+        header = _LowRank(n, k, rank, bits, activation_bits, residual_kind, residual_bytes, int(residual_scale != 0))
+        addresses = (down, up, down_scale, up_scale, residual, residual_scale)
+        self._check_residual("low_rank_pack", header, residual)
+        pieces = [self._LOW_RANK_HEADER.pack(self._LOW_RANK_MAGIC, *header)]
+        for address, (kind, shape), size in zip(addresses, header.parts().values(), header.sizes(), strict=True):
+            pieces.append(_view(address, kind, *shape).tobytes().ljust(size, b"\0"))
+        return b"".join(pieces)
+
+    def _check_residual(self, op: str, header: _LowRank, residual: int) -> None:
+        """The packed residual at an address has the size of the factors' product, and a scale where it is int8."""
+        if header.residual < 2:
+            return
+        describe = self.int8_header if header.residual == 2 else self.sparse_header
+        own = describe(residual, header.residual_bytes)
+        if (own["n"], own["k"]) != (header.n, header.k):
+            raise ValueError(
+                f"{op}: the residual is {own['n']}x{own['k']}, expected {header.n}x{header.k} as the factors"
+            )
+        bits = own.get("bits", 8)
+        if header.residual_scaled != (bits == 8):
+            given = "a scale" if header.residual_scaled else "no scale"
+            raise ValueError(f"{op}: the residual has {given}, expected one for int8 values and none for float32")
+
+    def low_rank_header(self, packed: int, n_bytes: int) -> dict[str, Any]:
+        header = self._low_rank(packed, n_bytes)
+        named = {"residual": RESIDUALS[header.residual], "residual_scaled": bool(header.residual_scaled)}
+        return {**header._asdict(), **named}
+
+    def _low_rank(self, packed: int, n_bytes: int) -> _LowRank:
+        size = self._LOW_RANK_HEADER.size
+        data = bytes(_view(packed, np.uint8, size)) if n_bytes >= size else bytes(size)
+        magic, *fields = self._LOW_RANK_HEADER.unpack(data)
+        header = _LowRank(*fields)
+        if magic != self._LOW_RANK_MAGIC or not header.is_valid() or n_bytes != size + sum(header.sizes()):
+            raise ValueError(
+                "packed low-rank weight: unknown format, expected what low_rank_pack of this version returns"
+            )
+        self._check_residual("packed low-rank weight", header, self._addresses(packed, header)["residual"])
+        return header
+
+    def _addresses(self, packed: int, header: _LowRank) -> dict[str, int]:
+        """Where the parts lie."""
+        starts = np.cumsum([packed + self._LOW_RANK_HEADER.size, *header.sizes()])
+        return dict(zip(header.parts(), map(int, starts), strict=False))
+
+    def _parts(self, packed: int, header: _LowRank) -> dict[str, Array]:
+        """The arrays themselves, as views."""
+        addresses = self._addresses(packed, header)
+        return {name: _view(addresses[name], kind, *shape) for name, (kind, shape) in header.parts().items()}
+
+    def low_rank_unpack(
+        self, packed: int, n_bytes: int, down: int, up: int, down_scale: int, up_scale: int, residual: int,
+        residual_scale: int,
+    ) -> None:  # fmt: skip
+        parts = self._parts(packed, self._low_rank(packed, n_bytes))
+        addresses = (down, up, down_scale, up_scale, residual, residual_scale)
+        for address, part in zip(addresses, parts.values(), strict=True):
+            if address:
+                _view(address, part.dtype, *part.shape)[:] = part
+
+    def low_rank_linear(
+        self, x: int, x_kind: int, m: int, k: int, ldx: int, packed: int, n_bytes: int, n: int, bias: int,
+        activation: int, y: int, y_kind: int, intermediate: int, _threads: int,
+    ) -> None:  # fmt: skip
+        header = self._low_rank(packed, n_bytes)
+        if k != header.k:
+            raise ValueError(f"low_rank_linear: x is [{m}, {k}], the packed weight expects k = {header.k}")
+        if n != header.n:
+            raise ValueError(f"low_rank_linear: n is {n}, the packed weight has {header.n} channels")
+        rows, parts, bits = _load(x, x_kind, m, k, ldx), self._parts(packed, header), header.activation_bits
+        t = low_rank.intermediate(rows, parts["down"], parts["down_scale"], activation_bits=bits)
+        if intermediate:
+            _view(intermediate, np.float32, m, header.rank)[:] = t
+        v = low_rank.expand(t, parts["up"], parts["up_scale"], _vector(bias, n) if bias else None, activation_bits=bits)
+        v = self._with_residual(rows, header, parts, v)
+        return _store(y, y_kind, finish(v, np.empty(0, np.float32), activation))
+
+    def _with_residual(self, x: Array, header: _LowRank, parts: dict[str, Array], addend: Array) -> Array:
+        """What the residual makes of x float32 [m, k], and the addend float32 [m, n]."""
+        residual, scale = parts["residual"], parts["residual_scale"]
+        if header.residual == 0:
+            return addend
+        if header.residual == 1:
+            return low_rank.product(x, residual, addend)
+        total: Array = low_rank.add(self._residual_sums(x, header.residual, residual, scale), addend)
+        return total
+
+    def _residual_sums(self, x: Array, kind: int, packed: Array, scale: Array) -> Array:
+        """x float32 [m, k] times the weight that int8_pack (kind 2) or sparse_pack (3) packed."""
+        address, n_bytes = packed.ctypes.data, len(packed)
+        if kind == 2:
+            weights, bits = self._weights(address, n_bytes)
+            return int8.linear(x, weights, scale, activation_bits=bits)
+        header, mask, values = self._sparse(address, n_bytes)
+        if header["bits"] == 32:
+            return sparse.accumulate(x, mask, values)
+        weights, bits = sparse.decompress(mask, values, header["k"]), header["activation_bits"]
+        return int8.linear(x, weights, scale, activation_bits=bits)

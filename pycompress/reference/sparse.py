@@ -44,18 +44,16 @@ def count(mask: Array) -> int:
 
 
 @jit
-def accumulate(x: Array, mask: Array, values: Array) -> Array:
-    """acc[m, n] = the chain of ``fma(x[m, i], weight[n, i], acc)`` over the weights that are there, from 0, ascending i.
+def extend(acc: Array, x: Array, mask: Array, values: Array) -> None:
+    """Lets the chain in acc[m, n] go on: ``fma(x[m, i], weight[n, i], acc)`` over the weights that are there, ascending i.
 
     Args:
+        acc: float32 [m, n], changed in place.
         x: float32 [m, k].
         mask: uint8 [n, ceil(k / 8)], the bit of weight i is bit i % 8 of byte i // 8.
         values: float32 [nnz], row after row.
-    Returns:
-        float32 [m, n].
     """
     (m, k), n = x.shape, mask.shape[0]
-    acc = np.zeros((m, n), np.float32)
     at = 0
     for j in range(n):
         for i in range(k):
@@ -63,6 +61,12 @@ def accumulate(x: Array, mask: Array, values: Array) -> Array:
                 for row in range(m):
                     acc[row, j] = fma(x[row, i], values[at], acc[row, j])
                 at += 1
+
+
+def accumulate(x: Array, mask: Array, values: Array) -> Array:
+    """The sums alone, float32 [m, n]: the chains of :func:`extend`, starting at 0."""
+    acc: Array = np.zeros((len(x), len(mask)), np.float32)
+    extend(acc, x, mask, values)
     return acc
 
 

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from pycompress import ops
+from pycompress.nn.conv import CompressedConv2d
+from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
+from pycompress.nn.low_rank import LowRankLinear
+from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.sparse import SparseLayer, SparseLinear
-from pycompress.nn.sparse_conv import SparseConv2d
 from pycompress.validation.formulas import (
     EPS,
     EXACT_ACTIVATIONS,
     activation_bound,
     float32,
+    numpy_factors,
     numpy_int8_linear,
+    numpy_low_rank_linear,
     numpy_sparse_linear,
     patches,
     sums_floats,
@@ -60,6 +65,7 @@ class Check:
     """Compares the calls of one layer. A subclass knows by which formula."""
 
     exact: bool  # whether y of two parties must be equal
+    has_integers = False  # whether there are integers, which must be equal
 
     def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
         self.name, self.layer, self.session = name, layer, session
@@ -121,7 +127,7 @@ class Check:
             name=self.name,
             rows=self.rows,
             rows_seen=self.rows_seen,
-            integers_equal=None if sums_floats(self.layer) else not self.integer_reasons,
+            integers_equal=not self.integer_reasons if self.has_integers else None,
             max_ulp=self.max_ulp if self.exact else None,
             share_of_bound=None if self.exact else self.share_of_bound,
             relative_error=self.relative_error,
@@ -132,6 +138,8 @@ class Check:
 
 class IntegerCheck(Check):
     """int8 weights: q and acc must be equal; y too after the activations none and relu."""
+
+    has_integers = True
 
     def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
         super().__init__(name, layer, session)
@@ -163,9 +171,17 @@ class FloatCheck(Check):
         self._compare_rows(x32, y, y_runtime)
 
     def _compare_rows(self, x: Array, y: Tensor, y_runtime: Array) -> None:
-        """x float32 [m, k] gave y [m, n]."""
-        assert isinstance(self.layer, SparseLayer)
-        y_numpy, bound, bound_runtime = numpy_sparse_linear(x, self.layer)
+        """x float32 [m, k], or int64 [m] for an embedding, gave y [m, n]."""
+        if isinstance(self.layer, SparseLayer):
+            y_numpy, bound, bound_runtime = numpy_sparse_linear(x, self.layer)
+        else:
+            assert isinstance(self.layer, FactorsLayer)
+            y_numpy, bound = numpy_factors(x, self.layer)
+            bound_runtime = bound
+        self._compare_all(y, y_runtime, y_numpy, bound, bound_runtime)
+
+    def _compare_all(self, y: Tensor, y_runtime: Array, y_numpy: Array, bound: Array, bound_runtime: Array) -> None:
+        """y [m, n] of the three parties, and how far the first two may lie from the third."""
         parties = {
             "native": (y, bound),
             "ONNX Runtime": (torch.from_numpy(y_runtime).to(y.dtype), bound_runtime),
@@ -175,12 +191,81 @@ class FloatCheck(Check):
             self._compare_y({name: a, other: b}, torch.from_numpy(bound_a + bound_b))
 
 
+class LowRankCheck(FloatCheck):
+    """A LowRankLinear, by what is int8 in it: all integers, and t between int8 factors, must be equal.
+
+    So must y after the activations none and relu where nothing is float32; elsewhere it is compared as in :class:`FloatCheck`.
+    """
+
+    def __init__(self, name: str, layer: LowRankLinear, session: onnxruntime.InferenceSession) -> None:
+        super().__init__(name, layer, session)
+        self.floats = sums_floats(layer)
+        self.exact = not self.floats and layer.activation in EXACT_ACTIVATIONS
+        self.has_integers = len(session.get_outputs()) > 1
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        assert isinstance(self.layer, LowRankLinear)
+        x32 = float32(x)
+        runtime = dict(
+            zip([value.name for value in self.session.get_outputs()], self.session.run(None, {"x": x32}), strict=True)
+        )
+        result = numpy_low_rank_linear(x32, self.layer)
+        native = self._native_integers(x)
+        if result.t is not None:
+            parties = {"native": native["t"], "ONNX Runtime": runtime["t"], "NumPy": result.t}
+            self.integer_reasons += _disagreements("t", parties)
+        for name, product in result.products.items():
+            for what, integers in ((f"{name}_q", product.q), (f"{name}_acc", product.acc)):
+                own = {"native": native[what]} if what in native else {}
+                self.integer_reasons += _disagreements(what, {**own, "ONNX Runtime": runtime[what], "NumPy": integers})
+        if self.floats:
+            self._compare_all(y, runtime["y"], result.y, result.bound, result.bound)
+            return
+        bound = torch.from_numpy(activation_bound(result.v, self.layer.activation))
+        self._compare_y({"native": y, "ONNX Runtime": torch.from_numpy(runtime["y"]).to(y.dtype)}, bound)
+
+    def _native_integers(self, x: Tensor) -> dict[str, Array]:
+        """What the kernels show of what lies between x and y: not the accumulators of the factors, for which t and y stand."""
+        layer, found = self.layer, dict[str, Tensor]()
+        assert isinstance(layer, LowRankLinear)
+        if layer.activation_bits is not None:
+            t = ops.low_rank_intermediate(x, layer.packed)
+            found = {
+                "t": t,
+                "down_q": _quantized(x, layer.activation_bits),
+                "up_q": _quantized(t, layer.activation_bits),
+            }
+        bits = layer.settings.get("residual", {}).get("activation_bits")
+        if bits is not None:
+            accumulate = ops.sparse_accumulate if layer.residual == "sparse" else ops.int8_accumulate
+            acc = accumulate(x, ops.low_rank_unpack(layer.packed).residual)[0]
+            found |= {"residual_q": _quantized(x, bits), "residual_acc": acc}
+        return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+
+
+def _quantized(x: Tensor, activation_bits: int) -> Tensor:
+    return ops.int8_quantize(x, activation_bits)[0]
+
+
+class EmbeddingCheck(FloatCheck):
+    """A low-rank embedding. A row is a token."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Compares one call: tokens [...] gave y [..., n]."""
+        super().__call__(x.reshape(-1, 1), y)
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        tokens = x[:, 0].cpu().numpy().astype(np.int64)
+        (y_runtime,) = self.session.run(["y"], {"x": tokens})
+        self._compare_rows(tokens, y, y_runtime)
+
+
 class ConvolutionCheck(FloatCheck):
     """float32 weights of a convolution. A row is what one position of y is made of."""
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Compares one call: x [N, C, H, W] or [C, H, W] gave y, in positions that lie evenly spread over it."""
-        assert isinstance(self.layer, SparseConv2d)
+        assert isinstance(self.layer, CompressedConv2d)
         x, y = x.reshape(-1, *x.shape[-3:]), y.detach().reshape(-1, *y.shape[-3:]).cpu()
         total = y.numel() // y.shape[1]
         count = min(total, MAX_ROWS - self.rows)
@@ -198,19 +283,23 @@ class ConvolutionCheck(FloatCheck):
 
 def check_of(name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> Check:
     """The check that fits the layer's weight."""
-    if isinstance(layer, SparseConv2d):
+    if isinstance(layer, LowRankLinear):
+        return LowRankCheck(name, layer, session)
+    if isinstance(layer, LowRankEmbedding):
+        return EmbeddingCheck(name, layer, session)
+    if isinstance(layer, CompressedConv2d):
         return ConvolutionCheck(name, layer, session)
     return (FloatCheck if sums_floats(layer) else IntegerCheck)(name, layer, session)
 
 
 def _disagreements(what: str, parties: Mapping[str, Array]) -> list[str]:
-    """One line for every two parties whose integers [rows, columns] are not equal."""
+    """One line for every two parties whose values [rows, columns] are not equal; NaN equals NaN."""
     reasons = []
     for (name_a, a), (name_b, b) in combinations(parties.items(), 2):
         if a.shape != b.shape:
             reasons.append(f"{what}: {name_a} has shape {list(a.shape)}, {name_b} {list(b.shape)}")
-        elif not np.array_equal(a, b):
-            places = np.argwhere(a != b)
+        elif (differ := (a != b) & ~(np.isnan(a) & np.isnan(b))).any():
+            places = np.argwhere(differ)
             row, column = places[0]
             reasons.append(
                 f"{what}: {name_a} and {name_b} differ in {len(places)} of {a.size}, "

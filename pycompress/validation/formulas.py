@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pycompress.methods.int8 import Int8Weight
+from pycompress.methods.low_rank_conv import composed
+from pycompress.methods.sparse import SparseWeight
+from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.geometry import Conv2dGeometry
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
+from pycompress.nn.low_rank import LowRankLinear
+from pycompress.nn.low_rank_conv import LowRankConv2d
+from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.sparse import SparseLayer, SparseLinear
 
 EXACT_ACTIVATIONS = ("none", "relu")
@@ -30,23 +37,29 @@ def float32(x: Tensor) -> Array:
 
 def sums_floats(layer: CompressedLayer) -> bool:
     """Whether the layer adds up floating-point products, so that its result depends on their order."""
-    return isinstance(layer, SparseLayer) and layer.bits == 32
+    if isinstance(layer, LowRankLinear):
+        return layer.bits == 32 or layer.residual == "dense" or layer.settings.get("residual", {}).get("bits") == 32
+    return isinstance(layer, FactorsLayer) or (isinstance(layer, SparseLayer) and layer.bits == 32)
 
 
-def numpy_int8_linear(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array, Array, Array]:
-    """The int8 formula in NumPy, up to the activation.
+@dataclass(frozen=True)
+class Product:
+    """An int8 product in NumPy.
 
-    Args:
-        x: float32 [m, k]. Rows with NaN or Inf quantize to zeros and go on as NaN.
-        layer: gives the weight (int8), the scales and the bias.
-    Returns:
-        q uint8 [m, k]; acc int64 [m, n], summed in float64, which is exact: all sums stay below 2^31; and
-        float32 [m, n], what goes into the activation.
+    Attributes:
+        q: uint8 [m, k], the quantized rows of x.
+        acc: int64 [m, n], summed in float64, which is exact: all sums stay below 2^31.
+        v: float32 [m, n], acc in units of both scales; NaN in the rows in which x holds NaN or Inf, of which q is zeros.
     """
-    weight = layer.canonical()
-    assert weight.scale is not None
-    integers = replace(weight, scale=torch.ones_like(weight.scale)).decompress()
-    amax = np.float32(2 ** layer.settings["activation_bits"] - 1)
+
+    q: Array
+    acc: Array
+    v: Array
+
+
+def int8_product(x: Array, values: Tensor, scale: Tensor, activation_bits: int) -> Product:
+    """The int8 formula in NumPy, for x float32 [m, k] and a weight int8 [n, k] with its scale [n]."""
+    amax = np.float32(2**activation_bits - 1)
     half_amax, zero, one_half = amax / np.float32(2), np.float32(0), np.float32(0.5)
     finite = np.isfinite(x).all(axis=1, keepdims=True)
     x = np.where(finite, x, zero)
@@ -55,15 +68,31 @@ def numpy_int8_linear(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array
         high = np.maximum(x.max(axis=1, keepdims=True), zero)
         half = one_half * high - one_half * low
         flat = half < np.float32(2.0**-100)
-        scale = np.where(flat, zero, half / half_amax)
+        x_scale = np.where(flat, zero, half / half_amax)
         inverse = np.where(flat, zero, half_amax / half)
         zero_point = np.clip(np.rint(-low * inverse), zero, amax)
         q = np.clip(np.rint(x * inverse) + zero_point, zero, amax)
-        acc = ((q - zero_point).astype(np.float64) @ float32(integers).astype(np.float64).T).astype(np.int64)
-        v = (acc.astype(np.float32) * scale) * float32(weight.scale)
-        if layer.bias is not None:
-            v = v + float32(layer.bias)
-    return q.astype(np.uint8), acc, np.where(finite, v, np.float32(np.nan))
+        acc = ((q - zero_point).astype(np.float64) @ float32(values).astype(np.float64).T).astype(np.int64)
+        v = (acc.astype(np.float32) * x_scale) * float32(scale)
+    return Product(q.astype(np.uint8), acc, np.where(finite, v, np.float32(np.nan)))
+
+
+def _weight_product(x: Array, weight: Int8Weight | SparseWeight) -> Product:
+    assert weight.scale is not None
+    assert weight.activation_bits is not None
+    values = replace(weight, scale=torch.ones_like(weight.scale)).decompress()
+    return int8_product(x, values, weight.scale, weight.activation_bits)
+
+
+def numpy_int8_linear(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array, Array, Array]:
+    """q and acc of :func:`int8_product`, and float32 [m, n], what goes into the activation.
+
+    Args:
+        x: float32 [m, k].
+        layer: gives the weight (int8), the scales and the bias.
+    """
+    product = _weight_product(x, layer.canonical())
+    return product.q, product.acc, product.v if layer.bias is None else product.v + float32(layer.bias)
 
 
 def activation_bound(v: Array, activation: str) -> Array:
@@ -129,10 +158,16 @@ def numpy_sparse_linear(x: Array, layer: SparseLayer) -> tuple[Array, Array, Arr
     if broken.any():
         runtime[broken] = np.inf
         v[broken] += _nonfinite(x[broken], weight)
+    y, (own, runtime) = _activated(v, [own, runtime], layer)
+    return y, own, runtime
+
+
+def _activated(v: Array, bounds: list[Array], layer: CompressedLayer) -> tuple[Array, list[Array]]:
+    """The activation of v, float64 [m, n], and how far it may lie off where v may lie off by the bounds."""
     rounding = activation_bound(v, layer.activation) / 2
     slope = 1.0 if layer.activation in EXACT_ACTIVATIONS else STEEPEST
     y = _ACTIVATIONS[layer.activation](torch.from_numpy(v)).numpy()
-    return y, slope * own + rounding, slope * runtime + rounding
+    return y, [slope * bound + rounding for bound in bounds]
 
 
 def _sum_bound(v: Array, size: Array, products: Array | int) -> Array:
@@ -145,6 +180,105 @@ def _sum_bound(v: Array, size: Array, products: Array | int) -> Array:
     """
     bound = EPS * (products + 2) * size + EPS * np.abs(v) + (products + 2) * 2.0**-149
     return np.where(size < float(np.finfo(np.float32).max), bound, np.inf)
+
+
+def _without_broken(x: Array) -> tuple[Array, Array]:
+    """x [m, k] in float64 with zeros in the rows that hold NaN or Inf; and bool [m]: which these are."""
+    broken = np.asarray(~np.isfinite(x).all(axis=1))
+    return np.where(broken[:, None], 0, x).astype(np.float64), broken
+
+
+def numpy_factors(x: Array, layer: FactorsLayer) -> tuple[Array, Array]:
+    """A low-rank convolution or embedding in float64, activation included, and how far float32 may lie from it.
+
+    An input reaches an output over several paths, on each of which it is multiplied with one weight of every factor. It meets
+    the roundings of every sum on its path: as many as these have products, all factors together.
+
+    Args:
+        x: float32 [m, k], the :func:`patches` of a convolution; int64 [m], the tokens of an embedding.
+    Returns:
+        float64 [m, n], both. The bound is Inf, which says nothing, for rows of x with NaN or Inf.
+    """
+    if isinstance(layer, LowRankEmbedding):
+        own = layer.canonical()
+        table, basis = float32(own.up).astype(np.float64)[x], float32(own.down).astype(np.float64)
+        return table @ basis, _sum_bound(table @ basis, np.abs(table) @ np.abs(basis), layer.rank)
+    assert isinstance(layer, LowRankConv2d)
+    factors = tuple(factor.double() for factor in layer.canonical().factors())
+    weight = composed(factors).flatten(1).numpy()
+    paths = composed(tuple(factor.abs() for factor in factors)).flatten(1).numpy()
+    bias = 0.0 if layer.bias is None else float32(layer.bias).astype(np.float64)
+    clean, broken = _without_broken(x)
+    v, size = clean @ weight.T + bias, np.abs(clean) @ paths.T + np.abs(bias)
+    bound = _sum_bound(v, size, sum(factor[0].numel() for factor in factors))
+    bound[broken] = np.inf
+    y, (bound,) = _activated(v, [bound], layer)
+    return y, bound
+
+
+@dataclass(frozen=True)
+class LowRankResult:
+    """What a LowRankLinear computes.
+
+    Attributes:
+        products: the int8 products, by name: ``down``, ``up`` and ``residual``, as far as they are int8.
+        t: float32 [m, r], what the second factor meets, for int8 factors.
+        v: what goes into the activation: float32 [m, n], to the bit, where all is int8; float64 otherwise.
+        y: float64 [m, n], activation included.
+        bound: float64 [m, n], how far a float32 evaluation may lie from y: Inf, which says nothing, for rows of x with NaN or Inf
+            where nothing is int8.
+    """
+
+    products: dict[str, Product]
+    t: Array | None
+    v: Array
+    y: Array
+    bound: Array
+
+
+def numpy_low_rank_linear(x: Array, layer: LowRankLinear) -> LowRankResult:
+    """A LowRankLinear in NumPy: the float32 steps of what is int8, float64 for the rest.
+
+    float32 factors: a product x_i down_ji up_nj meets at most k roundings in its first and r in its second sum. A float32
+    residual adds k products to these, in whatever order, one further addition among them; an int8 residual is a number known to the
+    bit, with one further addition.
+
+    Args:
+        x: float32 [m, k].
+    """
+    weight, products = layer.canonical(), dict[str, Product]()
+    clean, broken = _without_broken(x)
+    bias = np.float32(0) if layer.bias is None else float32(layer.bias)
+    roundings, t = 0, None
+    if weight.bits == 32:
+        down, up = float32(weight.down).astype(np.float64), float32(weight.up).astype(np.float64)
+        v, size = clean @ down.T @ up.T, np.abs(clean) @ np.abs(down).T @ np.abs(up).T
+        v, size, roundings = v + bias, size + np.abs(bias), layer.k + weight.rank
+    else:
+        bits = weight.activation_bits
+        assert bits is not None
+        assert weight.down_scale is not None
+        assert weight.up_scale is not None
+        products["down"] = int8_product(x, weight.down, weight.down_scale, bits)
+        t = products["down"].v
+        products["up"] = int8_product(t, weight.up, weight.up_scale, bits)
+        v = products["up"].v + bias
+        size = np.abs(v)
+    residual = weight.residual
+    if isinstance(residual, Int8Weight | SparseWeight) and residual.scale is not None:
+        products["residual"] = _weight_product(x, residual)
+        beside = products["residual"].v
+        v, size = beside + v, size + np.abs(beside)
+    elif residual is not None:
+        dense = float32(residual.decompress()).astype(np.float64)
+        v, size = clean @ dense.T + v, np.abs(clean) @ np.abs(dense).T + size
+        roundings += layer.k + 1
+    bound = np.zeros(v.shape)
+    if roundings:
+        bound = _sum_bound(v, size, roundings + 1)
+        bound[broken] = 0 if products else np.inf  # with an int8 product such a row is NaN
+    y, (bound,) = _activated(v.astype(np.float64), [bound], layer)
+    return LowRankResult(products, t, v, y, bound)
 
 
 def _nonfinite(x: Array, weight: Array) -> Array:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pycompress.model import compressed_layers
 from pycompress.nn.layer import CompressedLayer
+from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.validation.checks import Check, check_of
 from pycompress.validation.formulas import EXACT_ACTIVATIONS, float32, sums_floats
 from pycompress.validation.outputs import compare_outputs, outputs_of
@@ -38,7 +39,10 @@ def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = No
       holds NaN or Inf, ONNX Runtime, which multiplies the zeros too, has no say: the layer's y must be NaN and
       Inf where NumPy says that a weight meets them, and within its bound elsewhere.
 
-    A convolution is compared as a linear layer on what each position of its result is made of.
+    - low-rank layers: as float32 weights are, by the bounds of :func:`numpy_low_rank_linear` and :func:`numpy_factors`; q and
+      acc of what is int8 in them must be equal, what lies between int8 factors to the bit, and so y where nothing is float32.
+
+    A convolution is compared as a linear layer on what each position of its result is made of, an embedding token by token.
 
     For inputs in bfloat16 and float16 the references get them as float32, and their y is rounded to that dtype.
 
@@ -161,16 +165,21 @@ def _only(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
 
 
 def _dims(layer: CompressedLayer) -> int:
-    """How many dimensions of x the layer takes as one: the features, or channels, height and width."""
+    """How many dimensions of x the layer takes as one: the features, or channels, height and width; of tokens none."""
+    if isinstance(layer, LowRankEmbedding):
+        return 0
     return 1 if layer.geometry is None else 3
 
 
 def _run_session(layer: CompressedLayer, session: onnxruntime.InferenceSession, x: Tensor) -> Tensor:
-    """The layer's forward in ONNX Runtime: x [..., k] to y [..., n] of x's dtype, on x's device; or images to images."""
-    dims = _dims(layer)
-    (y,) = session.run(["y"], {"x": float32(x.reshape(-1, *x.shape[-dims:]))})
-    shape = (*x.shape[:-dims], *y.shape[1:])
-    return x.new_empty(shape).copy_(torch.from_numpy(y).reshape(shape))
+    """The layer's forward in ONNX Runtime: x [..., k] to y [..., n] of x's dtype, on x's device; images to images; tokens [...] to
+    y [..., n] of the layer's dtype."""
+    sizes = x.shape[x.dim() - _dims(layer) :]
+    rows = x.reshape(-1, *sizes)
+    dtype = layer.dtype if isinstance(layer, LowRankEmbedding) else x.dtype
+    (y,) = session.run(["y"], {"x": float32(rows) if x.is_floating_point() else rows.long().cpu().numpy()})
+    shape = (*x.shape[: x.dim() - _dims(layer)], *y.shape[1:])
+    return x.new_empty(shape, dtype=dtype).copy_(torch.from_numpy(y).reshape(shape))
 
 
 def _perturbed() -> Callable[[CompressedLayer, Forward], Forward]:

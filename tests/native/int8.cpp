@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "addend.h"
 #include "guarded.h"
 #include "int8/gemm.h"
 #include "int8/kernel_list.h"
@@ -134,6 +135,68 @@ void check_epilogue(const Case& c, const Guarded<uint8_t>& packed) {
   expect(std::all_of(y, y + rows * channels, [](float value) { return value == 1.0f; }), "bias");
 }
 
+// Rows that were quantized before the call.
+struct Rows {
+  Guarded<uint8_t> bytes;
+  Guarded<float> scale;
+  Guarded<int32_t> zero_point;
+  Quantized quantized;
+
+  Rows(const Case& c, const Guarded<uint8_t>& packed, const Guarded<float>& x)
+      : bytes(static_cast<size_t>(c.m * shape_of(c, packed).stride())),
+        scale(static_cast<size_t>(c.m)),
+        zero_point(static_cast<size_t>(c.m)),
+        quantized{shape_of(c, packed), c.bits, bytes.data(), scale.data(), zero_point.data()} {
+    c.kernel.quantize(x.data(), Type::float32, c.k, c.m, quantized.shape, (1 << c.bits) - 1, bytes.data(), scale.data(),
+                      zero_point.data());
+  }
+  static ActivationShape shape_of(const Case& c, const Guarded<uint8_t>& packed) {
+    return {c.k, header_of(packed.data(), static_cast<int64_t>(packed.size())).versions};
+  }
+};
+
+// What the call must give from the sums that it gives.
+std::vector<uint8_t> added(const Case& c, Problem problem, const Summand& summand, const Rows& rows) {
+  Guarded<int32_t> sums(static_cast<size_t>(c.m) * static_cast<size_t>(c.n));
+  problem.y = sums.data();
+  problem.y_type = Type::int32;
+  linear(problem, c.kernel);
+  const std::vector<int32_t> zeros(static_cast<size_t>(std::max(c.m, c.n)), 0);  // the sums are without them already
+  std::vector<uint8_t> y(sums.bytes());
+  kScalar.finish(sums.data(), c.n, c.m, c.n,
+                 {zeros.data(), problem.weight_scale, summand.data(), c.n, rows.scale.data(), zeros.data(),
+                  problem.activation, Type::float32},
+                 y.data(), c.n);
+  return y;
+}
+
+// A matrix instead of the bias, and rows quantized before the call; those of another shape are quantized anew.
+void check_addend(const Case& c, const Guarded<uint8_t>& packed, const Guarded<float>& x, std::mt19937& random) {
+  Guarded<float> weight_scale(static_cast<size_t>(c.n));
+  for (size_t i = 0; i < weight_scale.size(); ++i) weight_scale[i] = 1e-3f * static_cast<float>(1 + random() % 7);
+  const Rows rows(c, packed, x);
+  const Summand summand(c.m, c.n, c.kernel.nr, cases % 3 != 0, random);
+  const Addend addend = summand.addend();
+  Problem problem = problem_of(c, packed);
+  problem.x = x.data();
+  problem.weight_scale = weight_scale.data();
+  problem.activation = static_cast<Activation>(cases / 2 % 5);
+  const std::vector<uint8_t> expected = added(c, problem, summand, rows);
+  Guarded<uint8_t> y(expected.size());
+  problem.y = y.data();
+  problem.addend = &addend;
+  Quantized misfit = rows.quantized;
+  (cases % 2 ? misfit.activation_bits : misfit.shape.k) += 1;
+  for (const bool fits : {true, false}) {
+    problem.quantized = fits ? &rows.quantized : &misfit;
+    problem.x = fits ? nullptr : x.data();  // it is not needed
+    problem.threads = cases % 2 == fits ? 1 : 2;
+    y.fill(0x55);
+    linear(problem, c.kernel);
+    expect(std::equal(expected.begin(), expected.end(), y.data()) && y.intact(), text("addend, quantized=", fits));
+  }
+}
+
 void run(const Case& c, std::mt19937& random) {
   begin(c.name());
   Guarded<int8_t> w(static_cast<size_t>(c.n) * static_cast<size_t>(c.k)), unpacked(w.size());
@@ -149,6 +212,7 @@ void run(const Case& c, std::mt19937& random) {
   expect(std::memcmp(unpacked.data(), w.data(), w.size()) == 0, "unpack");
   check_sums(c, packed, x, w);
   check_epilogue(c, packed);
+  if (cases % 2 == 0 || c.m > 12) check_addend(c, packed, x, random);
 }
 
 void run_tile_edges(const Kernel& kernel, std::mt19937& random) {

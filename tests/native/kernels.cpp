@@ -46,7 +46,8 @@ int main() {
     void (*run)();
   };
   for (const Suite& suite : {Suite{"int8", test_int8}, Suite{"sparse kernels", test_sparse_kernels},
-                             Suite{"sparse linear", test_sparse_linear}, Suite{"sparse conv", test_sparse_conv}}) {
+                             Suite{"sparse linear", test_sparse_linear}, Suite{"sparse conv", test_sparse_conv},
+                             Suite{"low rank", test_low_rank}}) {
     const int cases_before = cases, failures_before = failures;
     suite.run();
     const int ran = cases - cases_before;

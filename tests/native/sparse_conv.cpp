@@ -88,7 +88,7 @@ std::vector<uint8_t> expected_results(const Case& c, const Guarded<float>& bias,
   const size_t image = static_cast<size_t>(c.n) * c.positions();
   for (size_t i = 0; i < static_cast<size_t>(c.shape.images); ++i)
     kScalarRows.finish_channels(sums.data() + i * image, positions, positions, c.n,
-                                {nullptr, nullptr, bias.data(), nullptr, nullptr, c.activation, c.type},
+                                {nullptr, nullptr, bias.data(), 0, nullptr, nullptr, c.activation, c.type},
                                 y.data() + i * image * size_of(c.type), positions);
   return y;
 }

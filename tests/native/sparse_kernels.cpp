@@ -171,30 +171,27 @@ void run_width(const Kernel& kernel, int width) {
 
 // --- finish ---------------------------------------------------------------------------------------------------------
 
-// Numbers that are hard to round or to put through an activation.
-float hard_value(size_t i, std::mt19937& random) {
-  constexpr float kHard[] = {0.0f, -0.0f, INFINITY, -INFINITY, 1e30f, -1e30f, 65519.0f, 65520.0f, 1e-8f, -1e-40f};
-  if (i % 23 == 22) return int8::to_float(0x7fffffff);  // a NaN that rounding up would turn into a zero
-  return i % 3 == 0 ? kHard[i / 3 % 10] : std::normal_distribution<float>(0, 3)(random);
-}
-
 void run_finish(const Kernel& kernel, int width, int rows, int columns, Type type, Activation activation,
                 bool by_channel) {
   begin(text("kernel=", kernel.name, " width=", width, " rows=", rows, " columns=", columns,
              " type=", static_cast<int>(type), " activation=", static_cast<int>(activation)));
   std::mt19937 random(static_cast<unsigned>(cases));
-  const bool has_scale = !is_float(kernel.format), has_bias = (rows + columns + static_cast<int>(activation)) % 3 != 0;
+  const int turn = rows + columns + static_cast<int>(activation);
+  const bool has_scale = !is_float(kernel.format), has_bias = turn % 3 != 0;
+  const int bias_stride = has_bias && turn % 2 == 0 && !by_channel ? int8::kAddendStride : 0;  // each row its own
   const auto in_row = static_cast<size_t>(columns), in_column = static_cast<size_t>(rows);
   // The results of rows are read from whole panels.
   Guarded<int32_t> sums(static_cast<size_t>((by_channel ? columns : kPanel) * width)), column_sum(kPanel),
       zero_point(in_column);
-  Guarded<float> bias(in_row), weight_scale(in_row), row_scale(in_column);
+  Guarded<float> bias(bias_stride == 0 ? in_row : static_cast<size_t>((rows - 1) * bias_stride + kPanel)),
+      weight_scale(in_row), row_scale(in_column);
   for (size_t i = 0; i < sums.size(); ++i) {
     const float value = hard_value(i, random);
     sums[i] = static_cast<int32_t>(random() % 2000000) - 1000000;
     if (!has_scale) std::memcpy(&sums[i], &value, sizeof(value));
   }
-  for (size_t i = 0; i < in_row; ++i) bias[i] = hard_value(i + 1, random), weight_scale[i] = 1e-3f * (1 + random() % 7);
+  for (size_t i = 0; i < in_row; ++i) weight_scale[i] = 1e-3f * (1 + random() % 7);
+  for (size_t i = 0; i < bias.size(); ++i) bias[i] = hard_value(i + 1, random);
   for (size_t i = 0; i < kPanel; ++i) column_sum[i] = static_cast<int32_t>(random() % 2000) - 1000;
   for (size_t i = 0; i < in_column; ++i) {
     zero_point[i] = static_cast<int32_t>(random() % 256);
@@ -203,6 +200,7 @@ void run_finish(const Kernel& kernel, int width, int rows, int columns, Type typ
   const int8::Epilogue epilogue{has_scale ? column_sum.data() : nullptr,
                                 has_scale && type != Type::int32 ? weight_scale.data() : nullptr,
                                 has_bias ? bias.data() : nullptr,
+                                bias_stride,
                                 has_scale ? row_scale.data() : nullptr,
                                 has_scale ? zero_point.data() : nullptr,
                                 activation,

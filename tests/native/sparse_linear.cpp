@@ -2,7 +2,9 @@
 // same bits on any number of threads, and what it refuses.
 #include <cfloat>
 
+#include "addend.h"
 #include "int8/kernel_list.h"
+#include "int8/pack.h"
 #include "sparse/kernel_list.h"
 #include "sparse_weight.h"
 
@@ -14,11 +16,6 @@ using namespace pycompress::sparse;
 
 constexpr Format kAll[] = {Format::rows,   Format::panels,  Format::quads,
                            Format::quads4, Format::windows, Format::chains};
-
-bool runs_here(Format format) {
-  if (!is_delegated(format)) return true;
-  return int8::kernel_for(format == Format::windows ? int8::Layout::windows : int8::Layout::chains) != nullptr;
-}
 
 struct Case {
   Format format;
@@ -153,23 +150,23 @@ struct Epilogue {
   }
 };
 
-std::vector<uint8_t> expected_results(const Case& c, const Epilogue& e, const Guarded<int32_t>& sums,
-                                      const Quantized* x) {
+// bias [n], or with a stride of n the rows of a matrix.
+std::vector<uint8_t> expected_results(const Case& c, const Epilogue& e, const float* bias, int bias_stride,
+                                      const Guarded<int32_t>& sums, const Quantized* x) {
   std::vector<uint8_t> y(c.results() * size_of(c.y_type));
-  const float* bias = c.has_bias ? e.bias.data() : nullptr;
   if (x != nullptr) {
     const std::vector<int32_t> zeros(static_cast<size_t>(std::max(c.m, c.n)), 0);  // the sums are without them already
     int8::kScalar.finish(
         sums.data(), c.n, c.m, c.n,
-        {zeros.data(), e.weight_scale.data(), bias, x->scale.data(), zeros.data(), c.activation, c.y_type}, y.data(),
-        c.n);
+        {zeros.data(), e.weight_scale.data(), bias, bias_stride, x->scale.data(), zeros.data(), c.activation, c.y_type},
+        y.data(), c.n);
     return y;
   }
   std::vector<int32_t> turned(sums.size());
   for (size_t i = 0; i < sums.size(); ++i)
     turned[i % static_cast<size_t>(c.n) * static_cast<size_t>(c.m) + i / static_cast<size_t>(c.n)] = sums[i];
-  kScalarRows.finish(turned.data(), c.m, c.m, c.n, {nullptr, nullptr, bias, nullptr, nullptr, c.activation, c.y_type},
-                     y.data(), c.n);
+  kScalarRows.finish(turned.data(), c.m, c.m, c.n,
+                     {nullptr, nullptr, bias, bias_stride, nullptr, nullptr, c.activation, c.y_type}, y.data(), c.n);
   return y;
 }
 
@@ -188,10 +185,51 @@ void check_results(const Case& c, Problem problem, const Epilogue& e, const Guar
     problem.zero_point = zero_point.data();
   }
   linear(problem);
-  expect(same(y.data(), expected_results(c, e, sums, x).data(), c.y_type, c.results()) && y.intact(), "results");
+  const std::vector<uint8_t> expected = expected_results(c, e, problem.bias, 0, sums, x);
+  expect(same(y.data(), expected.data(), c.y_type, c.results()) && y.intact(), "results");
   if (x == nullptr) return;
   expect(std::equal(x->scale.begin(), x->scale.end(), row_scale.data()), "row scale");
   expect(std::equal(x->zero_point.begin(), x->zero_point.end(), zero_point.data()), "zero point");
+}
+
+// Rows that were quantized before the call. Only the chains of 8-bit activations need them in another shape.
+struct Rows {
+  Guarded<uint8_t> bytes;
+  Guarded<float> scale;
+  Guarded<int32_t> zero_point;
+  int8::Quantized quantized;
+  bool fits;
+
+  Rows(const Case& c, const Input& x)
+      : bytes(static_cast<size_t>(c.m * int8::ActivationShape{c.k, 1}.stride())),
+        scale(static_cast<size_t>(c.m)),
+        zero_point(static_cast<size_t>(c.m)),
+        quantized{{c.k, 1}, c.activation_bits, bytes.data(), scale.data(), zero_point.data()},
+        fits(!is_float(c.format) && (c.format != Format::chains || c.activation_bits == 7)) {
+    int8::kScalar.quantize(x.data(), c.x_type, x.ldx(), c.m, quantized.shape, (1 << c.activation_bits) - 1,
+                           bytes.data(), scale.data(), zero_point.data());
+  }
+};
+
+// A matrix instead of the bias, and rows quantized before the call.
+void check_addend(const Case& c, Problem problem, const Epilogue& e, const Guarded<int32_t>& sums, const Quantized* x,
+                  const Input& input, std::mt19937& random) {
+  if (c.m == 0) return;
+  const Summand summand(c.m, c.n, kPanel, c.number % 3 != 0, random);
+  const int8::Addend addend = summand.addend();
+  const Rows rows(c, input);
+  Guarded<uint8_t> y(c.results() * size_of(c.y_type), c.edge(), c.gap() * size_of(c.y_type));
+  problem.y = y.data();
+  problem.y_type = c.y_type;
+  problem.activation = c.activation;
+  problem.weight_scale = x == nullptr ? nullptr : e.weight_scale.data();
+  problem.addend = &addend;
+  problem.quantized = &rows.quantized;
+  problem.x = rows.fits ? nullptr : input.data();
+  problem.threads = 1 + c.number % 3;
+  linear(problem);
+  const std::vector<uint8_t> expected = expected_results(c, e, summand.data(), c.n, sums, x);
+  expect(same(y.data(), expected.data(), c.y_type, c.results()) && y.intact(), "addend");
 }
 
 void run(const Case& c) {
@@ -217,10 +255,12 @@ void run(const Case& c) {
   if (is_float(c.format)) {
     check_float_sums(c, w, x, reinterpret_cast<const float*>(sums.data()));
     check_results(c, problem, epilogue, sums, nullptr);
+    check_addend(c, problem, epilogue, sums, nullptr, x, random);
   } else {
     const Quantized quantized(c, x);
     check_int8_sums(c, w, quantized, sums.data());
     check_results(c, problem, epilogue, sums, &quantized);
+    check_addend(c, problem, epilogue, sums, &quantized, x, random);
   }
 }
 

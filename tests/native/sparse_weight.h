@@ -119,7 +119,20 @@ inline std::vector<uint8_t> packed_of(Format format, const Weight& w, int activa
                                   is_float(format) ? 0 : activation_bits, threads);
 }
 
+inline bool runs_here(Format format) {
+  using namespace pycompress;
+  if (!is_delegated(format)) return true;
+  return int8::kernel_for(format == Format::windows ? int8::Layout::windows : int8::Layout::chains) != nullptr;
+}
+
 inline size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+
+// Numbers that are hard to round or to put through an activation.
+inline float hard_value(size_t i, std::mt19937& random) {
+  constexpr float kHard[] = {0.0f, -0.0f, INFINITY, -INFINITY, 1e30f, -1e30f, 65519.0f, 65520.0f, 1e-8f, -1e-40f};
+  if (i % 23 == 22) return pycompress::int8::to_float(0x7fffffff);  // a NaN that rounding up would turn into a zero
+  return i % 3 == 0 ? kHard[i / 3 % 10] : std::normal_distribution<float>(0, 3)(random);
+}
 
 // x[m, k] of a type, row stride ldx, NaN between the rows; its elements need no more than their own alignment.
 class Input {

@@ -1,0 +1,98 @@
+// Low-rank linear: the contract of the op. `scalar.cpp` is its specification.
+//
+//   y[m, n] = act(x down^T up^T + x R^T + bias)      down [r, k], up [n, r]; R [n, k]: the residual, or nothing
+//
+//   float32 factors   t[m, r] = fma(x[m, k], down[r, k], t) in ascending k, starting at 0
+//                     l[m, n] = fma(t[m, r], up[n, r], l) in ascending r, starting at bias[n]
+//   int8 factors      t = int8_linear(x, down), float32; l = int8_linear(t, up) + bias (csrc/int8/gemm.h), to the bit:
+//                     each row of t is quantized again
+//   residual          none      y = act(l)
+//                     float32   y = act(l), l going on: fma(x[m, k], R[n, k], l) in ascending k
+//                     int8      y = act((float(acc) * sx) * sw + l), acc and sx as in int8_linear
+//                     sparse    the same with the sums of sparse_linear, int8 or float32 (csrc/sparse/gemm.h)
+//
+// Up to three rows (kFewRows) the chains of the float32 products run in several phases, which are added at the end. A
+// float32 result is within
+//     gamma(k + r + 4) * sum_j (sum_i |x_i down_ji|) |up_nj| + gamma(r + 4) |bias|
+// of the exact one, gamma(q) = q u / (1 - q u), u = 2^-24 (the second chain starts at the bias; a float32 residual
+// makes it k longer: gamma(2k + r + 4), gamma(k + r + 4)), plus what the residual and the rounding to y add. It does
+// not depend on the threads.
+//
+// Floors: 2 m r (n + k) operations at the fp32 FMA peak (int8 factors: at the integer peak), plus the residual's own;
+// or the packed bytes at the read bandwidth, which one row is bound by. x, t and y of a task stay in the L2: a task
+// has some rows and takes them through both products (int8 factors beside a residual: l too, at 4 n bytes a row).
+//
+// Two products of MKL through torch, interleaved (benchmarks/kernels.py --op low_rank): behind up to 128 rows, even at
+// 512 (1.02 to 1.1 of our time). It is not called: it would need the factors a second time, and the second dispatch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/isa.h"
+#include "../int8/gemm.h"
+
+namespace pycompress::low_rank {
+
+using int8::Activation;
+using int8::Type;
+
+constexpr int64_t kMaxK = int8::kMaxK;
+constexpr int kPanel = 16;   // channels of one panel of a packed float32 matrix: float [panels][k][kPanel], zero padded
+constexpr int kFewRows = 3;  // up to here `few` runs
+
+// c[rows][panels * kPanel] = start + a[rows][k] . panels, row stride ldc. start: null for zeros; else float
+// [panels * kPanel] with row stride lds, 0 where all rows start alike. It may be c.
+struct Product {
+  const float* a;
+  ptrdiff_t lda;
+  int rows;
+  const float* panels;  // those of one matrix, `stride` floats apart
+  ptrdiff_t stride;
+  int panel_count;
+  int64_t k;
+  const float* start;
+  ptrdiff_t lds;
+  float* c;
+  ptrdiff_t ldc;
+};
+using Multiply = void (*)(const Product& product);
+
+// x[rows, k] (row stride ldx) as float32, row stride ldo.
+using Load = void (*)(const void* x, Type type, ptrdiff_t ldx, int rows, int64_t k, float* out, ptrdiff_t ldo);
+
+// y[rows, columns] (row stride ldy) = act(c[rows][columns]), rounded to type.
+using Finish = void (*)(const float* c, ptrdiff_t ldc, int rows, int columns, Activation activation, Type type, void* y,
+                        ptrdiff_t ldy);
+
+struct Kernel {
+  const char* name;
+  Isa isa;
+  int mr, nr, kr;
+  Multiply many;  // one chain of fma a result
+  Multiply few;   // rows <= kFewRows, phases
+  Load load;
+  Finish finish;
+};
+
+// All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available.
+const Kernel* kernels(int* count);
+const Kernel& best_kernel();
+
+// y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.
+struct Problem {
+  const void* x;
+  Type x_type;
+  int64_t m, k, ldx;
+  const uint8_t* packed;
+  int64_t packed_bytes, n;
+  const float* bias;
+  Activation activation;
+  void* y;
+  Type y_type;
+  float* intermediate;  // t [m, r], or null: where the caller wants it too
+  int threads;
+};
+void linear(const Problem& problem);
+
+}  // namespace pycompress::low_rank

@@ -1,0 +1,115 @@
+"""``LowRankLinear``: an ``nn.Linear`` whose weight is a product of two thin factors, with or without a residual beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycompress import ops
+from pycompress.methods.low_rank import LowRank, LowRankWeight
+from pycompress.nn.linear import CompressedLinear
+
+
+class LowRankLinear(CompressedLinear):
+    """``act(x (up down + R)^T + b)`` without ever making the product ``up down``.
+
+    int8 factors, or a residual R in int8, quantize activations per row as they come; a row of x with NaN or Inf then gives a row of
+    NaN. With float32 alone it gives NaN or Inf wherever it meets a weight.
+
+    State: ``down`` float32 or int8 [r, k] and ``up`` [n, r]; for int8 ``down_scale`` float32 [r] and ``up_scale`` float32 [n]; the
+    tensors of the residual behind ``residual_``. A state dict may bring another rank, and a sparse residual of another size, than
+    the layer had.
+    """
+
+    weight_type = LowRankWeight
+    default_method = LowRank(energy=1.0, rank_guard=False)  # keeps all of the weight
+
+    @property
+    def rank(self) -> int:
+        """How thin the factors are: 1 to min(n, k)."""
+        return int(self.settings["rank"])
+
+    @property
+    def bits(self) -> int:
+        """Of a factor's weight: 32 or 8."""
+        return int(self.settings["bits"])
+
+    @property
+    def activation_bits(self) -> int | None:
+        """7 or 8 for int8 factors, None for float32."""
+        return self.settings.get("activation_bits")
+
+    @property
+    def residual(self) -> str:
+        """The method of the residual: ``int8``, ``sparse``, ``dense``, or '' where there is none."""
+        return str(self.settings["residual"]["method"]) if "residual" in self.settings else ""
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's, float32, made at each access."""
+        if self.packed.is_meta:
+            return torch.empty(self.dense_shape, device="meta")
+        return self.canonical().decompress()
+
+    def canonical(self) -> LowRankWeight:
+        """The canonical weight, unpacked at each call."""
+        return LowRankWeight.from_tensors((self.n, self.k), self._tensors(), self.settings)
+
+    def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        kind, residual, scale = self.residual, None, tensors.get("residual_weight_scale")
+        if kind == "dense":
+            residual = tensors["residual_weight"]
+        elif kind == "int8":
+            residual = ops.int8_pack(tensors["residual_weight"], self.settings["residual"]["activation_bits"])
+        elif kind == "sparse":
+            mask, values = tensors["residual_weight_mask"], tensors["residual_weight_values"]
+            bits = self.settings["residual"].get("activation_bits", 0)
+            residual = ops.sparse_pack(mask, values, self.k, bits)
+        return ops.low_rank_pack(
+            tensors["down"], tensors["up"], tensors.get("down_scale"), tensors.get("up_scale"), self.activation_bits or 0,
+            kind, residual, scale,
+        )  # fmt: skip
+
+    def _unpack(self) -> dict[str, Tensor]:
+        found = ops.low_rank_unpack(self.packed)
+        own = {"down": found.down, "up": found.up, "down_scale": found.down_scale, "up_scale": found.up_scale}
+        kind, residual = self.residual, {"weight_scale": found.residual_scale}
+        if kind == "dense":
+            residual["weight"] = found.residual
+        elif kind == "int8":
+            residual["weight"] = ops.int8_unpack(found.residual, (self.n, self.k))
+        elif kind == "sparse":
+            residual["weight_mask"], residual["weight_values"] = ops.sparse_unpack(found.residual)
+        tensors = {**own, **{f"residual_{name}": tensor for name, tensor in residual.items()}}
+        return {name: tensors[name] for name in self._expected()}  # those that are there, in the order of the state
+
+    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        settings = {**self.settings, "rank": len(tensors["down"])}
+        if self.residual == "sparse":
+            settings["residual"] = {**self.settings["residual"], "nnz": tensors["residual_weight_values"].numel()}
+        return settings
+
+    def _details(self) -> str:
+        bits = f"bits={self.bits}" + (f", activation_bits={self.activation_bits}" if self.activation_bits else "")
+        return f"rank={self.rank}, {bits}" + (f", residual={self.residual}" if self.residual else "")
+
+    @property
+    def label(self) -> str:
+        """What a table calls the method, e.g. ``low rank 32 + int8``."""
+        factors = f"low rank {self.rank}" + (" int8" if self.bits == 8 else "")
+        return f"{factors} + {self.residual}" if self.residual else factors
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _product(
+        x: Tensor, packed: Tensor, n: int, scale: Tensor | None, bias: Tensor | None, activation: str  # noqa: ARG004
+    ) -> Tensor:  # fmt: skip
+        return ops.low_rank_linear(x, packed, n, bias, activation)
+
+    @staticmethod
+    def _dense(packed: Tensor, shape: tuple[int, int], scale: Tensor | None) -> Tensor:  # noqa: ARG004
+        return ops.low_rank_dense(packed, *shape)

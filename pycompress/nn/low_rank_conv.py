@@ -1,0 +1,108 @@
+"""``LowRankConv2d``: an ``nn.Conv2d`` as a chain of smaller ones (see methods/low_rank_conv.py for the papers).
+
+They run in torch's own convolutions (oneDNN): a k x k convolution with fewer channels is what these are made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from pycompress.methods.low_rank import LowRank
+from pycompress.methods.low_rank_conv import LowRankConv2dWeight, Ranks
+from pycompress.nn.conv import CompressedConv2d
+from pycompress.nn.factors import FactorsLayer
+from pycompress.nn.geometry import Conv2dGeometry
+from pycompress.nn.layer import DIFFERENTIABLE
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LowRankConv2d(FactorsLayer, CompressedConv2d):
+    """``act(conv2d(x, W) + b)`` with a low-rank float32 weight, computed in float32 and rounded once.
+
+    State: ``down`` and ``up``, for tucker also ``core``: the float32 weights of the convolutions. A state dict may bring other
+    ranks. NaN or Inf in x shows in all outputs whose patch holds it.
+
+    Attributes:
+        stages: what the convolutions of the chain are besides their weights, in the order in which they run.
+    """
+
+    weight_type = LowRankConv2dWeight
+    default_method = LowRank(energy=0.95, rank_guard=False)
+
+    def __init__(
+        self,
+        weight: LowRankConv2dWeight,
+        geometry: Conv2dGeometry,
+        bias: Tensor | None = None,
+        activation: str = "none",
+    ) -> None:
+        super().__init__(weight, geometry, bias, activation)
+        if weight.kernel_size != geometry.kernel_size:
+            raise ValueError(
+                f"LowRankConv2d: kernel_size is {geometry.kernel_size}, expected {weight.kernel_size} as in the weight"
+            )
+
+    def _derive(self) -> None:
+        super()._derive()
+        self.stages = tuple(
+            _stages(self.decomposition, [tuple(shape) for shape in self._shapes.values()], self.geometry)
+        )
+
+    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        ranks = [len(tensors[name]) for name in ("down", "core") if name in tensors]
+        return {**self.settings, "ranks": ranks} if "ranks" in self.settings else {**self.settings, "rank": ranks[0]}
+
+    def canonical(self) -> LowRankConv2dWeight:
+        """The canonical weight, whose tensors are views of ``packed``."""
+        return LowRankConv2dWeight.from_tensors((self.n, self.k), self._tensors(), self.settings)
+
+    @property
+    def decomposition(self) -> str:
+        """``channel``, ``spatial`` or ``tucker``."""
+        return str(self.settings["decomposition"])
+
+    @property
+    def ranks(self) -> Ranks:
+        """(r,), or (r_in, r_out) of tucker."""
+        return tuple(self.settings["ranks"]) if "ranks" in self.settings else (self.settings["rank"],)
+
+    @property
+    def label(self) -> str:
+        """What a table calls the method, e.g. ``low rank 24 spatial``."""
+        return f"low rank {'x'.join(map(str, self.ranks))} {self.decomposition}"
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
+        if input.dtype not in _DTYPES:
+            raise TypeError(f"LowRankConv2d: x is {input.dtype}, expected float32, bfloat16 or float16")
+        y = input.float()
+        last = len(self.stages) - 1
+        for i, (weight, stage) in enumerate(zip(self._unpack().values(), self.stages, strict=True)):
+            y = conv2d(y, weight, self.bias if i == last else None, stage.stride, stage.padding, stage.dilation)
+        return DIFFERENTIABLE[self.activation](y).to(input.dtype)
+
+    def _details(self) -> str:
+        return f"decomposition={self.decomposition}, ranks={self.ranks}"
+
+
+def _stages(decomposition: str, shapes: list[tuple[int, ...]], geometry: Conv2dGeometry) -> list[Conv2dGeometry]:
+    """Without a bias between them, zeros around the input give zeros around what follows: where they are added does not matter.
+
+    Args:
+        shapes: of the factors, in the order in which they run.
+    """
+    walks: list[dict[str, Any]] = [{} for _ in shapes]
+    for name, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        whole = getattr(geometry, name)
+        if decomposition != "spatial":
+            walks[-2][name] = whole
+        elif isinstance(whole, str):
+            walks[0][name] = walks[1][name] = whole
+        else:
+            walks[0][name], walks[1][name] = (whole[0], neutral), (neutral, whole[1])
+    return [Conv2dGeometry(size[1], (size[2], size[3]), **walk) for size, walk in zip(shapes, walks, strict=True)]

@@ -1,0 +1,103 @@
+"""``Graph``: an ONNX graph under construction, and what all lowerings build of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from pycompress.nn.geometry import Conv2dGeometry
+from pycompress.nn.layer import CompressedLayer
+from pycompress.onnx.activation import ACTIVATIONS
+
+OPSET = 20  # what torch.onnx.export writes by default; onnxruntime reads it since 1.17
+MAX_WEIGHT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
+
+
+class Graph:
+    """A graph under construction. All methods but the last return the name of the value they add."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
+        """Stores the value as an initializer; one of this name and value serves again.
+
+        Raises:
+            ValueError: there is another one of this name.
+        """
+        tensor = numpy_helper.from_array(np.asarray(value, dtype, order="C"), name)
+        known = next((other for other in self.initializers if other.name == name), None)
+        if known is None:
+            self.initializers.append(tensor)
+        elif known != tensor:
+            raise ValueError(f"lower: the graph has another constant {name}")
+        return name
+
+    def weight(self, name: str, values: npt.NDArray[Any]) -> str:
+        """Stores a weight. Raises ValueError where it is larger than a file can be."""
+        if values.nbytes > MAX_WEIGHT_BYTES:
+            raise ValueError(
+                f"lower: the weight {list(values.shape)} has {values.nbytes} bytes, expected at most {MAX_WEIGHT_BYTES}"
+            )
+        return self.constant(name, values, values.dtype)
+
+    def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        """Applies a one-output operator of the standard domain."""
+        output = output or f"{operator.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
+        return output
+
+    def matmul(self, x: str, name: str, weight: npt.NDArray[np.float32]) -> str:
+        """x [m, k] . weight^T, the float32 weight [n, k] stored as [k, n] under this name."""
+        return self.node("MatMul", x, self.weight(name, weight.T))
+
+    def conv(
+        self, x: str, name: str, weight: npt.NDArray[np.float32], geometry: Conv2dGeometry, bias: Tensor | None = None
+    ) -> str:
+        """The convolution of x with a float32 weight [n, channels, height, width], stored under this name."""
+        top, bottom, left, right = geometry.sides
+        operands = [x, self.weight(name, weight), *([] if bias is None else [self.constant("bias", array(bias))])]
+        return self.node(
+            "Conv", *operands, kernel_shape=geometry.kernel_size, strides=geometry.stride, pads=[top, left, bottom, right],
+            dilations=geometry.dilation,
+        )  # fmt: skip
+
+    def bias(self, v: str, layer: CompressedLayer) -> str:
+        """Adds the bias of a layer to v [m, n]."""
+        return v if layer.bias is None else self.node("Add", v, self.constant("bias", array(layer.bias)[None, :]))
+
+    def activation(self, v: str, layer: CompressedLayer) -> str:
+        """Applies the activation of a layer."""
+        return ACTIVATIONS[layer.activation](self, v)
+
+    def model(self, name: str, x: onnx.ValueInfoProto, outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        """The finished model."""
+        proto = helper.make_graph(self.nodes, name, [x], outputs, self.initializers)
+        opset = helper.make_opsetid("", OPSET)
+        # The oldest file version that holds this opset, so that older runtimes read it too.
+        ir_version = helper.find_min_ir_version_for([opset])
+        return helper.make_model(proto, opset_imports=[opset], ir_version=ir_version, producer_name="pycompress")
+
+
+def array(tensor: Tensor) -> npt.NDArray[np.float32]:
+    """float32, in NumPy."""
+    found: npt.NDArray[np.float32] = tensor.detach().float().cpu().numpy()
+    return found
+
+
+def floats(name: str, *size: str | int) -> onnx.ValueInfoProto:
+    """A float32 input or output; a string stands for any size."""
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(size))
+
+
+def images(layer: CompressedLayer) -> tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]:
+    """Input and output of a convolution: x and y."""
+    assert layer.geometry is not None
+    x = floats("x", "images", layer.geometry.in_channels, "height", "width")
+    return x, floats("y", "images", layer.n, "out_height", "out_width")

@@ -1,0 +1,113 @@
+"""The int8 product in ONNX operators, and the layers that are one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from pycompress.methods.int8 import Int8Weight
+from pycompress.methods.sparse import SparseWeight
+from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.sparse import SparseLinear
+from pycompress.onnx.graph import Graph, array, floats
+
+
+def lower_int8_linear(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
+    """Lowers an Int8Linear, or a SparseLinear with int8 weights, with in_features k and out_features n.
+
+    The input is x, float32 [m, k], for any m. The outputs are y, float32 [m, n]; q, uint8 [m, k], the
+    quantized rows of x; and acc, int32 [m, n] = (q - zero point) . weight^T.
+
+    The graph takes the float32 steps of the layer one operator at a time, in the layer's order. So q and
+    acc, and y after the activations none and relu, are the layer's own to the bit. A row of x with NaN or
+    Inf gives zeros in q and acc and NaN in y.
+
+    The weight is stored once, as int8 [k, n]. With 8-bit activations and 8-bit weights a runtime that adds
+    two u8 * s8 products in 16 bits saturates, and :func:`session` sets ONNX Runtime not to. With 7 bits on
+    either side nothing can saturate.
+    """
+    graph = Graph()
+    v, broken = int8_product(graph, "x", *integers(layer.canonical()))
+    poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken, output="y")
+    outputs = [floats("y", "m", layer.n), *integer_outputs("", layer.k, layer.n)]
+    return graph.model("int8_linear", floats("x", "m", layer.k), outputs)
+
+
+def integers(weight: Int8Weight | SparseWeight) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], int]:
+    """The int8 values [n, k] of a canonical weight, zeros and all; its scale, float32 [n]; and the largest activation."""
+    scale, bits = weight.scale, weight.activation_bits
+    assert scale is not None
+    assert bits is not None
+    values = replace(weight, scale=torch.ones_like(scale)).decompress()
+    return values.detach().cpu().numpy().astype(np.int8), array(scale), 2**bits - 1
+
+
+def int8_product(
+    graph: Graph,
+    x: str,
+    values: npt.NDArray[np.int8],
+    weight_scale: npt.NDArray[np.float32],
+    amax: int,
+    prefix: str = "",
+) -> tuple[str, str]:
+    """x, quantized by rows, times int8 weights.
+
+    Args:
+        x: float32 [m, k].
+        values, weight_scale, amax: int8 [n, k], float32 [n] and the largest activation.
+        prefix: of the names under which the graph has q, acc, and the weight's constants.
+    Returns:
+        (float(acc) * scale of x) * weight_scale, float32 [m, n]; and bool [m, 1]: where x holds NaN or Inf. These rows go on
+        as zeros: NaN has no place in a Cast to uint8.
+    """
+    zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
+    # x * 0 is NaN where x is NaN or Inf.
+    poison = graph.node("ReduceSum", graph.node("Mul", x, zero), last_axis, keepdims=1)
+    broken = graph.node("IsNaN", poison)
+    q, scale, zero_point = _quantize(graph, graph.node("Where", broken, zero, x), amax, prefix + "q")
+    values_t = graph.weight(prefix + "weight", values.T)
+    column_sum = graph.constant(prefix + "column_sum", values.sum(axis=1, dtype=np.int32)[None, :], np.int32)
+    shift = graph.node("Mul", graph.node("Cast", zero_point, to=TensorProto.INT32), column_sum)
+    acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t), shift, output=prefix + "acc")
+    v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
+    return graph.node("Mul", v, graph.constant(prefix + "weight_scale", weight_scale[None, :])), broken
+
+
+def poisoned(graph: Graph, v: str, broken: str, output: str = "") -> str:
+    """v, with NaN in the rows that are broken."""
+    return graph.node("Where", broken, graph.constant("nan", np.nan), v, output=output)
+
+
+def integer_outputs(prefix: str, k: int, n: int) -> list[onnx.ValueInfoProto]:
+    """q and acc of an :func:`int8_product` with this prefix."""
+    value = helper.make_tensor_value_info
+    return [
+        value(prefix + "q", TensorProto.UINT8, ["m", k]),
+        value(prefix + "acc", TensorProto.INT32, ["m", n]),
+    ]
+
+
+def _quantize(graph: Graph, x: str, amax: int, output: str) -> tuple[str, str, str]:
+    """Quantizes every row of x: the names of q uint8 [m, k] (the output's), scale and zero point, both float32 [m, 1]."""
+    zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
+    half_amax = graph.constant(f"half_amax_{amax}", amax / 2)
+    high_q = graph.constant(f"amax_{amax}", amax)
+    one_half = graph.constant("one_half", 0.5)
+    low = graph.node("Min", graph.node("ReduceMin", x, last_axis, keepdims=1), zero)
+    high = graph.node("Max", graph.node("ReduceMax", x, last_axis, keepdims=1), zero)
+    # Halved before the subtraction: high - low overflows for rows that span the whole range of float32.
+    half = graph.node("Sub", graph.node("Mul", high, one_half), graph.node("Mul", low, one_half))
+    flat = graph.node("Less", half, graph.constant("smallest_half", 2.0**-100))
+    divisor = graph.node("Where", flat, graph.constant("one", 1.0), half)
+    scale = graph.node("Where", flat, zero, graph.node("Div", half, half_amax))
+    inverse = graph.node("Where", flat, zero, graph.node("Div", half_amax, divisor))
+    zero_point = graph.node("Round", graph.node("Mul", graph.node("Neg", low), inverse))
+    zero_point = graph.node("Clip", zero_point, zero, high_q)
+    q = graph.node("Add", graph.node("Round", graph.node("Mul", x, inverse)), zero_point)
+    q = graph.node("Cast", graph.node("Clip", q, zero, high_q), to=TensorProto.UINT8, output=output)
+    return q, scale, zero_point

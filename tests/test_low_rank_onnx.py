@@ -1,0 +1,421 @@
+"""Low-rank layers lowered to ONNX, and validate() of them, on the native kernels and on their twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
+pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
+
+from onnx.reference import ReferenceEvaluator  # noqa: E402
+
+import pycompress as pc  # noqa: E402
+import pycompress.onnx  # noqa: E402
+from pycompress import ops, reference  # noqa: E402
+from pycompress.methods import Dense, Int8, LowRank, Method, Sparse  # noqa: E402
+from pycompress.methods.low_rank_conv import DECOMPOSITIONS, composed  # noqa: E402
+from pycompress.nn import CompressedLayer, LowRankConv2d, LowRankEmbedding, LowRankLinear  # noqa: E402
+from pycompress.onnx import OPSET, lower, session  # noqa: E402
+from pycompress.onnx.graph import Graph  # noqa: E402
+
+Array = npt.NDArray[Any]
+EPS = 2.0**-23
+SMOOTH = ["gelu", "gelu_tanh", "silu"]
+RESIDUALS: dict[str, Method | None] = {
+    "none": None,
+    "int8": Int8(7),
+    "int8 8-bit": Int8(8),
+    "sparse": Sparse(0.3),
+    "sparse int8": Sparse(0.3, bits=8),
+    "dense": Dense(),
+}
+INTEGERS = {"int8": ("residual_q", "residual_acc"), "int8 8-bit": ("residual_q", "residual_acc")}
+INTEGERS["sparse int8"] = INTEGERS["int8"]
+FACTORS = ("t", "down_q", "down_acc", "up_q", "up_acc")
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+EACH = pytest.mark.parametrize("residual", RESIDUALS)
+
+
+@pytest.fixture(params=["native", "twin"], autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "native" and ops.extension_error() is not None:
+        pytest.skip("no extension was built")
+    if request.param == "twin":
+        for module in (ops.native, ops.int8, ops.sparse, ops.low_rank):
+            monkeypatch.setattr(module, "_C", reference.Native())
+            monkeypatch.setattr(module, "reads_tensors", False, raising=False)
+    return request.param
+
+
+def linear(
+    residual: str = "none",
+    bits: int = 32,
+    activation: str = "none",
+    *,
+    k: int = 48,
+    n: int = 33,
+    bias: bool = True,
+    **options: Any,
+) -> LowRankLinear:
+    how = LowRank(5, bits=bits, residual=RESIDUALS[residual], rank_guard=False, **options)
+    return LowRankLinear.from_dense(nn.Linear(k, n, bias=bias), how, activation)
+
+
+def conv(decomposition: str = "channel", activation: str = "none", **arguments: Any) -> LowRankConv2d:
+    how = LowRank(3, decomposition=decomposition, rank_guard=False)
+    return LowRankConv2d.from_dense(
+        nn.Conv2d(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, **arguments}), how, activation
+    )
+
+
+def embedding(dtype: torch.dtype = torch.float32) -> LowRankEmbedding:
+    return LowRankEmbedding.from_dense(nn.Embedding(30, 16).to(dtype), LowRank(5, embeddings=True, rank_guard=False))
+
+
+def hard_rows(k: int) -> Tensor:
+    """Ordinary rows, constants, zeros, tiny and large ones, NaN and Inf."""
+    x = torch.randn(12, k)
+    x[2], x[3], x[4] = 0, 1.5, -2
+    x[5] *= 1e-30
+    x[6] *= 1e15
+    x[7, 0], x[8, k - 1], x[9, k // 2] = torch.nan, torch.inf, -torch.inf
+    return x
+
+
+def run(layer: CompressedLayer, x: Tensor) -> dict[str, Array]:
+    opened = session(lower(layer))
+    names = [value.name for value in opened.get_outputs()]
+    return dict(zip(names, opened.run(names, {"x": x.numpy()}), strict=True))
+
+
+def equal(a: Array, b: Tensor) -> bool:
+    return np.array_equal(a, b.numpy(), equal_nan=True)
+
+
+# --- lowering -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@EACH
+def test_outputs_and_standard_operators(residual: str, bits: int) -> None:
+    for activation in ops.ACTIVATIONS:
+        model = lower(linear(residual, bits, activation))
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+        assert {node.domain for node in model.graph.node} == {""}
+        expected = ["y", *(FACTORS if bits == 8 else ()), *INTEGERS.get(residual, ())]
+        assert [value.name for value in model.graph.output] == expected
+
+
+def checked_product(
+    found: dict[str, Array], name: str, x: Tensor, values: Tensor, scale: Tensor | None, activation_bits: int
+) -> Tensor:
+    """An int8 product by the ops of the int8 layer, whose integers those that were found must equal."""
+    packed = ops.int8_pack(values, activation_bits)
+    finite = torch.where(x.isfinite().all(1, keepdim=True), x, 0.0)
+    assert equal(found[f"{name}_q"], ops.int8_quantize(finite, activation_bits)[0])
+    assert equal(found[f"{name}_acc"], ops.int8_accumulate(finite, packed)[0])
+    assert scale is not None
+    return ops.int8_linear(x, packed, scale)
+
+
+@pytest.mark.parametrize("activation_bits", [7, 8])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("residual", ["none", *INTEGERS])
+def test_all_int8_is_the_composition_of_int8_products_to_the_bit(
+    residual: str, activation: str, activation_bits: int
+) -> None:
+    layer = linear(residual, 8, activation, activation_bits=activation_bits)
+    weight, x = layer.canonical(), hard_rows(48)
+    found = run(layer, x)
+    t = checked_product(found, "down", x, weight.down, weight.down_scale, activation_bits)
+    v = checked_product(found, "up", t, weight.up, weight.up_scale, activation_bits)
+    v = v if layer.bias is None else v + layer.bias
+    assert equal(found["t"], t)
+    if weight.residual is not None:
+        v = pc.nn.LAYERS[weight.residual.name].from_weight(weight.residual)(x) + v
+    v = torch.relu(v) if activation == "relu" else v
+    assert equal(found["y"], v)
+    assert equal(found["y"], layer(x))
+    assert np.isnan(found["y"][7:10]).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@EACH
+def test_float32_factors_within_the_bound(residual: str, bias: bool) -> None:
+    layer = linear(residual, k=257, n=19, bias=bias)
+    weight, x = layer.canonical(), torch.randn(17, 257) * torch.logspace(-3, 3, 17)[:, None]
+    y, x64 = run(layer, x)["y"], x.double()
+    down, up = weight.down.double(), weight.up.double()
+    exact, size = x64 @ down.T @ up.T, x64.abs() @ down.abs().T @ up.abs().T
+    exact = exact if layer.bias is None else exact + layer.bias.double()
+    roundings = 257 + 5 + 4
+    if weight.residual is not None:
+        if residual in INTEGERS:
+            beside = pc.nn.LAYERS[weight.residual.name].from_weight(weight.residual)(x).double()
+            size, roundings = size + beside.abs(), roundings + 2
+        else:
+            dense = weight.residual.decompress().double()
+            beside, roundings = x64 @ dense.T, roundings + 257
+            size = size + x64.abs() @ dense.abs().T
+        exact = exact + beside
+    bound = EPS * roundings * size + EPS * exact.abs()
+    assert y.dtype == np.float32
+    assert (np.abs(y - exact.numpy()) <= bound.numpy()).all()
+
+
+def test_weights_are_stored_once_in_their_own_dtype() -> None:
+    layer = linear("int8", 8)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in lower(layer).graph.initializer}
+    weight = layer.canonical()
+    for name, values in (
+        ("down_weight", weight.down),
+        ("up_weight", weight.up),
+        ("residual_weight", layer._tensors()["residual_weight"]),
+    ):
+        assert stored[name].dtype == np.int8
+        np.testing.assert_array_equal(stored[name], values.numpy().T)
+    assert sum(array.nbytes for array in stored.values()) < 48 * 33 + 5 * (48 + 33) + 4 * (4 * 33 + 4 * 33 + 2 * 5 + 33)
+
+
+@EACH
+def test_no_rows_and_any_number_of_rows(residual: str) -> None:
+    for bits in (8, 32):
+        layer = linear(residual, bits)
+        opened, x = session(lower(layer)), torch.randn(9, 48).numpy()
+        assert opened.run(["y"], {"x": x[:0]})[0].shape == (0, 33)
+        by_row = np.concatenate([opened.run(["y"], {"x": x[i : i + 1]})[0] for i in range(9)])
+        np.testing.assert_allclose(opened.run(["y"], {"x": x})[0], by_row, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"stride": 2},
+        {"padding": "same", "dilation": (1, 3), "kernel_size": (4, 2)},
+        {"bias": False, "padding": (0, 2)},
+        {"kernel_size": 1},
+    ],
+)
+def test_convolutions(decomposition: str, arguments: dict[str, Any]) -> None:
+    layer = conv(decomposition, "relu", **arguments)
+    x = torch.randn(2, 4, 9, 10)
+    found = run(layer, x)["y"]
+    factors = layer.canonical().factors()
+    paths = composed(tuple(factor.abs() for factor in factors)).sum(dim=(1, 2, 3))
+    atol = EPS * sum(factor[0].numel() + 2 for factor in factors) * float(paths.max() * x.abs().max() + 1)
+    np.testing.assert_allclose(found, layer(x).numpy(), rtol=0, atol=2 * atol)
+    (reference_y,) = ReferenceEvaluator(lower(layer)).run(["y"], {"x": x.numpy()})
+    np.testing.assert_allclose(reference_y, found, rtol=0, atol=2 * atol)
+    assert [node.op_type for node in lower(layer).graph.node].count("Conv") == len(factors)
+
+
+def test_embeddings() -> None:
+    layer, tokens = embedding(), torch.tensor([3, 0, 29, 3])
+    found = run(layer, tokens)["y"]
+    torch.testing.assert_close(torch.from_numpy(found), layer(tokens), atol=1e-5, rtol=1e-5)
+    (reference_y,) = ReferenceEvaluator(lower(layer)).run(["y"], {"x": tokens.numpy()})
+    np.testing.assert_allclose(reference_y, found, atol=1e-5)
+    assert [node.op_type for node in lower(layer).graph.node] == ["Gather", "MatMul", "Identity"]
+
+
+def test_the_reference_evaluator_agrees() -> None:
+    layer, x = linear("sparse int8", 8, "relu"), torch.randn(5, 48)
+    names = ["y", *FACTORS, "residual_q", "residual_acc"]
+    with np.errstate(all="ignore"):
+        found = ReferenceEvaluator(lower(layer)).run(names, {"x": x.numpy()})
+    runtime = run(layer, x)
+    assert all(np.array_equal(a, runtime[name]) for a, name in zip(found, names, strict=True))
+
+
+def test_weights_beyond_two_gibibytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", 32)
+    for layer in (linear(), linear(bits=8), conv(), embedding()):
+        with pytest.raises(ValueError, match=r"lower: the weight \[.*expected at most 32"):
+            lower(layer)
+
+
+def test_a_graph_keeps_its_constants_apart() -> None:
+    graph = Graph()
+    assert graph.constant("a", 1.0) == graph.constant("a", 1.0) == "a"
+    assert len(graph.initializers) == 1
+    with pytest.raises(ValueError, match="the graph has another constant a"):
+        graph.constant("a", 2.0)
+
+
+# --- validate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [32, 8])
+@EACH
+def test_linear_layers_pass(residual: str, bits: int, dtype: torch.dtype) -> None:
+    for activation in ("none", "relu", "gelu"):
+        model = nn.Sequential(
+            linear(residual, bits, activation), nn.LayerNorm(33).to(dtype), linear(residual, bits, k=33, n=10)
+        )
+        report = pc.validate(model, torch.randn(3, 7, 48).to(dtype))
+        assert report.ok, str(report)
+        integers = bits == 8 or residual in INTEGERS
+        exact = bits == 8 and (residual == "none" or residual in INTEGERS)
+        for record, smooth in zip(report.layers, (activation == "gelu", False), strict=True):
+            assert (record.rows, record.integers_equal) == (21, True if integers else None)
+            assert record.max_ulp == (0 if exact and not smooth else None)
+            assert (record.share_of_bound is None) == (exact and not smooth)
+        assert (report.model.perturbed_cosine is None) == (exact and activation != "gelu")
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@EACH
+def test_hard_rows_pass(residual: str, bits: int) -> None:
+    for activation in ("none", "relu", *SMOOTH):
+        report = pc.validate(nn.Sequential(linear(residual, bits, activation)), hard_rows(48))
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_convolutions_pass(decomposition: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(
+        conv(decomposition, "silu", stride=2), conv(decomposition, kernel_size=(2, 4), padding="same", in_channels=6)
+    )
+    x = torch.randn(3, 4, 9, 11).to(dtype)
+    for images in (x, x[0]):
+        report = pc.validate(model, images)
+        assert report.ok, str(report)
+        for record in report.layers:
+            assert (record.rows, record.integers_equal, record.max_ulp) == (
+                30 if images.dim() == 4 and False else record.rows_seen,
+                None,
+                None,
+            )
+            assert record.share_of_bound is not None and record.share_of_bound <= 1
+    x[1, 2, 3, 4], x[2, 0, 0, 0] = torch.nan, torch.inf
+    assert pc.validate(model, x).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_pass(dtype: torch.dtype) -> None:
+    model = nn.Sequential(embedding(dtype), linear(k=16, n=8))
+    for tokens in (torch.randint(30, (3, 7)), torch.tensor(4), torch.randint(30, (5,), dtype=torch.int32)):
+        report = pc.validate(model, tokens)
+        assert report.ok, str(report)
+        assert report.layers[0].rows == tokens.numel()
+        assert report.layers[0].share_of_bound is not None
+
+
+def corrupt(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module, initializer: str, change: Callable[[Array], None]
+) -> None:
+    """Makes lower() of the layer change one initializer, so that ONNX Runtime computes something else."""
+    original = pycompress.onnx.lower
+
+    def corrupted(other: nn.Module) -> Any:
+        model = original(other)
+        if other is layer:
+            (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == initializer]
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            change(array)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
+        return model
+
+    monkeypatch.setattr(pycompress.onnx, "lower", corrupted)
+
+
+def one_off(array: Array) -> None:
+    flat = array.reshape(-1)
+    flat[0] += 1 if flat[0] < 127 else -1
+
+
+def slightly_larger(array: Array) -> None:
+    array *= np.float32(1.001)
+
+
+CORRUPTED: dict[str, tuple[Callable[[], CompressedLayer], str, str]] = {
+    "down": (linear, "down", "y: native and ONNX Runtime differ"),
+    "up": (linear, "up", "y: ONNX Runtime and NumPy differ"),
+    "bias": (linear, "bias", "y: native and ONNX Runtime differ"),
+    "int8 down": (lambda: linear(bits=8), "down_weight", "down_acc: ONNX Runtime and NumPy differ"),
+    "int8 down's t": (lambda: linear(bits=8), "down_weight", "t: native and ONNX Runtime differ"),
+    "int8 down's scale": (lambda: linear(bits=8), "down_weight_scale", "t: native and ONNX Runtime differ"),
+    "int8 up": (lambda: linear(bits=8), "up_weight", "up_acc: ONNX Runtime and NumPy differ"),
+    "int8 up's scale": (lambda: linear(bits=8), "up_weight_scale", "y: native and ONNX Runtime differ"),
+    "int8 residual": (lambda: linear("int8"), "residual_weight", "residual_acc: native and ONNX Runtime differ"),
+    "its scale": (lambda: linear("int8"), "residual_weight_scale", "y: native and ONNX Runtime differ"),
+    "its scale behind gelu": (lambda: linear("int8", 8, "gelu"), "residual_weight_scale", "y: native and ONNX"),
+    "sparse residual": (lambda: linear("sparse"), "residual", "y: native and ONNX Runtime differ"),
+    "dense residual": (lambda: linear("dense", 8), "residual", "y: native and ONNX Runtime differ"),
+    "convolution": (lambda: conv("spatial"), "down", "y: native and ONNX Runtime differ"),
+    "core": (lambda: conv("tucker"), "core", "y: ONNX Runtime and NumPy differ"),
+    "table": (embedding, "up", "y: native and ONNX Runtime differ"),
+    "basis": (embedding, "down", "y: ONNX Runtime and NumPy differ"),
+}  # fmt: skip
+
+
+def inputs_of(layer: CompressedLayer) -> Tensor:
+    if isinstance(layer, LowRankEmbedding):
+        return torch.arange(30)
+    return torch.randn(2, 4, 8, 8) if isinstance(layer, LowRankConv2d) else torch.randn(40, 48)
+
+
+@pytest.mark.parametrize("case", CORRUPTED)
+def test_a_changed_constant_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, initializer, reason = CORRUPTED[case]
+    layer = make()
+    corrupt(monkeypatch, layer, initializer, one_off if initializer.endswith("_weight") else slightly_larger)
+    report = pc.validate(nn.Sequential(layer), inputs_of(layer))
+    assert report.first_divergence == "0"
+    assert reason in report.layers[0].reason
+    assert "native and NumPy" not in report.layers[0].reason
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@EACH
+def test_a_wrong_packed_buffer_is_found_against_both_references(residual: str, bits: int) -> None:
+    layer, other = linear(residual, bits), linear(residual, bits)
+    weight = layer.canonical()
+    layer.packed = other.packed
+    layer.canonical = lambda: weight  # type: ignore[method-assign]
+    report = pc.validate(nn.Sequential(layer), torch.randn(20, 48))
+    assert report.first_divergence == "0"
+    reasons = report.layers[0].reason
+    assert "native and ONNX Runtime differ" in reasons
+    assert "ONNX Runtime and NumPy" not in reasons
+
+
+def test_a_wrong_factor_of_a_chain_is_found() -> None:
+    for layer in (conv("tucker"), embedding()):
+        weight = layer.canonical()
+        layer.packed[0] += 0.1
+        copied = {name: tensor.clone() for name, tensor in weight.tensors().items()}
+        copied["down"].view(-1)[0] -= 0.1
+        before = type(weight).from_tensors(weight.shape, copied, weight.settings())
+        layer.canonical = lambda before=before: before  # type: ignore[method-assign]
+        report = pc.validate(nn.Sequential(layer), inputs_of(layer))
+        assert report.first_divergence == "0"
+        assert "native and NumPy differ" in report.layers[0].reason
+
+
+def test_a_model_of_all_of_them() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.conv, self.head = embedding(), conv("channel", "relu"), linear("int8", k=96, n=7)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            images = self.tokens(tokens).reshape(-1, 4, 4, 4)
+            result: Tensor = self.head(self.conv(images).flatten(1))
+            return result
+
+    report = pc.validate(Model(), torch.randint(30, (3, 4)))
+    assert report.ok, str(report)
+    assert [record.name for record in report.layers] == ["tokens", "conv", "head"]
+    assert "OK: 3 layer(s)" in str(report)
