@@ -273,7 +273,7 @@ RECIPES: dict[str, Recipe] = {
     "Sparse(density=0.2)": Recipe(Sparse(density=0.2)),
     "Sparse(pattern='4:16', bits=8)": Recipe(Sparse(pattern="4:16", bits=8)),
     "LowRank(192, bits=8), calibrated": Recipe(LowRank(192, bits=8), calibrated=True),
-    "LowRank(16, residual=Int8(7))": Recipe(LowRank(16, residual=Int8(7)), calibrated=True),
+    "LowRank(16, residual=Int8(7)), calibrated": Recipe(LowRank(16, residual=Int8(7)), calibrated=True),
 }
 CALIBRATION_SENTENCES = 512
 PEERS: dict[str, BuildVariant] = {

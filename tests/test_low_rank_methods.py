@@ -430,7 +430,7 @@ def test_alternations_separate_what_is_sparse_from_what_is_low_rank() -> None:
 
 
 def test_the_guard_refuses_from_the_break_even_on() -> None:
-    n, k = 96, 160
+    n, k = 96, 96
     w = torch.randn(n, k)
     for bits in (32, 8):
         most = break_even.estimated((n, k), bits)
@@ -438,7 +438,7 @@ def test_the_guard_refuses_from_the_break_even_on() -> None:
         LowRank(most, bits=bits).compress(w)
         with pytest.raises(
             Refused,
-            match=rf"rank {most + 1} would not be smaller and faster than dense 96x160: the break-even is rank {most}",
+            match=rf"rank {most + 1} would not be smaller and faster than dense 96x96: the break-even is rank {most}",
         ):
             LowRank(most + 1, bits=bits).compress(w)
 

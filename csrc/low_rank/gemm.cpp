@@ -119,13 +119,12 @@ class Rows {
  private:
   bool is_few() const { return p_.m <= kFewRows; }
 
-  // body(first, end) for all panels of a matrix of n channels, shared among the threads.
+  // body(first, end) for all panels of a matrix [n, k], shared among the threads where they are worth it.
   template <class F>
-  void for_panels(int64_t n, F&& body) const {
-    const int64_t panels = divide_up(n, kPanel),
-                  tasks = threads_ == 1 ? 1 : std::min<int64_t>(panels, kTasksPerThread * threads_);
-    const int64_t step = divide_up(panels, tasks);
-    if (threads_ == 1) return body(int64_t{0}, panels);
+  void for_panels(int64_t n, int64_t k, F&& body) const {
+    const int64_t panels = divide_up(n, kPanel);
+    if (threads_ == 1 || 4.0 * static_cast<double>(rows_ * n * k) < kSerialOperations) return body(int64_t{0}, panels);
+    const int64_t tasks = std::min<int64_t>(panels, kTasksPerThread * threads_), step = divide_up(panels, tasks);
     std::atomic<int64_t> next{0};
     parallel(static_cast<int>(std::min<int64_t>(threads_, tasks)), [&](int, int) {
       for (int64_t first = step * next++; first < panels; first = step * next++)
@@ -146,7 +145,7 @@ class Rows {
   void project() const {
     const auto* down = reinterpret_cast<const float*>(f_.down);
     const int64_t k = h_.k, length = block_of(k), group = group_of(length);
-    for_panels(h_.rank, [&](int64_t first, int64_t end) {
+    for_panels(h_.rank, k, [&](int64_t first, int64_t end) {
       for (int64_t begin = 0; begin < k; begin += length)
         for (int64_t panel = first; panel < end; panel += group) {
           float* t = t_ + panel * kPanel;
@@ -194,7 +193,7 @@ class Rows {
     const int64_t group = group_of(block_of(h_.rank));
     // Rows of y that are fetched while they are computed; all of them where a panel's blocks pass one after the other.
     const int step = block_of(h_.rank) == h_.rank ? kStepRows : kMaxTaskRows;
-    for_panels(h_.n, [&](int64_t first, int64_t end) {
+    for_panels(h_.n, h_.rank, [&](int64_t first, int64_t end) {
       for (int64_t panel = first; panel < end; panel += group) {
         const int count = static_cast<int>(std::min(group, end - panel));
         const int64_t n = panel * kPanel;
@@ -221,7 +220,7 @@ class Rows {
   void add_dense(F&& start) const {
     const auto* residual = reinterpret_cast<const float*>(f_.residual);
     const int64_t k = h_.k, length = block_of(k);
-    for_panels(h_.n, [&](int64_t first, int64_t end) {
+    for_panels(h_.n, k, [&](int64_t first, int64_t end) {
       alignas(64) float sums[kMaxTaskRows * kPanel];
       for (int64_t panel = first; panel < end; ++panel) {
         const int64_t n = panel * kPanel;

@@ -22,10 +22,9 @@ from pycompress.ops import MAX_STEP
 
 DECOMPOSITIONS = ("channel", "spatial", "tucker")
 # How many multiply-adds of such a chain take as long as one of the dense convolution: torch's oneDNN kernels get slower with fewer
-# channels. A rough estimate, from three 3x3 layers of a ResNet-50 (64, 128 and 256 channels), one image, two threads, half of the
-# dense multiply-adds, the fastest of 60 calls on a busy machine: channel 0.70 and 0.82 (0.23 with 64 channels, left out as an
-# outlier), spatial 0.58, 0.64 and 0.60, tucker 0.42, 0.59 and 0.59. `only_if_faster` measures each layer itself.
-EFFICIENCY = {"channel": 0.7, "spatial": 0.6, "tucker": 0.55}
+# channels. Geometric means over four 3x3 layers of a ResNet-50, one image (`python benchmarks/convolutions.py`; two runs: channel
+# 0.54 and 0.68, spatial 0.60 and 0.53, tucker 0.64 and 0.48). `only_if_faster` measures each layer itself.
+EFFICIENCY = {"channel": 0.6, "spatial": 0.55, "tucker": 0.55}
 HOOI_ROUNDS = 10  # at most; they end where one gains less than HOOI_GAIN of the weight's squares
 HOOI_GAIN = 1e-7
 
