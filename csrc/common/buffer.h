@@ -6,12 +6,9 @@
 #include <cstring>
 #include <vector>
 
-namespace pycompress {
+#include "round.h"
 
-template <class T>
-T round_up(T value, T unit) {
-  return (value + unit - 1) / unit * unit;
-}
+namespace pycompress {
 
 template <class T>
 void append(std::vector<uint8_t>& out, const T* values, size_t count) {

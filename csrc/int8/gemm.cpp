@@ -9,6 +9,7 @@
 #include "../common/check.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "../common/round.h"
 #include "../common/scratch.h"
 #include "kernel_list.h"
 #include "pack.h"
@@ -46,8 +47,6 @@ const Kernel& kernel_for(const Header& header) {
         "excludes; pack the canonical weight again here");
   std::abort();
 }
-
-size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
 
 // The rows that the caller quantized, where they are as this weight needs them.
 const Quantized* quantized_for(const Problem& p, const Header& header) {
@@ -165,8 +164,6 @@ class Worker {
   int64_t row_ = -1;
   int rows_ = 0;
 };
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../common/buffer.h"
 #include "../common/check.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "../common/round.h"
 #include "../common/scratch.h"
 #include "../int8/pack.h"
 #include "../sparse/gemm.h"
@@ -24,22 +24,22 @@ const Kernel* const kKernels[] = {
 #endif
     &kScalar};
 
-constexpr int64_t kBlockK = 512;  // positions at a time; up to here a panel, 32 KiB, passes all rows of a task at once
-constexpr int64_t kGroupBytes = 16 * 1024, kMaxGroup = 8;  // panels that stay in the L1 beside a tile's rows
-constexpr int kStepRows = 18;
+// Positions at a time; up to here a panel, 32 KiB, passes all rows of a task at once.
+constexpr int64_t kBlockK = 512;
+// Panels that stay in the L1 beside a tile's rows, where they are short.
+constexpr int64_t kGroupBytes = 16 * 1024, kMaxGroup = 8;
+constexpr int kStepRows = 18;  // rows of y that are fetched while they are computed
 constexpr int kMinTaskRows = 16, kMaxTaskRows = 64, kTasksPerThread = 4;
-constexpr int64_t kRowUnit = 4;
-constexpr int kCopyRank = 64;
-constexpr uint64_t kStreamBytes =
-    1024 * 1024;  // factors that leave the L2 between two tasks: then a task has many rows
+constexpr int64_t kRowUnit = 4;  // tasks have a multiple of it: the int8 tiles are four rows high
+// Factors that leave the L2 between two tasks: then a task should have many rows.
+constexpr uint64_t kStreamBytes = 1024 * 1024;
+constexpr int kCopyRank = 64;  // from here on a copy of x into rows that do not collide pays
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1e5;
 
 thread_local Scratch scratch;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+using int8::size_of;
 
 const uint8_t* part_of(const uint8_t* packed, const Part& part) {
   return part.bytes == 0 ? nullptr : packed + part.offset;
@@ -80,8 +80,7 @@ class Rows {
     const size_t rows = static_cast<size_t>(max_rows);
     ldt_ = f_.is_float() ? round_up<int64_t>(h_.rank, kPanel) : h_.rank;
     const bool reads_floats = f_.is_float() || h_.residual_kind == Residual::dense;
-    // Rows a multiple of 4 KiB apart fall into the same sets of the L1: they are worth a copy where they are read
-    // often.
+    // Rows a multiple of 4 KiB apart fall into the same sets of the L1.
     const bool collides = p_.ldx % 1024 == 0 && h_.rank >= kCopyRank && !is_few();
     const bool converts = reads_floats && (p_.x_type != Type::float32 || collides);
     ld_floats_ = converts ? round_up<int64_t>(h_.k, kPanel) + kPanel : p_.ldx;

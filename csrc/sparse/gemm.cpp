@@ -22,7 +22,7 @@ const Kernel* const kKernels[] = {
 
 thread_local Scratch scratch;
 
-size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+using int8::size_of;
 
 // One thread's share of a call.
 class Worker {

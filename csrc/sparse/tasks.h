@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "../common/parallel.h"
+#include "../common/round.h"
 #include "gemm.h"
 #include "pack.h"
 
@@ -16,8 +17,6 @@ constexpr int64_t kSumBytes = 256 * 1024;  // sums of one task: they wait in the
 constexpr int64_t kTasksPerThread = 4;
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1e5;
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The narrowest tile that holds `rows`, or the widest one.
 inline int width_for(int64_t rows, const Kernel& kernel, int widest) {

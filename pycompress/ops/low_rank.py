@@ -29,12 +29,8 @@ from pycompress.ops.native import (
 )
 from pycompress.ops.sparse import sparse_dense, sparse_header
 
-RESIDUALS = (
-    "",
-    "dense",
-    "int8",
-    "sparse",
-)  # what stands beside the factors; the native module counts them in this order
+# What stands beside the factors; the native module counts them in this order.
+RESIDUALS = ("", "dense", "int8", "sparse")
 _FACTORS = {32: torch.float32, 8: torch.int8}
 
 # --- low_rank_linear --------------------------------------------------------------------------------------------------

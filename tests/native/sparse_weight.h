@@ -125,8 +125,6 @@ inline bool runs_here(Format format) {
   return int8::kernel_for(format == Format::windows ? int8::Layout::windows : int8::Layout::chains) != nullptr;
 }
 
-inline size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
-
 // Numbers that are hard to round or to put through an activation.
 inline float hard_value(size_t i, std::mt19937& random) {
   constexpr float kHard[] = {0.0f, -0.0f, INFINITY, -INFINITY, 1e30f, -1e30f, 65519.0f, 65520.0f, 1e-8f, -1e-40f};
