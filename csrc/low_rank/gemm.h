@@ -23,7 +23,7 @@
 // has some rows and takes them through both products (int8 factors beside a residual: l too, at 4 n bytes a row).
 //
 // Two products of MKL through torch, interleaved (benchmarks/kernels.py --op low_rank): behind up to 128 rows, even at
-// 512 (1.02 to 1.1 of our time). It is not called: it would need the factors a second time, and the second dispatch.
+// 512 (0.96 to 1.12 of our time). It is not called: it would need the factors a second time, and the second dispatch.
 #pragma once
 
 #include <cstddef>
