@@ -48,14 +48,6 @@ const Kernel& kernel_for(const Header& header) {
   std::abort();
 }
 
-// The rows that the caller quantized, where they are as this weight needs them.
-const Quantized* quantized_for(const Problem& p, const Header& header) {
-  const Quantized* q = p.quantized;
-  const bool fits = q != nullptr && q->shape.k == header.k && q->shape.versions == header.versions &&
-                    q->activation_bits == header.activation_bits;
-  return fits ? q : nullptr;
-}
-
 // One thread's share of a call: it quantizes some rows into its scratch, then multiplies them with panels of weights.
 class Worker {
  public:
@@ -78,7 +70,8 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    if (const Quantized* q = quantized_for(p_, header_)) {
+    const Quantized* q = p_.quantized;
+    if (q != nullptr && q->fits(shape_, header_.activation_bits)) {
       activations_ = q->data + row * shape_.stride();
       scale_ = q->scale + row;
       zero_point_ = q->zero_point + row;

@@ -103,6 +103,9 @@ struct Quantized {
   const uint8_t* data;
   const float* scale;
   const int32_t* zero_point;
+  bool fits(ActivationShape wanted, int bits) const {
+    return shape.k == wanted.k && shape.versions == wanted.versions && activation_bits == bits;
+  }
 };
 
 // A matrix [m, n] that is added before the activation, made as it is needed, in the cache; it has the bias in it.

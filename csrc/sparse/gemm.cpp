@@ -74,8 +74,7 @@ class Worker {
     if (is_float(header_.format)) return kernel_.load(x, p_.x_type, p_.ldx, task.rows, header_.k, task.width, tile_);
     const uint8_t* bytes = bytes_;
     const int8::Quantized* q = p_.quantized;
-    if (q != nullptr && q->shape.k == header_.k && q->shape.versions == 1 &&
-        q->activation_bits == header_.activation_bits) {
+    if (q != nullptr && q->fits(shape(), header_.activation_bits)) {
       bytes = q->data + task.row * shape().stride();
       std::copy_n(q->scale + task.row, task.rows, scale_);
       std::copy_n(q->zero_point + task.row, task.rows, zero_point_);
