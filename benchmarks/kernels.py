@@ -1,5 +1,5 @@
-"""The grids: `python benchmarks/kernels.py` measures int8, `--op sparse` the sparse and `--op low_rank` the
-low-rank layers; prints the table and writes benchmarks/results/<op>.jsonl.
+"""The grids: `python benchmarks/kernels.py` measures int8, `--op int4` int4, `--op sparse` the sparse and
+`--op low_rank` the low-rank layers; prints the table and writes benchmarks/results/<op>.jsonl.
 
 Takes the options of `pycompress bench` (--help lists them).
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from pycompress import cli
 
 RESULTS = Path(__file__).parent / "results"
-GRIDS = {"int8": cli.int8, "sparse": cli.sparse, "low_rank": cli.low_rank}
+GRIDS = {"int8": cli.int8, "int4": cli.int4, "sparse": cli.sparse, "low_rank": cli.low_rank}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""The command line: `pycompress info`, `pycompress bench int8|sparse|low-rank` and `pycompress demo`.
+"""The command line: `pycompress info`, `pycompress bench int8|int4|sparse|low-rank` and `pycompress demo`.
 
 Exit codes: 0 for success, 1 for a failure (such as a validation that found a difference), 2 for wrong usage.
 """
@@ -9,7 +9,6 @@ import json
 import os
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +99,10 @@ def cuda_state() -> str:
     """ "available" with the device's name, or why not."""
     import torch
 
-    if find_spec("pycompress._cuda") is None:
-        return "not available: pycompress was built without CUDA kernels"
-    if torch.version.cuda is None:
-        return "not available: this torch was built without CUDA"
-    if not torch.cuda.is_available():
-        return "not available: torch finds no CUDA device"
-    return f"available: {torch.cuda.get_device_name()}"
+    from pycompress import ops
+
+    why = ops.cuda_error()
+    return f"available: {torch.cuda.get_device_name()}" if why is None else f"not available: {why}"
 
 
 # -------------------------------------------------------------------------------------------------- bench
@@ -192,6 +188,43 @@ def int8(
     write_records(environment, records, output=output, as_json=as_json)
     if not as_json:
         show(environment, int8_table(records), benchmark.summarize_int8(records), missing)
+
+
+@bench.command()
+@grid_options
+@budget_option(20.0)
+@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds, no cold weights.")
+def int4(
+    *,
+    shapes: tuple[tuple[int, int], ...],
+    rows: tuple[int, ...] | None,
+    rounds: int | None,
+    budget: float,
+    quick: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """The int4 layer against dense ones, our int8 and ONNX Runtime's 4 bits, over shapes (k, n) and rows m."""
+    from pycompress import benchmark
+
+    cells = benchmark.int4_cells(
+        shapes or (benchmark.QUICK_SHAPES if quick else benchmark.INT4_SHAPES),
+        rows or (benchmark.QUICK_ROWS if quick else benchmark.GRID_ROWS),
+        cold=not quick,
+    )
+    candidates, missing = benchmark.int4_candidates()
+    environment = benchmark.Environment.collect()
+    found = benchmark.measure_int4(
+        cells,
+        candidates,
+        spinning={} if missing else benchmark.INT4_SPINNING,
+        rounds=rounds or (5 if quick else 11),
+        budget_s=budget,
+    )
+    records = collected(found, "int4", len(cells))
+    write_records(environment, records, output=output, as_json=as_json)
+    if not as_json:
+        show(environment, int4_table(records), benchmark.summarize_int4(records), missing)
 
 
 @bench.command()
@@ -338,7 +371,7 @@ def int8_table(records: Sequence[Record]) -> Table:
     for (m, k, n, weights), found in by_cell(records, "weights").items():
         a7, a8 = found["pycompress_a7"], found["pycompress_a8"]
         table.add_row(
-            f"{m} cold" if weights == "cold" else str(m),
+            _rows(m, weights),
             str(k),
             str(n),
             *(f"{found[name]['gops']:.3g}" if name in found else "" for name in candidates),
@@ -347,6 +380,19 @@ def int8_table(records: Sequence[Record]) -> Table:
             f"{best_ratio(a8, EXACT_PEERS):.2f}x" if measured(a8, EXACT_PEERS) else "",
         )
     return table
+
+
+def _rows(m: int, weights: str) -> str:
+    """What a table calls the rows of a cell."""
+    return f"{m} cold" if weights == "cold" else str(m)
+
+
+def int4_table(records: Sequence[Record]) -> Table:
+    """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
+    from pycompress.benchmark import INT4_SPINNING
+
+    title = "int4 linear, times faster than the best dense fp32 (a7, a8, a16: bits of the activations; groups of 32)"
+    return speedup_table(title, records, tuple(INT4_SPINNING), "pycompress_int4", left_out=("pycompress_",))
 
 
 def by_cell(records: Iterable[Record], *further: str) -> dict[tuple[Any, ...], dict[str, Record]]:
@@ -393,10 +439,12 @@ def speedup_table(
         for part in left_out:
             heading = heading.replace(part, "")
         table.add_column(heading.replace("_", "\n"), justify="right", no_wrap=True)
-    for (m, k, n), found in by_cell(records).items():
+    further_keys = ("weights",) if "weights" in records[0] else ()
+    for (m, k, n, *weights), found in by_cell(records, *further_keys).items():
         share = found[floor_of]["share_of_floor"]
         table.add_row(
-            *(str(size) for size in (m, k, n)),
+            _rows(m, *(weights or ["warm"])),
+            *(str(size) for size in (k, n)),
             f"{max(found[name]['gops'] for name in DENSE_FP32 if name in found):.3g}",
             *(f"{best_ratio(found[name], DENSE_FP32):.2f}" for name in candidates),
             "" if share is None else f"{share:.0%}",

@@ -29,7 +29,7 @@ from torch import nn
 from pycompress import benchmark
 from pycompress.benchmark import Record, UnavailableError
 from pycompress.calibration import Calibration, calibrate
-from pycompress.methods import Int8, LowRank, Sparse
+from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.methods.weight import Method
 from pycompress.model import compress
 from pycompress.storage import load as load_weights
@@ -270,6 +270,8 @@ BASELINE = "torch fp32"
 RECIPES: dict[str, Recipe] = {
     "Int8(activation_bits=8)": Recipe(Int8(activation_bits=8)),
     "Int8(activation_bits=7)": Recipe(Int8(activation_bits=7)),
+    "Int4(group=32)": Recipe(Int4(group=32)),
+    "Int4(group=32), calibrated": Recipe(Int4(group=32), calibrated=True),
     "Sparse(density=0.2)": Recipe(Sparse(density=0.2)),
     "Sparse(pattern='4:16', bits=8)": Recipe(Sparse(pattern="4:16", bits=8)),
     "LowRank(192, bits=8), calibrated": Recipe(LowRank(192, bits=8), calibrated=True),

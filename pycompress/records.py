@@ -18,7 +18,7 @@ class LayerRecord:
 
     Attributes:
         name, kind, shape: dotted name in the model, class of the dense layer, shape of its weight.
-        method: ``int8``, ``sparse``, ``low_rank`` or None where the layer stayed dense; ``reason`` says why then.
+        method: ``int8``, ``int4``, ``sparse``, ``low_rank`` or None where the layer stayed dense; ``reason`` says why then.
         dense_bytes, bytes: parameters before and after.
         error: relative error of the weight, ||W - W'|| / ||W|| (Frobenius).
         dense_us, us: measured time of one call, where ``only_if_faster`` measured it.

@@ -38,7 +38,7 @@ _KINDS: dict[str, Mapping[str, type[CompressedLayer]]] = {
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-    torch.float32: "F32",
+    torch.float32: "F32", torch.bfloat16: "BF16",
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from pycompress import cli, demo
 
-COMMANDS = [[], ["info"], ["bench"], ["bench", "int8"], ["bench", "sparse"], ["bench", "low-rank"], ["demo"]]
+GRIDS = ["int8", "int4", "sparse", "low-rank"]
+COMMANDS = [[], ["info"], ["bench"], *(["bench", name] for name in GRIDS), ["demo"]]
 
 
 def invoke(*arguments: str) -> Result:
@@ -102,6 +103,25 @@ def test_bench_int8_prints_a_table() -> None:
     assert "against the best peer" in result.output
 
 
+def test_bench_int4_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pycompress.benchmark import int4, int8
+
+    for module in (int4, int8):
+        monkeypatch.setattr(module, "l3_bytes", lambda: 1 << 12)
+    result = invoke("bench", "int4", *TINY)
+    assert result.exit_code == 0, result.output
+    assert "int4 linear" in result.output
+    assert "pycompress_int4 against the best dense fp32, m = 1 (1 cell(s))" in result.output
+    assert "pycompress_int4 against the best of our int8, m = 1, cold (1 cell(s))" in result.output
+    rows = [line.split()[:4] for line in result.output.splitlines()]
+    assert ["1", "64", "32"] in [row[:3] for row in rows]
+    assert ["1", "cold", "64", "32"] in rows
+    assert all(len(line) <= cli.WIDTH for line in result.output.split("pycompress_int4 against")[0].splitlines())
+    quick = invoke("bench", "int4", "--shapes", "64x32", "--rows", "1", "--rounds", "1", "--quick")
+    assert quick.exit_code == 0, quick.output
+    assert "cold" not in quick.output
+
+
 def test_bench_sparse_prints_a_table() -> None:
     result = invoke("bench", "sparse", *TINY)
     assert result.exit_code == 0, result.output
@@ -136,7 +156,7 @@ def test_bench_sparse_on_trained_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "32x16" in refused.output
 
 
-@pytest.mark.parametrize("op", ["int8", "sparse", "low_rank"])
+@pytest.mark.parametrize("op", ["int8", "int4", "sparse", "low_rank"])
 def test_bench_json_lines(op: str, tmp_path: Path) -> None:
     output = tmp_path / f"{op}.jsonl"
     result = invoke("bench", op.replace("_", "-"), *TINY, "--json", "--output", str(output))
@@ -152,6 +172,7 @@ def test_bench_json_lines(op: str, tmp_path: Path) -> None:
     ("arguments", "title"),
     [
         ([], "The int8 layer"),
+        (["--op", "int4"], "The int4 layer"),
         (["--op", "sparse"], "The sparse layers"),
         (["--op", "low_rank"], "The low-rank layers"),
     ],
@@ -177,6 +198,8 @@ def test_the_script_of_the_grids(
         (["bench", "int8", "--shapes", "64"], "'64' is not a shape KxN"),
         (["bench", "int8", "--rounds", "0"], "0 is not in the range"),
         (["bench", "int8", "--weights", "normal"], "'normal' is not one of"),
+        (["bench", "int4", "--budget", "-1"], "-1.0 is not in the range"),
+        (["bench", "int4", "--weights", "gaussian"], "No such option"),
         (["bench", "sparse", "--weights", "uniform"], "'uniform' is not one of"),
         (["bench", "sparse", "--budget", "-1"], "-1.0 is not in the range"),
         (["bench", "low-rank", "--weights", "minilm"], "No such option"),

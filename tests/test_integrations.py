@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pycompress as pc
+from pycompress.methods import Method
 from pycompress.methods.int8 import Int8
 from pycompress.model import compressed_layers, is_conv1d
 from pycompress.nn import Int8Linear
@@ -116,6 +117,17 @@ def test_a_trained_minilm_stays_close(
     similar = cosines(embed(result, batches), embed(minilm, batches))
     assert similar.mean() >= least
     assert similar.min() >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("method", "least"), [(pc.Int4(), 0.97), (pc.Int4(activation_bits=16), 0.97), (Int8(activation_bits=16), 0.999)]
+)
+def test_a_trained_minilm_in_4_bits_and_with_weights_alone(
+    method: Method, least: float, minilm: nn.Module, batches: list[dict[str, Tensor]]
+) -> None:
+    result = pc.compress(minilm, method)
+    assert {record.method for record in pc.summary(result).layers} == {method.name}
+    assert cosines(embed(result, batches), embed(minilm, batches)).mean() >= least
 
 
 def test_minilm_is_saved_in_a_quarter(minilm: nn.Module, batches: list[dict[str, Tensor]], tmp_path: Any) -> None:

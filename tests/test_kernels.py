@@ -62,11 +62,14 @@ def check(kernel: str, m: int, n: int, k: int, bits: int, kind: str, top: int = 
         torch.set_num_threads(threads)
 
 
-def test_the_scalar_specification_is_always_there() -> None:
-    names = [kernel["name"] for kernel in AVAILABLE]
-    assert names, "no kernel can run here: this suite would test nothing"
+@pytest.mark.parametrize("op", ["int8", "sparse", "low_rank", "int4", "weight_only"])
+def test_the_scalar_specification_is_always_there(op: str) -> None:
+    kernels = [kernel for kernel in ops.kernels() if kernel["op"] == op]
+    names = [kernel["name"] for kernel in kernels if kernel["available"]]
+    assert names, "no kernel can run here: its suite would test nothing"
+    assert all(min(kernel["mr"], kernel["nr"], kernel["kr"]) >= 1 for kernel in kernels)
     if ops.extension_error() is None:
-        assert names[-1].startswith("scalar")
+        assert names[-1].startswith("scalar") and kernels[-1]["isa"] == "scalar"
 
 
 @pytest.mark.parametrize("bits", [7, 8])

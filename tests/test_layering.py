@@ -122,6 +122,7 @@ def test_one_door_to_the_native_module() -> None:
         if re.search(r"\bimport_module\(.*_C|__import__\(.*_C|from pycompress import _C", path.read_text())
     }
     assert doors | text == {PACKAGE / "ops" / "native.py"}
+    assert {path for path in files() if '"pycompress._cuda"' in path.read_text()} == {PACKAGE / "ops" / "cuda.py"}
 
 
 def test_the_twin_is_used_where_it_is_now() -> None:
@@ -177,14 +178,33 @@ def test_bindings_are_the_only_files_with_python_in_them() -> None:
     assert any("pybind11" in name for path in (CSRC / "bindings").iterdir() for name in includes(path))
 
 
+# What the sources of an op may include of other ops; all may use csrc/common and csrc/cuda.
+BUILDS_ON: dict[str, set[str]] = {
+    "int8": set(),
+    "sparse": {"int8"},
+    "int4": {"int8"},
+    "low_rank": {"int8", "int4", "sparse"},
+    "weight_only": {"int8", "int4", "low_rank"},
+}
+
+
+def test_every_folder_of_sources_has_a_place() -> None:
+    assert {path.name for path in CSRC.iterdir()} == {*BUILDS_ON, "bindings", "common", "cuda", "peak"}
+
+
 def test_common_knows_no_op() -> None:
     for path in (CSRC / "common").iterdir():
-        assert not [name for name in includes(path) if re.search(r"int8|sparse|low_rank|peak|bindings", name)], path
+        assert not [name for name in includes(path) if re.search("|".join([*BUILDS_ON, "peak", "bindings"]), name)], (
+            path
+        )
 
 
-def test_int8_knows_no_op_that_builds_on_it() -> None:
-    for path in (CSRC / "int8").iterdir():
-        assert not [name for name in includes(path) if re.search(r"sparse|low_rank|peak|bindings", name)], path
+@pytest.mark.parametrize("op", BUILDS_ON)
+def test_an_op_knows_only_those_that_it_builds_on(op: str) -> None:
+    others = {*BUILDS_ON, "peak", "bindings"} - {op} - BUILDS_ON[op]
+    for path in (CSRC / op).iterdir():
+        found = {name for name in others if any(f"/{name}/" in file for file in includes(path))}
+        assert not found, f"{path.relative_to(ROOT)} includes files of {found}"
 
 
 @pytest.mark.parametrize("path", INSTRUCTION_SETS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -225,6 +245,8 @@ def test_no_flags_that_change_the_numbers_or_the_processor() -> None:
     ):
         assert flag not in cmake()
     assert "-ffp-contract=off" in cmake()
+    assert "--fmad=false" in cmake()
+    assert not re.search("use_fast_math|ftz=true|prec-(div|sqrt)=false", cmake())
 
 
 def test_the_build_needs_no_torch() -> None:
@@ -309,10 +331,9 @@ def test_vector_instructions_stay_in_their_files(objects: dict[str, Path]) -> No
         if re.search(r"^\s+[0-9a-f]+:\s+v[a-z]", text, re.MULTILINE):  # any instruction in the VEX or EVEX encoding
             found.add("vex")
         assert found <= allowed.get(Path(name).stem.split("_")[0], set()), f"{name} holds {found}"
-    ordinary = {f"csrc/{op}/{name}.cpp" for op in ("int8", "sparse") for name in ("gemm", "pack", "scalar")}
+    ordinary = {f"csrc/{op}/{name}.cpp" for op in BUILDS_ON for name in ("gemm", "pack", "scalar")}
     assert ordinary | {"csrc/common/isa.cpp", "csrc/peak/peak.cpp"} <= set(objects)
-    assert "ymm" in disassembly(objects["csrc/int8/avx2.cpp"])
-    assert "ymm" in disassembly(objects["csrc/sparse/avx2.cpp"])
+    assert all("ymm" in disassembly(objects[f"csrc/{op}/avx2.cpp"]) for op in BUILDS_ON)
     assert "vpdpbusd" in disassembly(objects["csrc/int8/avxvnni.cpp"])
     assert "zmm" in disassembly(objects["csrc/int8/avx512vnni.cpp"])
 

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pycompress as pc
 from pycompress.methods import (
     Dense,
     DenseWeight,
     InputStatistics,
+    Int4,
     Int8,
     LowRank,
     LowRankWeight,
@@ -380,7 +382,17 @@ def test_each_int8_factor_is_what_int8_makes_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "residual", [Int8(), Int8(7, 7), Sparse(0.3), Sparse(0.3, bits=8), Sparse(pattern="2:4"), Dense()]
+    "residual",
+    [
+        Int8(),
+        Int8(7, 7),
+        Int4(),
+        Int4(128, symmetric=True),
+        Sparse(0.3),
+        Sparse(0.3, bits=8),
+        Sparse(pattern="2:4"),
+        Dense(),
+    ],
 )
 @pytest.mark.parametrize("bits", [32, 8])
 def test_the_residual_is_its_methods_of_what_the_factors_leave(residual: Any, bits: int) -> None:
@@ -397,13 +409,45 @@ def test_the_residual_is_its_methods_of_what_the_factors_leave(residual: Any, bi
     assert lost(w, weight) < lost(w, factors)
 
 
+def test_a_residual_is_given_the_inputs_if_it_takes_any() -> None:
+    """GPTQ of what whitened factors leave; by the method itself, and by way of a calibrated model."""
+    w, x = torch.randn(40, 64), correlated(600, 64).float()
+    inputs = statistics(x)
+    moment = inputs.second_moment
+    for method in (free(4, residual=Int4()).with_inputs(inputs), free(4, residual=Int4(), inputs=inputs)):
+        weight, factors = method.compress(w), free(4, inputs=inputs).compress(w)
+        assert torch.equal(weight.down, factors.down)
+        rest = (w.double() - factors.decompress()).float()
+        own, plain = Int4(inputs=inputs).compress(rest), Int4().compress(rest)
+        assert weight.residual is not None
+        assert torch.equal(weight.residual.decompress(), own.decompress())
+        assert lost(rest, own, moment) < 0.8 * lost(rest, plain, moment)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 40))
+    model[0].weight.data = w
+    with pc.calibrate(model) as calibration:
+        model(x)
+    result = pc.compress(model, free(4, residual=Int4()), calibration=calibration)
+    assert lost(w, result[0].canonical(), moment) == pytest.approx(lost(w, weight, moment), rel=1e-2)
+    eight = free(4, residual=Int8())
+    assert torch.equal(
+        eight.with_inputs(inputs).compress(w).residual.decompress(), Int8().compress(rest).decompress()  # type: ignore[union-attr]
+    )  # fmt: skip
+
+
+def test_factors_take_what_4_bits_lose_most_of() -> None:
+    """Few large directions, as SVDQuant has them: without them the range of the rest, and so its rounding, is smaller."""
+    w = 0.1 * torch.randn(96, 128) + torch.randn(96, 4) @ torch.randn(4, 128)
+    for method in (Int4(), Int4(64, symmetric=True)):
+        assert lost(w, free(4, residual=method).compress(w)) < 0.1 * lost(w, method.compress(w))
+
+
 def test_a_dense_residual_leaves_nothing() -> None:
     w = torch.randn(10, 14)
     assert torch.allclose(free(2, residual=Dense()).compress(w).decompress(), w, atol=1e-6)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("residual", [Int8(weight_bits=7), Sparse(0.2), Sparse(0.2, "16x1")])
+@pytest.mark.parametrize("residual", [Int8(weight_bits=7), Int4(64), Sparse(0.2), Sparse(0.2, "16x1")])
 def test_alternations_never_end_worse(residual: Any, calibrated: bool) -> None:
     w = with_spectrum(spectrum("slow", 30), 40, 30).float() + 0.3 * torch.randn(40, 30) * (torch.rand(40, 30) < 0.1)
     inputs = statistics(correlated(500, 30)) if calibrated else None
@@ -451,16 +495,24 @@ def test_the_estimate_is_that_of_the_table() -> None:
     assert break_even.estimated((8, 1), 32) == 0
 
 
-def test_the_guard_counts_the_residual() -> None:
+@pytest.mark.parametrize("residual", [Int8(), Int4()])
+def test_the_guard_counts_the_residual(residual: Any) -> None:
     w = torch.randn(64, 64)
     free_room = break_even.estimated((64, 64), 32)
-    beside = break_even.estimated((64, 64), 32, Int8().compress(w))
+    beside = break_even.estimated((64, 64), 32, residual.compress(w))
     assert 0 < beside < free_room
-    LowRank(beside, residual=Int8()).compress(w)
+    LowRank(beside, residual=residual).compress(w)
     with pytest.raises(
-        Refused, match=rf"rank {beside + 1} beside its int8 residual would not .*: the break-even is rank {beside}"
+        Refused,
+        match=rf"rank {beside + 1} beside its {residual.name} residual would not .*: the break-even is rank {beside}",
     ):
-        LowRank(beside + 1, residual=Int8()).compress(w)
+        LowRank(beside + 1, residual=residual).compress(w)
+
+
+def test_the_guard_knows_which_residuals_are_slow() -> None:
+    w = torch.randn(64, 64)
+    eight, four = (break_even.residual_cost(residual.compress(w)) for residual in (Int8(), Int4()))
+    assert 0 < four < eight < 64 * 64 == break_even.residual_cost(Dense().compress(w))
     with pytest.raises(Refused, match=r"rank 1 beside its dense residual would not .*: no rank is"):
         LowRank(1, residual=Dense()).compress(w)
     with pytest.raises(Refused, match="beside its sparse residual"):
@@ -675,7 +727,7 @@ def test_refuses(method: LowRank, kind: str, reason: str) -> None:
         (
             {"rank": 1, "residual": LowRank(1)},
             ValueError,
-            r"residual is LowRank\(rank=1\), expected Int8, Sparse or Dense",
+            r"residual is LowRank\(rank=1\), expected Int8, Int4, Sparse or Dense",
         ),
         ({"rank": "break-even", "residual": Int8()}, ValueError, "'break-even' beside a residual"),
         ({"rank": 1, "alternations": -1}, ValueError, "alternations is -1"),
@@ -730,7 +782,10 @@ def test_methods_are_values() -> None:
 
 def some_weights() -> dict[str, LowRankWeight]:
     w = torch.randn(9, 14)
-    residuals = {"": None, "int8": Int8(7), "sparse": Sparse(0.3), "sparse8": Sparse(0.3, bits=8), "dense": Dense()}
+    residuals = {
+        "": None, "int8": Int8(7), "int4": Int4(), "int4s": Int4(64, symmetric=True), "sparse": Sparse(0.3),
+        "sparse8": Sparse(0.3, bits=8), "dense": Dense(),
+    }  # fmt: skip
     return {
         f"{bits}{name}": free(4, bits=bits, residual=method).compress(w)
         for bits in (32, 8)
@@ -739,7 +794,12 @@ def some_weights() -> dict[str, LowRankWeight]:
 
 
 @pytest.mark.parametrize(
-    "name", [f"{bits}{residual}" for bits in (32, 8) for residual in ("", "int8", "sparse", "sparse8", "dense")]
+    "name",
+    [
+        f"{bits}{residual}"
+        for bits in (32, 8)
+        for residual in ("", "int8", "int4", "int4s", "sparse", "sparse8", "dense")
+    ],
 )
 def test_the_stored_form_is_all_of_it(name: str) -> None:
     weight = some_weights()[name]
@@ -776,11 +836,16 @@ def test_the_stored_form_is_all_of_it(name: str) -> None:
         ({"extra": 1}, "the settings are .*'extra'"),
         ({"residual": None}, "residual is None, expected a dictionary"),
         ({"residual": []}, r"residual is \[\]"),
-        ({"residual": {}}, "method is None, expected one of int8, sparse, dense"),
+        ({"residual": {}}, "method is None, expected one of int8, int4, sparse, dense"),
         ({"residual": {"method": "low_rank", "rank": 1, "bits": 32}}, "method is 'low_rank'"),
         ({"residual": {"method": ["int8"]}}, r"method is \['int8'\]"),
-        ({"residual": {"method": "int8"}}, "activation_bits is None, expected 7 or 8"),
+        ({"residual": {"method": "int8"}}, "activation_bits is None, expected 7, 8 or 16"),
         ({"residual": {"method": "int8", "activation_bits": 8, "weight_bits": 8, "residual": {}}}, "the settings are"),
+        ({"residual": {"method": "int4", "group": 16, "symmetric": True, "activation_bits": 8}}, "group is 16"),
+        (
+            {"residual": {"method": "int4", "group": 32, "activation_bits": 8}},
+            "symmetric is None, expected True or False",
+        ),
         ({"residual": {"method": "sparse", "bits": 32, "nnz": 127}}, "nnz is 127, expected 0 to 126"),
         ({"residual": {"method": "dense", "nnz": 3}}, "expected none"),
     ],
@@ -825,7 +890,7 @@ def test_hostile_tensors() -> None:
                 with pytest.raises(ValueError, match=f"{key} holds -128, expected integers in"):
                     LowRankWeight.from_tensors((9, 14), {**tensors, key: torch.full_like(tensor, -128)}, rest)
             if key.endswith("scale"):
-                with pytest.raises(ValueError, match="positive finite"):
+                with pytest.raises(ValueError, match=r"positive finite|a scale is not between"):
                     LowRankWeight.from_tensors((9, 14), {**tensors, key: -tensor}, rest)
         assert name
 
@@ -850,6 +915,10 @@ def test_hostile_tensors() -> None:
         (
             (torch.ones(2, 5), torch.ones(4, 2), None, None, None, torch.ones(4, 5)),
             "the residual is Tensor, expected Int8Weight",
+        ),
+        (
+            (torch.ones(2, 5), torch.ones(4, 2), None, None, None, Int4(activation_bits=16).compress(torch.ones(4, 5))),
+            "the residual's activation_bits is 16, expected 8",
         ),
         (
             (torch.ones(2, 5), torch.ones(4, 2), None, None, None, DenseWeight(torch.ones(4, 6))),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import ops
-from pycompress.methods import Int8, LowRankWeight, Sparse
+from pycompress.methods import Int4, Int8, LowRankWeight, Sparse
 from pycompress.methods.dense import Dense
 from pycompress.methods.low_rank import LowRank
 from pycompress.methods.weight import Method
@@ -39,10 +39,12 @@ METHODS = {
     "rank 1": low_rank(1),
     "the whole rank": low_rank(N),
     "float32 + int8": low_rank(residual=Int8()),
+    "float32 + int4": low_rank(residual=Int4()),
     "float32 + sparse": low_rank(residual=Sparse(0.2)),
     "float32 + dense": low_rank(residual=Dense()),
     "float32 + sparse int8": low_rank(residual=Sparse(0.2, bits=8)),
     "int8 + int8": low_rank(bits=8, residual=Int8(activation_bits=7)),
+    "int8 + int4": low_rank(bits=8, residual=Int4(64, symmetric=True)),
     "int8 + sparse int8": low_rank(bits=8, residual=Sparse(0.2, "16x4", bits=8)),
     "int8 + sparse": low_rank(bits=8, residual=Sparse(0.2)),
     "int8 + dense": low_rank(bits=8, residual=Dense()),
@@ -53,6 +55,7 @@ SOME = pytest.mark.parametrize("name", ["float32", "int8 + int8", "float32 + spa
 LABELS = {
     "float32": "low rank 6", "int8": "low rank 6 int8", "the whole rank": "low rank 24", "int8 + dense": "low rank 6 int8 + dense",
     "float32 + int8": "low rank 6 + int8", "float32 + sparse int8": "low rank 6 + sparse",
+    "float32 + int4": "low rank 6 + int4", "int8 + int4": "low rank 6 int8 + int4",
 }  # fmt: skip
 
 
@@ -250,8 +253,8 @@ def test_state_dict_is_canonical(name: str) -> None:
     found, tensors = made.state_dict(), made.canonical().tensors()
     scales = ["down_scale", "up_scale"] if made.bits == 8 else []
     kind = made.residual
-    rest = {"": [], "sparse": ["weight_mask", "weight_values"]}.get(kind, ["weight"])
-    rest += ["weight_scale"] if "scale" in " ".join(tensors).replace("down_scale", "").replace("up_scale", "") else []
+    rest = {"": [], "sparse": ["weight_mask", "weight_values"], "int4": ["weight", "group_scale"]}.get(kind, ["weight"])
+    rest += [one for one in ("weight_scale", "group_zero_point") if f"residual_{one}" in tensors]
     assert list(found) == ["down", "up", *scales, *(f"residual_{one}" for one in rest), "bias"]
     assert equal_states({key: value for key, value in found.items() if key != "bias"}, tensors)
     assert set(nn.Sequential(made).state_dict()) == {f"0.{key}" for key in found}
@@ -274,6 +277,7 @@ def test_state_dict_round_trip(assign: bool, name: str, same: Same) -> None:
     [
         (low_rank(6), low_rank(11)),
         (low_rank(6, 8, Int8()), low_rank(2, 8, Int8())),
+        (low_rank(6, residual=Int4()), low_rank(2, residual=Int4())),
         (low_rank(6, residual=Sparse(0.1)), low_rank(6, residual=Sparse(0.5))),
         (low_rank(3, 8, Sparse(0.5, bits=8)), low_rank(9, 8, Sparse(0.0, bits=8))),
     ],
@@ -352,6 +356,22 @@ def test_the_state_of_another_layer_is_refused(name: str) -> None:
         with pytest.raises(RuntimeError, match=r"down|residual_"):
             target.load_state_dict(other.state_dict())
         assert equal_states(state(target), before)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Int4(64), "residual_group_scale"),  # fewer of them
+        (Int4(symmetric=True), "residual_group_zero_point"),
+        (Int8(), "residual_group_scale"),
+    ],
+)
+def test_another_grid_of_int4_is_refused(other: Method, message: str) -> None:
+    target = layer("float32 + int4")
+    before = state(target)
+    with pytest.raises(RuntimeError, match=message):
+        target.load_state_dict(LowRankLinear.from_dense(nn.Linear(K, N), low_rank(residual=other)).state_dict())
+    assert equal_states(state(target), before)
 
 
 # --- dtypes, devices and modes ------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from onnx.reference import ReferenceEvaluator  # noqa: E402
 import pycompress as pc  # noqa: E402
 import pycompress.onnx  # noqa: E402
 from pycompress import ops, reference  # noqa: E402
-from pycompress.methods import Dense, Int8, LowRank, Method, Sparse  # noqa: E402
+from pycompress.methods import Dense, Int4, Int8, LowRank, Method, Sparse  # noqa: E402
 from pycompress.methods.low_rank_conv import DECOMPOSITIONS, composed  # noqa: E402
 from pycompress.nn import CompressedLayer, LowRankConv2d, LowRankEmbedding, LowRankLinear  # noqa: E402
-from pycompress.onnx import OPSET, lower, session  # noqa: E402
+from pycompress.onnx import BLOCKS_OPSET, OPSET, lower, session  # noqa: E402
 from pycompress.onnx.graph import Graph  # noqa: E402
+from pycompress.validation.checks import check_of  # noqa: E402
 
 Array = npt.NDArray[Any]
 EPS = 2.0**-23
@@ -35,9 +36,12 @@ RESIDUALS: dict[str, Method | None] = {
     "sparse": Sparse(0.3),
     "sparse int8": Sparse(0.3, bits=8),
     "dense": Dense(),
+    "int4": Int4(),
+    "int4 symmetric": Int4(128, symmetric=True),
 }
 INTEGERS = {"int8": ("residual_q", "residual_acc"), "int8 8-bit": ("residual_q", "residual_acc")}
 INTEGERS["sparse int8"] = INTEGERS["int8"]
+INT4 = ["int4", "int4 symmetric"]
 FACTORS = ("t", "down_q", "down_acc", "up_q", "up_acc")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 EACH = pytest.mark.parametrize("residual", RESIDUALS)
@@ -48,8 +52,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "native" and ops.extension_error() is not None:
         pytest.skip("no extension was built")
     if request.param == "twin":
-        for module in (ops.native, ops.int8, ops.sparse, ops.low_rank):
-            monkeypatch.setattr(module, "_C", reference.Native())
+        for module in (ops.native, ops.int8, ops.int4, ops.sparse, ops.low_rank):
+            monkeypatch.setattr(module, "_C", reference.extension)
             monkeypatch.setattr(module, "reads_tensors", False, raising=False)
     return request.param
 
@@ -107,9 +111,11 @@ def equal(a: Array, b: Tensor) -> bool:
 def test_outputs_and_standard_operators(residual: str, bits: int) -> None:
     for activation in ops.ACTIVATIONS:
         model = lower(linear(residual, bits, activation))
-        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+        opset = BLOCKS_OPSET if residual in INT4 else OPSET
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
         assert {node.domain for node in model.graph.node} == {""}
-        expected = ["y", *(FACTORS if bits == 8 else ()), *INTEGERS.get(residual, ())]
+        own = ("residual_q",) if residual in INT4 else INTEGERS.get(residual, ())
+        expected = ["y", *(FACTORS if bits == 8 else ()), *own]
         assert [value.name for value in model.graph.output] == expected
 
 
@@ -161,6 +167,9 @@ def test_float32_factors_within_the_bound(residual: str, bias: bool) -> None:
             beside = pc.nn.LAYERS[weight.residual.name].from_weight(weight.residual)(x).double()
             size, roundings = size + beside.abs(), roundings + 2
         else:
+            if residual in INT4:
+                q, scale, zero_point = ops.int8_quantize(x, 8)
+                x64, roundings = (q.double() - zero_point[:, None]) * scale.double()[:, None], roundings + 2
             dense = weight.residual.decompress().double()
             beside, roundings = x64 @ dense.T, roundings + 257
             size = size + x64.abs() @ dense.abs().T
@@ -264,7 +273,7 @@ def test_linear_layers_pass(residual: str, bits: int, dtype: torch.dtype) -> Non
         )
         report = pc.validate(model, torch.randn(3, 7, 48).to(dtype))
         assert report.ok, str(report)
-        integers = bits == 8 or residual in INTEGERS
+        integers = bits == 8 or residual in INTEGERS or residual in INT4
         exact = bits == 8 and (residual == "none" or residual in INTEGERS)
         for record, smooth in zip(report.layers, (activation == "gelu", False), strict=True):
             assert (record.rows, record.integers_equal) == (21, True if integers else None)
@@ -352,6 +361,8 @@ CORRUPTED: dict[str, tuple[Callable[[], CompressedLayer], str, str]] = {
     "its scale": (lambda: linear("int8"), "residual_weight_scale", "y: native and ONNX Runtime differ"),
     "its scale behind gelu": (lambda: linear("int8", 8, "gelu"), "residual_weight_scale", "y: native and ONNX"),
     "sparse residual": (lambda: linear("sparse"), "residual", "y: native and ONNX Runtime differ"),
+    "int4 residual's scale": (lambda: linear("int4", 8), "residual_weight_scale", "y: native and ONNX Runtime differ"),
+    "int4 residual's rows": (lambda: linear("int4"), "half_amax_255", "residual_q: native and ONNX Runtime differ"),
     "dense residual": (lambda: linear("dense", 8), "residual", "y: native and ONNX Runtime differ"),
     "convolution": (lambda: conv("spatial"), "down", "y: native and ONNX Runtime differ"),
     "core": (lambda: conv("tucker"), "core", "y: ONNX Runtime and NumPy differ"),
@@ -375,6 +386,21 @@ def test_a_changed_constant_is_found(case: str, monkeypatch: pytest.MonkeyPatch)
     assert report.first_divergence == "0"
     assert reason in report.layers[0].reason
     assert "native and NumPy" not in report.layers[0].reason
+
+
+@pytest.mark.parametrize("residual", INT4)
+def test_beside_int4_int8_factors_must_equal_numpy_to_the_bit(residual: str) -> None:
+    """ONNX Runtime's y may lie further off: it adds up in another order."""
+    layer, x = linear(residual, 8, "relu"), torch.randn(9, 48)
+    y = layer(x)
+    reasons = []
+    for wrong in (False, True):
+        check = check_of("layer", layer, session(lower(layer)))
+        largest = (y == y.max()) & wrong
+        check(x, torch.where(largest, torch.nextafter(y, torch.tensor(torch.inf)), y))
+        reasons.append(check.record().reason)
+    assert reasons[0] == ""
+    assert reasons[1].startswith("y: native and NumPy differ in 1 of 297") and "\n" not in reasons[1]
 
 
 @pytest.mark.parametrize("bits", [32, 8])

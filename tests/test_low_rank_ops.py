@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pycompress import ops, reference
+from pycompress.methods.int4 import pack_nibbles
 
 Same = Callable[[Tensor, Tensor], bool]
 Forked = Callable[..., Any]
@@ -22,7 +23,9 @@ EPS = float(torch.finfo(torch.float32).eps)
 # What stands beside the factors; a sparse residual goes by the name of its format.
 FLOAT_RESIDUALS = ["dense", "rows", "panels"]
 INT8_RESIDUALS = ["int8", "quads", "quads4", "windows", "chains"]
-RESIDUALS = ["", *FLOAT_RESIDUALS, *INT8_RESIDUALS]
+INT4_RESIDUALS = {"int4": (32, False), "int4 symmetric": (128, True)}  # group, and whether there are no zero points
+QUANTIZED = [*INT8_RESIDUALS, *INT4_RESIDUALS]
+RESIDUALS = ["", *FLOAT_RESIDUALS, *QUANTIZED]
 KINDS = [(bits, residual) for bits in (32, 8) for residual in RESIDUALS]
 EVERY = pytest.mark.parametrize(("bits", "residual"), KINDS)
 # (n, k, rank): around the tile of 6 rows x 16 channels, the ends of the rank, odd sizes.
@@ -37,8 +40,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "native" and ops.extension_error() is not None:
         pytest.skip("no extension was built")
     if request.param == "twin":
-        for module in (ops.native, ops.int8, ops.sparse, ops.low_rank):
-            monkeypatch.setattr(module, "_C", reference.Native())
+        for module in (ops.native, ops.int8, ops.int4, ops.sparse, ops.low_rank):
+            monkeypatch.setattr(module, "_C", reference.extension)
             monkeypatch.setattr(module, "reads_tensors", False, raising=False)
     return request.param
 
@@ -50,8 +53,9 @@ class Weight(NamedTuple):
     up_scale: Tensor | None
     activation_bits: int
     residual: str  # one of RESIDUALS
-    values: Tensor  # of the residual, float32 or int8 [n, k]; empty where there is none
+    values: Tensor  # of the residual, float32, int8 or (int4) uint8 [n, k]; empty where there is none
     scale: Tensor | None  # of the residual
+    grid: tuple[Tensor, Tensor | None] | None = None  # of int4: bfloat16 scales and uint8 zero points, both [n, groups]
 
     @property
     def residual_bits(self) -> int:
@@ -64,6 +68,8 @@ class Weight(NamedTuple):
             return self.values if self.residual else None
         if self.residual == "int8":
             return ops.int8_pack(self.values, self.residual_bits)
+        if self.grid is not None:
+            return self.packed_int4()
         keep = self.values.numpy() != 0
         mask = torch.from_numpy(np.packbits(keep, axis=1, bitorder="little"))
         values, bits = torch.from_numpy(self.values.numpy()[keep]), 0 if self.scale is None else self.residual_bits
@@ -74,9 +80,17 @@ class Weight(NamedTuple):
                 pytest.skip(str(error))
             raise
 
+    def packed_int4(self, activation_bits: int = 8) -> Tensor:
+        assert self.grid is not None
+        scale, zero_point = self.grid
+        zeros = None if zero_point is None else pack_nibbles(zero_point)
+        group, _ = INT4_RESIDUALS[self.residual]
+        return ops.int4_pack(pack_nibbles(self.values), scale, zeros, self.values.shape[1], group, activation_bits)
+
     @property
     def kind(self) -> str:
-        return self.residual if self.residual in ops.RESIDUALS else "sparse"
+        kind = self.residual.partition(" ")[0]
+        return kind if kind in ops.RESIDUALS else "sparse"
 
     def arguments(self) -> tuple[Any, ...]:
         return (*self[:5], self.kind, self.packed_residual(), self.scale)
@@ -91,7 +105,17 @@ class Weight(NamedTuple):
             return down, up
         return down * self.down_scale.double()[:, None], up * self.up_scale.double()[:, None]
 
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of an int4 residual: float32 and uint8, [n, groups]."""
+        assert self.grid is not None
+        scale, zero_point = self.grid
+        return scale.float(), torch.full_like(scale, 8, dtype=torch.uint8) if zero_point is None else zero_point
+
     def residual64(self) -> Tensor:
+        if self.grid is not None:
+            group, k = INT4_RESIDUALS[self.residual][0], self.values.shape[1]
+            steps, zero = (t.double().repeat_interleave(group, 1)[:, :k] for t in self.steps())
+            return (self.values.double() - zero) * steps
         scale = 1 if self.scale is None else self.scale.double()[:, None]
         return self.values.double() * scale if self.residual else torch.zeros(1, dtype=torch.float64)
 
@@ -111,8 +135,14 @@ def weight(
             return torch.randint(1 - top, top, (rows, columns)).to(torch.int8 if int8 else torch.float32)
         return torch.randn(rows, columns)
 
-    values, scale = torch.empty(0), None
-    if residual:
+    values, scale, grid = torch.empty(0), None, None
+    if residual in INT4_RESIDUALS:
+        group, symmetric = INT4_RESIDUALS[residual]
+        groups = -(-k // group)
+        values = torch.randint(16, (n, k), dtype=torch.uint8)
+        zero_point = None if symmetric else torch.randint(16, (n, groups), dtype=torch.uint8)
+        grid = (torch.rand(n, groups) * 0.1 + 0.01).bfloat16(), zero_point
+    elif residual:
         values = matrix(n, k, residual in INT8_RESIDUALS)
         scale = scales(n) if residual in INT8_RESIDUALS else None
         if residual == "windows":
@@ -123,8 +153,8 @@ def weight(
             values = values * keep.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[:n, :k]
     down, up = matrix(rank, k, bits == 8), matrix(n, rank, bits == 8)
     if bits == 32:
-        return Weight(down, up, None, None, 0, residual, values, scale)
-    return Weight(down, up, scales(rank), scales(n), activation_bits, residual, values, scale)
+        return Weight(down, up, None, None, 0, residual, values, scale, grid)
+    return Weight(down, up, scales(rank), scales(n), activation_bits, residual, values, scale, grid)
 
 
 def gamma(count: int) -> float:
@@ -158,9 +188,12 @@ def int8_part(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
 
 
 def integer_residual(x: Tensor, w: Weight) -> Tensor:
-    """What an int8 residual adds, to the bit."""
-    assert w.scale is not None
+    """What an int8 or int4 residual adds, to the bit."""
     rows, values = x.float().contiguous().numpy(), w.values.numpy()
+    if w.grid is not None:
+        steps, zero_point = (t.numpy() for t in w.steps())
+        return torch.from_numpy(reference.int4.linear(rows, values, steps, zero_point, INT4_RESIDUALS[w.residual][0]))
+    assert w.scale is not None
     return torch.from_numpy(reference.int8.linear(rows, values, w.scale.numpy(), activation_bits=w.residual_bits))
 
 
@@ -176,7 +209,7 @@ def check_result(y: Tensor, x: Tensor, w: Weight, bias: Tensor | None, message: 
         assert ((y - (added + low)).abs() <= bound + w.values.shape[1] * 2.0**-149).all(), message
         return
     exact, bound = float_part(x, w, bias)
-    if w.residual in INT8_RESIDUALS:
+    if w.residual in QUANTIZED:
         exact = exact + integer_residual(x, w)
         bound = bound + EPS * (exact.abs() + bound)
     assert ((y - exact).abs() <= bound).all(), message
@@ -240,7 +273,7 @@ def test_float32_is_exact_where_it_can_be(residual: str) -> None:
             x = torch.randint(-4, 5, (m, k)).float()
             expected = x @ w.down.T @ w.up.T + bias
             if w.residual:
-                expected += integer_residual(x, w) if w.scale is not None else x @ w.values.T
+                expected += integer_residual(x, w) if w.residual in QUANTIZED else x @ w.values.T
             assert torch.equal(ops.low_rank_linear(x, packed, n, bias), expected), (m, n, k, rank)
 
 
@@ -255,7 +288,7 @@ def test_long_rows_and_extreme_values(bits: int, residual: str) -> None:
 
 
 @pytest.mark.parametrize("activation_bits", [7, 8])
-@pytest.mark.parametrize("residual", ["", "int8", "quads"])
+@pytest.mark.parametrize("residual", ["", "int8", "quads", "int4", "int4 symmetric"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_int8_factors_are_two_int8_linears(activation_bits: int, residual: str, dtype: torch.dtype, same: Same) -> None:
     """To the bit, with the activation and the rounding to x's dtype."""
@@ -266,6 +299,19 @@ def test_int8_factors_are_two_int8_linears(activation_bits: int, residual: str, 
     v = int8_part(x, w, bias) + (integer_residual(x, w) if residual else 0)
     assert same(ops.low_rank_linear(x, w.pack(), n, bias), v.to(dtype))
     assert same(ops.low_rank_linear(x, w.pack(), n, bias, "relu"), v.clamp(min=0).to(dtype))
+
+
+@pytest.mark.parametrize("residual", INT4_RESIDUALS)
+@pytest.mark.parametrize("activation_bits", [7, 8])
+def test_beside_int4_int8_factors_are_the_sum_of_two_ops(activation_bits: int, residual: str) -> None:
+    """Whether both quantize x alike (8 bits), which is then done once, or not."""
+    for n, k, rank in [*SIZES, (20, 300, 8)]:
+        w, bias = weight(n, k, rank, 8, residual, activation_bits=activation_bits), torch.randn(n)
+        factors = w._replace(residual="", grid=None).pack()
+        for m in ROWS:
+            x = torch.randn(m, k) + 3
+            both = ops.int4_linear(x, w.packed_int4(), n) + ops.low_rank_linear(x, factors, n, bias)
+            assert torch.equal(ops.low_rank_linear(x, w.pack(), n, bias), both), (m, n, k, rank)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -296,7 +342,7 @@ def test_a_row_with_nan_or_inf_touches_no_other(bits: int, residual: str) -> Non
         y = ops.low_rank_linear(x, packed, n)
         others = [row for row in range(m) if row not in bad]
         assert torch.equal(y[others], clean[others])
-        if bits == 8 or residual in INT8_RESIDUALS:
+        if bits == 8 or residual in QUANTIZED:
             assert y[bad].isnan().all()
         else:
             assert not y[bad].isfinite().any(), "every output has a weight for each input"
@@ -389,7 +435,10 @@ def test_every_thread_count_gives_the_same_bits(bits: int, residual: str, same: 
 # --- torch's own checks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "residual"), [(32, ""), (32, "dense"), (32, "rows"), (8, "int8"), (8, "quads")])
+@pytest.mark.parametrize(
+    ("bits", "residual"),
+    [(32, ""), (32, "dense"), (32, "rows"), (32, "int4"), (8, "int8"), (8, "quads"), (8, "int4 symmetric")],
+)
 def test_opcheck(bits: int, residual: str) -> None:
     w, bias = weight(24, 20, 6, bits, residual), torch.randn(24)
     packed, found = w.pack(), torch.ops.pycompress
@@ -504,6 +553,7 @@ def test_weights_that_pack_refuses(case: str) -> None:
 def test_packed_residuals_that_pack_refuses() -> None:
     w = weight(24, 20, 6, residual="int8")
     sparse, other = weight(24, 20, 6, residual="rows").packed_residual(), weight(24, 21, 6, residual="int8")
+    int4, wider = weight(24, 20, 6, residual="int4"), weight(24, 21, 6, residual="int4")
     for kind, residual, scale, message in (
         ("int8", w.packed_residual(), None, r"residual_scale is None, expected float32 \[24\] for int8 values"),
         ("int8", w.packed_residual(), torch.ones(20), r"residual_scale is \[20\], expected \[24\]"),
@@ -511,6 +561,11 @@ def test_packed_residuals_that_pack_refuses() -> None:
         ("int8", sparse, w.scale, "packed int8 weight"),
         ("sparse", w.packed_residual(), w.scale, "packed sparse weight"),
         ("sparse", sparse, w.scale, "residual_scale is .*, expected None without int8 values"),
+        ("int4", int4.packed_int4(), w.scale, "residual_scale is .*, expected None without int8 values"),
+        ("int4", wider.packed_int4(), None, "the residual is 24x21, expected 24x20"),
+        ("int4", int4.packed_int4(16), None, "the residual's activation_bits is 16, expected 8"),
+        ("int4", w.packed_residual(), None, "packed int4 weight"),
+        ("int8", int4.packed_int4(), w.scale, "packed int8 weight"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.low_rank_pack(w.down, w.up, None, None, 0, kind, residual, scale)

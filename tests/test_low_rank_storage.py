@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import pycompress as pc
-from pycompress.methods import Int8, Sparse
+from pycompress.methods import Int4, Int8, Sparse
 from pycompress.methods.dense import Dense
 from pycompress.methods.low_rank import LowRank
 from pycompress.methods.weight import Method
@@ -36,7 +36,8 @@ def low_rank(rank: int, bits: int = 32, residual: Method | None = None, **option
 METHODS = [
     low_rank(5), low_rank(16), low_rank(5, 8), low_rank(5, residual=Int8()), low_rank(1, residual=Sparse(0.3)),
     low_rank(5, residual=Dense()), low_rank(5, 8, Sparse(0.3, bits=8), activation_bits=8), low_rank(3, 8, Int8(7, 7)),
-    low_rank(3, 8, Dense()), low_rank(3, residual=Sparse(0.0)),
+    low_rank(3, 8, Dense()), low_rank(3, residual=Sparse(0.0)), low_rank(5, residual=Int4()),
+    low_rank(3, 8, Int4(64, symmetric=True), activation_bits=8),
 ]  # fmt: skip
 
 
@@ -217,6 +218,7 @@ def nested(value: Any) -> Callable[[Plan], None]:
     return edit("0", "residual", value=value)
 
 
+FOUR = {"method": "int4", "group": 32, "symmetric": True, "activation_bits": 8}
 DEEP: dict[str, Any] = {"method": "low_rank", "rank": 2, "bits": 32, "residual": {"method": "dense"}}
 SPARSE = {"method": "sparse", "bits": 32, "nnz": 192}
 PLANS: dict[str, tuple[Callable[[Plan], None], str]] = {
@@ -248,10 +250,12 @@ PLANS: dict[str, tuple[Callable[[Plan], None], str]] = {
     "residual without bits": (nested({"method": "int8"}), "layer 0: .*activation_bits is None"),
     "the residual's bits": (edit("0", "residual", "activation_bits", value=9), "layer 0: .*activation_bits is 9"),
     "the residual's nnz": (edit("2", "residual", "nnz", value=191), r"2.residual_weight_values is F32 \[192\]"),
+    "int4 of another group": (nested({**FOUR, "group": 48}), "layer 0: .*group is 48, expected one of 32, 64, 128"),
+    "int4 of integers": (nested(FOUR), r"0.residual_weight is I8 \[32, 16\], expected U8 \[32, 8\]"),
     "nnz beyond the weight": (edit("2", "residual", "nnz", value=769), "layer 2: .*nnz is 769"),
     "the other residual": (nested(SPARSE), "the tensor 0.residual_weight_mask is missing"),
     "method int8": (edit("0", "method", value="int8"), "layer 0: .*weight_bits is None|layer 0: .*settings"),
-    "method dense": (edit("0", "method", value="dense"), "method is 'dense', expected 'int8' or 'low_rank' or 'sparse'"),
+    "method dense": (edit("0", "method", value="dense"), "method is 'dense', expected 'int4' or 'int8' or 'low_rank' or 'sparse'"),
     "shape transposed": (edit("0", "shape", value=[16, 32]), r"\[32, 16\].*in the model, \[16, 32\]"),
     "shape huge": (edit("0", "shape", value=[2**70, 2**70]), "load: "),
     "an embedding": (edit("2", "embedding", value=True), "layer 2: embedding is True, bias True"),
@@ -331,6 +335,40 @@ def test_hostile_tensors(case: str, path: Path, snapshot: Snapshot) -> None:
     change(tensors)
     write(path, tensors, plan)
     refused(path, message, snapshot)
+
+
+INT4: dict[str, tuple[Callable[[Tensors, Plan], object], str]] = {
+    "activations of 16 bits": (
+        lambda _, plan: edit("0", "residual", "activation_bits", value=16)(plan),
+        "layer 0: .*the residual's activation_bits is 16, expected 8",
+    ),
+    "without zero points": (
+        lambda _, plan: edit("0", "residual", "symmetric", value=True)(plan), "no tensor '0.residual_group_zero_point'",
+    ),
+    "larger groups": (
+        lambda _, plan: edit("2", "residual", "group", value=64)(plan), r"residual_group_scale is BF16 \[24, 2\]",
+    ),
+    "a scale of zero": (
+        lambda tensors, _: patch("2.residual_group_scale", 3, 0.0)(tensors), "layer 2: .*a scale is not between",
+    ),
+    "scales in float32": (
+        lambda tensors, _: put("0.residual_group_scale", lambda t: t.float())(tensors), "residual_group_scale is F32",
+    ),
+    "no scale": (
+        lambda tensors, _: remove("0.residual_group_scale")(tensors), "the tensor 0.residual_group_scale is missing",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INT4)
+def test_hostile_residuals_in_int4(case: str, path: Path, snapshot: Snapshot) -> None:
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(48, 24))
+    model = pc.compress(dense, low_rank(4, residual=Int4()))
+    tensors, plan = pieces(path, model)
+    change, message = INT4[case]
+    change(tensors, plan)
+    write(path, tensors, plan)
+    refused(path, message, snapshot, dense, model)
 
 
 def test_layers_of_another_kind(path: Path, snapshot: Snapshot) -> None:

@@ -158,11 +158,30 @@ def test_empty_weights_compress_to_empty_ones(shape: tuple[int, int]) -> None:
     assert weight.decompress().shape == shape
 
 
-@pytest.mark.parametrize("field", ["activation_bits", "weight_bits"])
-@pytest.mark.parametrize("bits", [0, 4, 6, 9, 16, -8, 8.0, None, "8"])
-def test_number_of_bits(field: str, bits: object) -> None:
-    with pytest.raises(ValueError, match=f"{field} is {bits!r}, expected 7 or 8"):
+@pytest.mark.parametrize(("field", "expected"), [("activation_bits", "7, 8 or 16"), ("weight_bits", "7 or 8")])
+@pytest.mark.parametrize("bits", [0, 4, 6, 9, 32, -8, 8.0, 16.0, True, None, "8"])
+def test_number_of_bits(field: str, expected: str, bits: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} is {bits!r}, expected {expected}"):
         Int8(**{field: bits})
+    settings = {"activation_bits": 8, "weight_bits": 8, field: bits}
+    with pytest.raises(ValueError, match=f"Int8Weight: {field} is {bits!r}, expected {expected}"):
+        Int8Weight.expected((2, 3), settings)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_weight_only(bits: int) -> None:
+    """Activations in floating point: the integers of 7-bit activations, which leave every row the whole range."""
+    w = torch.rand(16, 300) - 0.5
+    weight, seven = Int8(16, bits).compress(w), Int8(7, bits).compress(w)
+    assert weight.activation_bits == 16
+    assert torch.equal(weight.values, seven.values)
+    assert torch.equal(weight.scale, seven.scale)
+    settings = weight.settings()
+    assert settings == {"activation_bits": 16, "weight_bits": bits}
+    again = Int8Weight.from_tensors((16, 300), weight.tensors(), settings)
+    assert torch.equal(again.decompress(), weight.decompress())
+    with pytest.raises(ValueError, match="weight_bits is 16"):
+        Int8(weight_bits=16)
 
 
 def test_method_is_a_value() -> None:

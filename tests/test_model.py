@@ -104,7 +104,7 @@ def test_plans_that_fit_nothing(plan: Any, message: str, snapshot: Snapshot) -> 
 
 
 class Unknown:
-    name = "int4"
+    name = "int3"
 
     def compress(self, weight: Tensor) -> Any:
         raise AssertionError("no layer could take its weights")

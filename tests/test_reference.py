@@ -31,8 +31,8 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(call: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            for module in (ops.native, ops.int8, ops.sparse, ops.low_rank):
-                patch.setattr(module, "_C", reference.Native())
+            for module in (ops.native, ops.int8, ops.int4, ops.sparse, ops.low_rank):
+                patch.setattr(module, "_C", reference.extension)
                 patch.setattr(module, "reads_tensors", False, raising=False)
             return call()
 
@@ -122,6 +122,7 @@ def test_same_errors(twin: Callable[..., Any]) -> None:
             message(lambda: ops.int8_quantize(torch.ones(2, 3), 9)),
             message(lambda: ops.int8_pack(values, 8, "avx9")),
             *low_rank_messages(),
+            *int4_messages(),
         ]
 
     def low_rank_messages() -> list[str]:
@@ -137,6 +138,21 @@ def test_same_errors(twin: Callable[..., Any]) -> None:
             message(lambda: ops.low_rank_pack(torch.ones(2, 65537), up)),
             message(lambda: ops.low_rank_pack(down, up, None, None, 0, "sparse", sparse, scale)),
         ]
+
+    def int4_messages() -> list[str]:
+        packed = ops.int4_pack(torch.zeros(3, 2).byte(), torch.ones(3, 1).bfloat16(), None, 4, 32, 8)
+        none = torch.zeros(0, 2).byte(), torch.ones(0, 1).bfloat16(), None, 4, 32, 8
+        return [
+            message(lambda: ops.int4_linear(torch.ones(2, 5), packed, 3)),
+            message(lambda: ops.int4_linear(torch.ones(2, 4), packed, 4)),
+            message(lambda: ops.int4_pack(torch.zeros(3, 2).byte(), torch.ones(3, 1).bfloat16(), None, 4, 32, 7)),
+            message(lambda: ops.int4_pack(*none)),
+            message(lambda: ops.int4_header(packed[1:].clone())),
+            message(lambda: ops.int8_linear(torch.ones(2, 5), ops.int8_pack(values, 16), torch.ones(3))),
+            message(lambda: ops.low_rank_pack(
+                torch.ones(2, 4), torch.ones(3, 2), None, None, 0, "int8", ops.int8_pack(values, 16), torch.ones(3)
+            )),
+        ]  # fmt: skip
 
     assert twin(messages) == messages()
 
@@ -220,7 +236,7 @@ def test_fma_rounds_once() -> None:
     cases[1500:1600] *= np.float32(1e-30)  # subnormal sums
     for a, b, c in cases:
         exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
-        assert reference.sparse.fma(a, b, c) == rounded(exact), (a, b, c)
+        assert reference.chain.fma(a, b, c) == rounded(exact), (a, b, c)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -231,13 +247,13 @@ def test_fma_where_two_roundings_differ_from_one(sign: int, tail: float) -> None
     middle = Fraction(float(one)) ** 2  # 1 + 2^-11 + 2^-24
     addend = np.float32(tail)
     expected = rounded(sign * (middle + Fraction(float(addend))))
-    assert reference.sparse.fma(one * sign, one, addend * sign) == expected
+    assert reference.chain.fma(one * sign, one, addend * sign) == expected
     naive = np.float32(np.float64(one * sign) * np.float64(one) + np.float64(addend * sign))
     assert (naive != expected) == (tail > 0), "the case is one that float64 alone gets wrong"
 
 
 def test_fma_of_zeros_infinities_and_nan() -> None:
-    f32, fma = np.float32, reference.sparse.fma
+    f32, fma = np.float32, reference.chain.fma
     big, zero = np.finfo(np.float32).max, f32(0)
     assert fma(big, big, zero) == math.inf and fma(big, -big, zero) == -math.inf
     assert fma(big, f32(1), big * f32(2.0**-25)) == big, "half a step is not reached"
@@ -263,7 +279,7 @@ def test_sparse_accumulate_is_the_chain(k: int) -> None:
     for i in range(4):
         for j in range(11):
             for p in np.flatnonzero(dense[j]):
-                expected[i, j] = reference.sparse.fma(x[i, p], dense[j, p], expected[i, j])
+                expected[i, j] = reference.chain.fma(x[i, p], dense[j, p], expected[i, j])
     acc = reference.sparse.accumulate(x, mask, values)
     np.testing.assert_array_equal(acc, expected)
     bias = np.arange(11, dtype=np.float32)
@@ -294,8 +310,8 @@ def test_low_rank_product_is_the_chain() -> None:
     for i in range(4):
         for j in range(7):
             for p in range(19):
-                expected[i, j] = reference.sparse.fma(x[i, p], weight[j, p], expected[i, j])
-    product = reference.low_rank.product
+                expected[i, j] = reference.chain.fma(x[i, p], weight[j, p], expected[i, j])
+    product = reference.chain.product
     np.testing.assert_array_equal(product(x, weight, start), expected)
     half = product(x[:, :8].copy(), weight[:, :8].copy(), start)
     np.testing.assert_array_equal(product(x[:, 8:].copy(), weight[:, 8:].copy(), half), expected)
@@ -312,8 +328,8 @@ def test_low_rank_steps(with_bias: bool) -> None:
     low_rank = reference.low_rank
     down, up = rng.standard_normal((3, 12), np.float32), rng.standard_normal((7, 3), np.float32)
     t = low_rank.intermediate(x, down, nothing)
-    np.testing.assert_array_equal(t, low_rank.product(x, down, np.zeros((5, 3), np.float32)))
-    np.testing.assert_array_equal(low_rank.expand(t, up, nothing, bias), low_rank.product(t, up, first))
+    np.testing.assert_array_equal(t, reference.chain.product(x, down, np.zeros((5, 3), np.float32)))
+    np.testing.assert_array_equal(low_rank.expand(t, up, nothing, bias), reference.chain.product(t, up, first))
     for bits in (7, 8):
         down, up = (rng.integers(-127, 128, shape, np.int8) for shape in ((3, 12), (7, 3)))
         scales = rng.random(3, np.float32), rng.random(7, np.float32)
@@ -337,7 +353,80 @@ def test_many_rows_have_the_bits_of_the_chains(rows_of_x: int, twin: Callable[..
     assert all(same(got, expected) for got, expected in zip(twin(run), run(), strict=True))
 
 
-# The kernels against the twin, and both against float64 and int64: test_sparse_ops and test_low_rank_ops.
+# --- int4 and weight-only -----------------------------------------------------------------------------------------------
+
+
+@native
+@pytest.mark.parametrize("k", [1, 33, 128, 1057])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_int4_has_the_bits_of_the_kernels(k: int, dtype: torch.dtype, twin: Callable[..., Any], same: Same) -> None:
+    groups, x = -(-k // 64), rows(k).to(dtype)
+    values = torch.randint(0, 256, (21, -(-k // 2)), dtype=torch.uint8)
+    values[:, -1] &= 0x0F if k % 2 else 0xFF
+    scale, zeros = (torch.rand(21, groups) + 0.01).bfloat16(), torch.randint(0, 256, (21, -(-groups // 2))).byte()
+    zeros[:, -1] &= 0x0F if groups % 2 else 0xFF
+    bias = torch.randn(21)
+
+    def run() -> list[Tensor]:
+        packed = ops.int4_pack(values, scale, zeros, k, 64, 8)
+        linears = [ops.int4_linear(x[:m], packed, 21, bias, "relu") for m in (1, len(x))]
+        return [ops.int4_dense(packed, 21, k), *linears]
+
+    for got, expected in zip(twin(run), run(), strict=True):
+        nan = expected.isnan()  # the sign of a NaN is left to the processor
+        assert torch.equal(got.isnan(), nan)
+        assert same(got[~nan], expected[~nan])
+
+
+def test_int4_nibbles_and_zero_points() -> None:
+    packed = np.array([[0x21, 0x43], [0x65, 0x07]], np.uint8)
+    np.testing.assert_array_equal(reference.int4.unpack_nibbles(packed, 4), [[1, 2, 3, 4], [5, 6, 7, 0]])
+    np.testing.assert_array_equal(reference.int4.unpack_nibbles(packed, 3), [[1, 2, 3], [5, 6, 7]])
+    np.testing.assert_array_equal(reference.int4.zero_points(packed, 2, 3), [[1, 2, 3], [5, 6, 7]])
+    np.testing.assert_array_equal(reference.int4.zero_points(None, 2, 3), np.full((2, 3), 8))
+
+
+def test_int4_steps() -> None:
+    """Each against one line of NumPy; the fused multiply-adds against fma, which the fractions have proven."""
+    rng = np.random.default_rng(4)
+    m, n, k, group = 3, 5, 70, 32
+    x, values = rng.standard_normal((m, k), np.float32), rng.integers(0, 16, (n, k), np.uint8)
+    scale, zeros = rng.random((n, 3), np.float32), rng.integers(0, 16, (n, 3), np.uint8)
+    q, row_scale, row_zero = reference.int8.quantize(x, 255)
+    v = reference.int4.accumulate(q, values, scale, zeros, group)
+    for i in range(m):
+        for j in range(n):
+            expected = np.float32(0)
+            for g in range(3):
+                here = slice(g * group, (g + 1) * group)
+                t = (q[i, here].astype(np.int64) * (values[j, here].astype(np.int64) - int(zeros[j, g]))).sum()
+                assert reference.int4.dots(q, values[j], zeros[j], group)[i, g] == t
+                expected = reference.chain.fma(np.float32(t), scale[j, g], expected)
+            assert v[i, j] == expected
+    bias, linear = rng.standard_normal(n, np.float32), reference.int4.linear
+    offset = reference.int4.accumulate(np.ones((1, k), np.uint8), values, scale, zeros, group)[0]
+    u = [[reference.chain.fma(-np.float32(row_zero[i]), offset[j], v[i, j]) for j in range(n)] for i in range(m)]
+    expected = np.array(u, np.float32) * row_scale[:, None] + bias
+    np.testing.assert_array_equal(linear(x, values, scale, zeros, group, bias), expected)
+    dense = reference.int4.decompress(values, scale, zeros, group)
+    spread = np.repeat(np.arange(3), group)[:k]
+    np.testing.assert_array_equal(dense, (values - zeros[:, spread].astype(np.float32)) * scale[:, spread])
+    np.testing.assert_array_equal(
+        linear(x, values, scale, zeros, group, bias, activation_bits=16, code=1),
+        np.maximum(reference.chain.product(x, dense, np.zeros((m, n), np.float32)) + bias, 0),
+    )
+
+
+def test_weight_only_steps() -> None:
+    rng = np.random.default_rng(5)
+    x, values = rng.standard_normal((4, 9), np.float32), rng.integers(-127, 128, (6, 9)).astype(np.float32)
+    scale, bias = rng.random(6, np.float32), rng.standard_normal(6, np.float32)
+    sums, linear = reference.chain.product(x, values, np.zeros((4, 6), np.float32)), reference.weight_only.linear
+    np.testing.assert_array_equal(linear(x, values), sums)
+    np.testing.assert_array_equal(linear(x, values, bias, scale=scale), sums * scale + bias)
+
+
+# The kernels against the twin, and both against float64 and int64: test_sparse_ops, test_low_rank_ops and test_int4_ops.
 
 
 # --- without the extension ----------------------------------------------------------------------------------------------
@@ -348,12 +437,12 @@ from torch import nn
 import pycompress as pc
 from pycompress import ops
 from pycompress.methods.low_rank import LowRank
-from pycompress.nn import Int8Linear, LowRankLinear, SparseLinear
+from pycompress.nn import Int4Linear, Int8Linear, LowRankLinear, SparseLinear
 
 reason = ops.extension_error()
 assert reason and "_C" in reason, reason
 found = {kernel["op"]: kernel["name"] for kernel in ops.kernels() if kernel["available"]}
-assert found == {"int8": "numba", "low_rank": "numba", "sparse": "numba"}, found
+assert found == dict.fromkeys(("int4", "int8", "low_rank", "sparse", "weight_only"), "numba"), found
 case = torch.load(sys.argv[1])
 packed = ops.int8_pack(case["values"], 8)
 assert torch.equal(ops.int8_unpack(packed), case["values"])
@@ -373,6 +462,8 @@ for kind, method in (
     (SparseLinear, pc.Sparse(density=0.3)), (SparseLinear, pc.Sparse(density=0.3, bits=8)),
     (SparseLinear, pc.Sparse(pattern="2:4", bits=8, activation_bits=8)), (LowRankLinear, LowRank(**thin)),
     (LowRankLinear, LowRank(**thin, residual=pc.Int8())), (LowRankLinear, LowRank(**thin, bits=8, residual=pc.Sparse(0.3))),
+    (Int4Linear, pc.Int4()), (Int4Linear, pc.Int4(64, symmetric=True, activation_bits=16)),
+    (Int8Linear, pc.Int8(activation_bits=16)),
 ):
     layer = kind.from_dense(nn.Linear(40, 24), method, "relu")
     y = layer(torch.randn(2, 3, 40))

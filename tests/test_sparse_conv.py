@@ -43,7 +43,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("no extension was built")
     if request.param == "twin":
         for module in (ops.native, ops.int8, ops.sparse):
-            monkeypatch.setattr(module, "_C", reference.Native())
+            monkeypatch.setattr(module, "_C", reference.extension)
             monkeypatch.setattr(module, "reads_tensors", False, raising=False)
     return request.param
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from pycompress import ops
-from pycompress.methods import Int8, Int8Weight, LowRankWeight, Sparse, SparseWeight
-from pycompress.nn import LAYERS, CompressedLinear, Int8Linear, LowRankLinear, SparseLinear
+from pycompress.methods import Int4Weight, Int8, Int8Weight, LowRankWeight, Sparse, SparseWeight
+from pycompress.nn import LAYERS, CompressedLinear, Int4Linear, Int8Linear, LowRankLinear, SparseLinear
 
 Forked = Callable[..., Any]
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -166,8 +166,8 @@ def test_weights_of_another_kind_are_refused() -> None:
 
 
 def test_one_kind_of_layer_for_each_method() -> None:
-    assert {"int8": Int8Linear, "low_rank": LowRankLinear, "sparse": SparseLinear} == LAYERS
-    types = {"int8": Int8Weight, "low_rank": LowRankWeight, "sparse": SparseWeight}
+    assert {"int4": Int4Linear, "int8": Int8Linear, "low_rank": LowRankLinear, "sparse": SparseLinear} == LAYERS
+    types = {"int4": Int4Weight, "int8": Int8Weight, "low_rank": LowRankWeight, "sparse": SparseWeight}
     assert {name: kind.weight_type for name, kind in LAYERS.items()} == types
     for name, kind in LAYERS.items():
         assert issubclass(kind, CompressedLinear)

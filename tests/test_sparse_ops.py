@@ -30,7 +30,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("no extension was built")
     if request.param == "twin":
         for module in (ops.native, ops.int8, ops.sparse):
-            monkeypatch.setattr(module, "_C", reference.Native())
+            monkeypatch.setattr(module, "_C", reference.extension)
             monkeypatch.setattr(module, "reads_tensors", False, raising=False)
     return request.param
 
@@ -147,8 +147,8 @@ def test_the_format_that_is_chosen(bits: int, pattern: str) -> None:
 
 
 def test_the_names_of_the_formats() -> None:
-    assert tuple(BITS) == ops.SPARSE_FORMATS == tuple(reference.native.SPARSE_FORMATS)
-    assert reference.native.SPARSE_FORMATS == BITS
+    assert tuple(BITS) == ops.SPARSE_FORMATS == tuple(reference.extension.SPARSE_FORMATS)
+    assert reference.extension.SPARSE_FORMATS == BITS
 
 
 @pytest.mark.parametrize("layout", ["rows", "quads"])

@@ -467,7 +467,7 @@ PLANS: dict[str, tuple[Callable[[Plan], None], str]] = {
     "an identity in the place of a dense layer": (edit("identities", value=["1", "4"]), "load: "),
     "an identity in the place of an int8 layer": (edit("identities", value=["1", "0"]), "load: "),
     "an identity in the place of a norm": (edit("identities", value=["1", "3"]), "load: "),
-    "method unknown": (edit("layers", "0", "method", value="int4"), "method is 'int4', expected 'int8'"),
+    "method unknown": (edit("layers", "0", "method", value="int3"), "method is 'int3', expected 'int4' or 'int8'"),
     "method missing": (drop("layers", "0", "method"), "method is None"),
     "activation_bits 6": (edit("layers", "0", "activation_bits", value=6), "activation_bits is 6"),
     "activation_bits true": (edit("layers", "0", "activation_bits", value=True), "activation_bits is True"),
@@ -734,7 +734,7 @@ SPARSE_PLANS: dict[str, tuple[Callable[[Plan], None], str]] = {
     "method int8": (edit("layers", "0", "method", value="int8"), "layer 0: .*activation_bits is None"),
     "method a list": (
         edit("layers", "0", "method", value=["sparse"]),
-        r"method is \['sparse'\], expected 'int8' or 'low_rank' or 'sparse'",
+        r"method is \['sparse'\], expected 'int4' or 'int8' or 'low_rank' or 'sparse'",
     ),
     "method unknown": (edit("layers", "0", "method", value="os.system"), "method is 'os.system', expected"),
     "bits 16": sparse_plan("0", "bits", value=16),

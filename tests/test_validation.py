@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,22 @@ pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not ins
 
 import pycompress.onnx  # noqa: E402
 from pycompress import ops  # noqa: E402
+from pycompress.methods.int4 import Int4Weight, pack_nibbles  # noqa: E402
 from pycompress.methods.int8 import Int8  # noqa: E402
 from pycompress.methods.sparse import SparseWeight  # noqa: E402
+from pycompress.nn.int4 import Int4Linear  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
 from pycompress.nn.linear import CompressedLinear  # noqa: E402
 from pycompress.nn.sparse import SparseLinear  # noqa: E402
 from pycompress.validation import WHOLE_MODEL, ModelRecord, checks, outputs, run, validate  # noqa: E402
 from pycompress.validation.checks import ulp_distance  # noqa: E402
-from pycompress.validation.formulas import activation_bound, numpy_sparse_linear  # noqa: E402
+from pycompress.validation.formulas import (  # noqa: E402
+    _fma,
+    activation_bound,
+    numpy_int4_linear,
+    numpy_sparse_linear,
+    numpy_weight_only,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMOOTH = ["gelu", "gelu_tanh", "silu"]
@@ -220,7 +229,8 @@ def test_a_wrong_packed_buffer_is_found_against_both_references() -> None:
     assert "ONNX Runtime and NumPy" not in report.layers[1].reason
 
 
-def test_a_wrong_quantizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_wrong_quantizer_is_found(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize = ops.int8_quantize
 
     def wrong(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +239,7 @@ def test_a_wrong_quantizer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return q, scale, zero_point
 
     monkeypatch.setattr(ops, "int8_quantize", wrong)
-    report = validate(network(), torch.randn(4, 48))
+    report = validate(network() if bits == 8 else nn.Sequential(int4(48, 16)), torch.randn(4, 48))
     assert report.first_divergence == "0"
     assert "q: native and ONNX Runtime differ in 1 of 192, first [2, 3]: " in report.layers[0].reason
 
@@ -696,3 +706,179 @@ def test_the_float32_bounds_hold_and_are_not_loose() -> None:
     assert (error <= own).all()
     assert (own < runtime).all()
     assert own.max() < 1e-3 * np.abs(y).max() and error.max() > 1e-3 * own.max()
+
+
+# --- int4, and int8 with 16-bit activations ---------------------------------------------------------------------------------
+
+
+def int4(
+    k: int,
+    n: int,
+    activation: str = "none",
+    *,
+    group: int = 32,
+    symmetric: bool = False,
+    activation_bits: int = 8,
+) -> Int4Linear:
+    """Random integers and zero points; weights of about 1 / sqrt(k)."""
+    groups = -(-k // group)
+    values, zero_points = (torch.randint(16, (n, size), dtype=torch.uint8) for size in (k, groups))
+    scale = (torch.rand(n, groups) + 0.5) / 5 / k**0.5
+    packed = None if symmetric else pack_nibbles(zero_points)
+    weight = Int4Weight(pack_nibbles(values), scale.bfloat16(), packed, k, group, activation_bits)
+    return Int4Linear.from_weight(weight, torch.randn(n), activation)
+
+
+def int8_a16(k: int, n: int, activation: str = "none") -> Int8Linear:
+    return int8(k, n, activation, 16)
+
+
+def int4_a16(k: int, n: int, activation: str = "none", **options: Any) -> Int4Linear:
+    return int4(k, n, activation, activation_bits=16, **options)
+
+
+WEIGHT_ONLY = pytest.mark.parametrize("make", [int4_a16, int8_a16])
+EACH_INT4 = pytest.mark.parametrize("make", [int4, int4_a16, int8_a16])
+
+
+@EACH_INT4
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "relu", *SMOOTH])
+def test_int4_and_weight_only_layers_pass(activation: str, dtype: torch.dtype, make: Callable[..., Any]) -> None:
+    model = nn.Sequential(
+        make(72, 96, activation), make(96, 33), nn.LayerNorm(33, dtype=dtype), make(33, 10, activation)
+    )
+    report = validate(model, torch.randn(5, 7, 72).to(dtype))
+    assert report.ok, str(report)
+    for record in report.layers:
+        assert (record.rows, record.integers_equal, record.max_ulp) == (35, True if make is int4 else None, None)
+        assert record.share_of_bound is not None
+        assert record.share_of_bound <= 1
+        assert (
+            record.share_of_bound > 0 or dtype != torch.float32 or make is int4
+        )  # whose products are short: often exact
+    assert report.model.perturbed_cosine is not None, "the outputs need not be equal"
+    assert report.model.cosine > 0.999
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("k", "group"), [(1, 32), (33, 32), (64, 64), (130, 64), (129, 128), (384, 128)])
+def test_every_kind_of_int4_weight_passes(k: int, group: int, symmetric: bool) -> None:
+    for make in (int4, int4_a16):
+        report = validate(nn.Sequential(make(k, 9, group=group, symmetric=symmetric)), torch.randn(12, k))
+        assert report.ok, str(report)
+
+
+@EACH_INT4
+def test_hard_rows_of_int4_and_weight_only_layers_pass(make: Callable[..., Any]) -> None:
+    x = torch.cat([with_nonfinite_rows(9, 48), torch.zeros(1, 48), torch.randn(5, 48)])
+    x[10], x[11], x[12], x[13], x[14] = 1.5, 2.0**-99, 2.0**-99 * (1 - 2.0**-24), 1e-40, 1e30
+    for activation in ("none", "relu", *SMOOTH):
+        model = nn.Sequential(make(48, 33, activation))
+        for dtype in DTYPES:
+            report = validate(model, x.to(dtype))
+            assert report.ok, str(report)
+            assert report.layers[0].rows == 15
+        y = model(x)
+        assert not y[1:6].isfinite().all(dim=1).any()
+        assert make is not int4 or y[1:6].isnan().all()
+        assert y[[0, 6, 7, 8, 9, 10, 11, 12, 13]].isfinite().all()
+
+
+@WEIGHT_ONLY
+def test_nan_that_a_weight_only_layer_loses_is_found(make: Callable[..., Any]) -> None:
+    model, x = nn.Sequential(make(48, 33)), with_nonfinite_rows(9, 48)
+    native = model[0].forward
+    model[0].forward = lambda x: native(x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    report = validate(model, x)
+    assert "y: native and NumPy differ in " in report.layers[0].reason
+    assert "y: ONNX Runtime and NumPy" not in report.layers[0].reason
+
+
+@EACH_INT4
+@pytest.mark.parametrize("name", ["0", "1"])
+def test_a_changed_scale_is_found(make: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(make(48, 40, "gelu"), make(40, 10))
+
+    def one_larger(array: Any) -> None:
+        array.reshape(-1)[0] *= np.float32(1.01)
+
+    corrupt(monkeypatch, [model.get_submodule(name)], "weight_scale", one_larger)
+    report = validate(model, torch.randn(64, 48))
+    assert report.first_divergence == name
+    (record,) = [record for record in report.layers if record.name == name]
+    assert "y: native and ONNX Runtime differ in " in record.reason
+    assert "y: ONNX Runtime and NumPy differ in " in record.reason
+    assert "native and NumPy" not in record.reason  # so the reader sees who is alone
+
+
+@EACH_INT4
+def test_a_wrong_packed_int4_buffer_is_found_against_both_references(make: Callable[..., Any]) -> None:
+    model = nn.Sequential(make(48, 40))
+    weight = model[0].canonical()
+    wrong = weight.values.clone()
+    wrong[5, 7] ^= 1
+    model[0].packed = type(model[0]).from_weight(dataclasses.replace(weight, values=wrong)).packed
+    model[0].canonical = lambda: weight  # what is saved and lowered
+    report = validate(model, torch.randn(64, 48))
+    assert "y: native and ONNX Runtime differ in " in report.layers[0].reason
+    assert "y: native and NumPy differ in " in report.layers[0].reason
+    assert "ONNX Runtime and NumPy" not in report.layers[0].reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_an_int4_result_one_step_off_is_found(activation: str, dtype: torch.dtype) -> None:
+    """NumPy computes the layer to the bit, though ONNX Runtime does not."""
+    model, x = nn.Sequential(int4(96, 33, activation)), torch.randn(64, 96).to(dtype)
+    native = model[0].forward
+
+    def one_step_up(x: Tensor) -> Tensor:
+        y = native(x)
+        y[3, int(y[3].argmax())] *= 1 + torch.finfo(dtype).eps
+        return y
+
+    model[0].forward = one_step_up
+    report = validate(model, x)
+    assert report.layers[0].reason.startswith("y: native and NumPy differ in 1 of 2112, worst [3, ")
+    assert "ONNX Runtime" not in report.layers[0].reason
+    assert report.layers[0].integers_equal
+    assert report.layers[0].share_of_bound == np.inf
+
+
+def test_the_fused_product_and_sum_is_rounded_once() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.integers(-(2**18), 2**18, 4000).astype(np.float32)
+    b = np.float32(generator.integers(128, 256, 4000)) * np.exp2(generator.integers(-40, 3, 4000)).astype(np.float32)
+    c = (generator.standard_normal(4000) * np.exp2(generator.integers(-20, 20, 4000))).astype(np.float32)
+    # 1 + 2^-24 + 2^-54 lies above the middle of two float32 neighbours, and at it once it is rounded to float64.
+    a[0], b[0], c[0] = 5237765 * 2.0**-54, 205, 1
+    found = _fma(a, b, c)
+    assert found[0] == 1 + 2.0**-23
+    naive = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert naive[0] == 1
+    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), found, strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        neighbours = [np.nextafter(result, np.float32(side)) for side in (-np.inf, np.inf)]
+        assert all(abs(Fraction(float(result)) - exact) <= abs(Fraction(float(other)) - exact) for other in neighbours)
+    infinite = _fma(np.float32([1e30, 1, 0]), np.float32([1e30, 1, 1]), np.float32([0, np.inf, np.nan]))
+    np.testing.assert_array_equal(infinite, np.float32([np.inf, np.inf, np.nan]))
+
+
+def test_the_int4_bounds_hold_and_are_not_loose() -> None:
+    x = np.abs(np.random.default_rng(0).standard_normal((16, 1024))).astype(np.float32)
+    for layer in (int4(1024, 64), int4_a16(1024, 64), int8_a16(1024, 64)):
+        weight, rows_of_x, scale = layer.canonical().decompress().numpy(), x, np.float32(1)
+        if layer.settings["activation_bits"] == 8:
+            result = numpy_int4_linear(x, layer)
+            # Of rows without negative numbers, whose zero point is 0.
+            rows_of_x, scale = result.q, x.max(axis=1, keepdims=True) / 2 / np.float32(127.5)
+            y, bound = result.y, result.bound
+        else:
+            y, bound = numpy_weight_only(x, layer)
+        products = rows_of_x[:, None, :].astype(np.float32) * weight
+        one_by_one = np.cumsum(products, axis=2, dtype=np.float32)[:, :, -1] * scale + layer.bias.numpy()
+        error = np.abs(one_by_one - y)
+        assert (error <= bound).all()
+        assert error.max() > 1e-4 * bound.max()
+        assert bound.max() < 1e-3 * np.abs(y).max()

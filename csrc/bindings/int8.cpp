@@ -1,11 +1,20 @@
 #include "../int8/gemm.h"
 
+#include "../common/check.h"
 #include "../int8/pack.h"
+#include "../weight_only/pack.h"
 #include "python.h"
 #include "tensors.h"
 
 namespace pycompress {
 namespace {
+
+// By what the weight was packed for: activations quantized to 7 or 8 bits, or left as they are.
+void run(const int8::Problem& p) {
+  if (!weight_only::is_packed(p.packed, p.packed_bytes)) return int8::linear(p);
+  weight_only::linear({p.x, p.x_type, p.m, p.k, p.ldx, p.packed, p.packed_bytes, p.n, p.weight_scale, p.bias,
+                       p.activation, p.y, p.y_type, p.threads});
+}
 
 void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uintptr_t packed, int64_t packed_bytes,
                  int64_t n, uintptr_t weight_scale, uintptr_t bias, int activation, uintptr_t y, int y_type,
@@ -27,7 +36,7 @@ void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
                               pointer<int32_t>(zero_point),
                               threads};
   const MaybeReleaseGil gil(m * n * k > kReleaseGil);
-  int8::linear(problem);
+  run(problem);
 }
 
 bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::handle scale_object, py::handle bias_object,
@@ -35,26 +44,38 @@ bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::hand
   LinearTensors t;
   if (scale_object.is_none() || !t.read(x_object, packed_object, scale_object, bias_object, y_object)) return false;
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
-  int8::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias,
-                static_cast<int8::Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
+  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias,
+       static_cast<int8::Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
   return true;
 }
 
 py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel,
                     int threads) {
+  check(activation_bits != 16 || kernel.empty(), "int8_pack: the kernel ", kernel, " reads 7- or 8-bit activations");
   const int8::Kernel& chosen = kernel.empty() ? int8::best_kernel() : int8::kernel_named(kernel.c_str());
   std::vector<uint8_t> packed;
   {
     py::gil_scoped_release release;
-    packed = int8::pack(chosen, pointer<const int8_t>(values), n, k, activation_bits, threads);
+    const auto* from = pointer<const int8_t>(values);
+    packed = activation_bits == 16 ? weight_only::pack(from, n, k)
+                                   : int8::pack(chosen, from, n, k, activation_bits, threads);
   }
   return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
 }
 
 py::dict int8_header(uintptr_t packed, int64_t bytes) {
+  py::dict result;
+  if (weight_only::is_packed(pointer<const uint8_t>(packed), bytes)) {
+    const weight_only::Header& header = weight_only::header_of(pointer<const uint8_t>(packed), bytes);
+    result["n"] = header.n;
+    result["k"] = header.k;
+    result["activation_bits"] = 16;
+    result["groups"] = 0;
+    result["items"] = py::make_tuple(0, 0, 0);
+    return result;
+  }
   const int8::Header& header = int8::header_of(pointer<const uint8_t>(packed), bytes);
   const int8::Depths depths = int8::depths(pointer<const uint8_t>(packed), bytes);
-  py::dict result;
   result["n"] = header.n;
   result["k"] = header.k;
   result["activation_bits"] = header.activation_bits;
@@ -71,7 +92,9 @@ void bind_int8(py::module_& m) {
   m.def("int8_linear_tensors", &int8_linear_tensors);
   m.def("int8_pack", &int8_pack);
   m.def("int8_unpack", [](uintptr_t packed, int64_t bytes, uintptr_t values) {
-    int8::unpack(pointer<const uint8_t>(packed), bytes, pointer<int8_t>(values));
+    const auto* from = pointer<const uint8_t>(packed);
+    if (weight_only::is_packed(from, bytes)) return weight_only::unpack(from, bytes, pointer<int8_t>(values));
+    int8::unpack(from, bytes, pointer<int8_t>(values));
   });
   m.def("int8_header", &int8_header);
   m.def("int8_quantize", [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, uintptr_t q,

@@ -1,10 +1,12 @@
 // pycompress._C: the CPU kernels.
 #include "../common/isa.h"
 #include "../common/parallel.h"
+#include "../int4/gemm.h"
 #include "../int8/gemm.h"
 #include "../low_rank/gemm.h"
 #include "../peak/peak.h"
 #include "../sparse/gemm.h"
+#include "../weight_only/gemm.h"
 #include "python.h"
 
 namespace pycompress {
@@ -36,6 +38,10 @@ py::list kernels() {
   }
   const low_rank::Kernel* factors = low_rank::kernels(&count);
   for (int i = 0; i < count; ++i) result.append(describe("low_rank", factors[i]));
+  const int4::Kernel* groups = int4::kernels(&count);
+  for (int i = 0; i < count; ++i) result.append(describe("int4", groups[i]));
+  const weight_only::Kernel* weights = weight_only::kernels(&count);
+  for (int i = 0; i < count; ++i) result.append(describe("weight_only", weights[i]));
   return result;
 }
 
@@ -52,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace pycompress;
   watch_fork();
   isa_available(Isa::scalar);  // an unknown PYCOMPRESS_ISA fails here, at import, and not in the middle of a model
+  bind_int4(m);
   bind_int8(m);
   bind_low_rank(m);
   bind_sparse(m);

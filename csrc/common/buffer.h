@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "round.h"
@@ -19,6 +20,7 @@ void append(std::vector<uint8_t>& out, const T* values, size_t count) {
 // FNV-1a over a header but its checksum: an edited one must not send the kernels out of the buffer.
 template <class Header>
 uint32_t checksum_of(Header header) {
+  static_assert(std::has_unique_object_representations_v<Header>, "padding between fields has no certain value");
   header.checksum = 0;
   unsigned char bytes[sizeof(Header)];
   std::memcpy(bytes, &header, sizeof(header));

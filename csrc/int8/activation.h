@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "../common/host_device.h"
 #include "gemm.h"
 
 namespace pycompress::int8 {
@@ -14,14 +15,16 @@ namespace {
 
 struct Scalar {
   float value;
-  static Scalar of(float v) { return {v}; }
+  PYCOMPRESS_HOST_DEVICE static Scalar of(float v) { return {v}; }
 };
-inline Scalar operator+(Scalar a, Scalar b) { return {a.value + b.value}; }
-inline Scalar operator-(Scalar a, Scalar b) { return {a.value - b.value}; }
-inline Scalar operator*(Scalar a, Scalar b) { return {a.value * b.value}; }
-inline Scalar operator/(Scalar a, Scalar b) { return {a.value / b.value}; }
-inline Scalar where_less(Scalar a, Scalar b, Scalar yes, Scalar no) { return a.value < b.value ? yes : no; }
-inline Scalar power_of_two(Scalar n) {  // 2^n for integral n in [-126, 127]
+PYCOMPRESS_HOST_DEVICE inline Scalar operator+(Scalar a, Scalar b) { return {a.value + b.value}; }
+PYCOMPRESS_HOST_DEVICE inline Scalar operator-(Scalar a, Scalar b) { return {a.value - b.value}; }
+PYCOMPRESS_HOST_DEVICE inline Scalar operator*(Scalar a, Scalar b) { return {a.value * b.value}; }
+PYCOMPRESS_HOST_DEVICE inline Scalar operator/(Scalar a, Scalar b) { return {a.value / b.value}; }
+PYCOMPRESS_HOST_DEVICE inline Scalar where_less(Scalar a, Scalar b, Scalar yes, Scalar no) {
+  return a.value < b.value ? yes : no;
+}
+PYCOMPRESS_HOST_DEVICE inline Scalar power_of_two(Scalar n) {  // 2^n for integral n in [-126, 127]
   const int32_t bits = (static_cast<int32_t>(n.value) + 127) << 23;
   Scalar result;
   std::memcpy(&result.value, &bits, 4);
@@ -31,7 +34,7 @@ inline Scalar power_of_two(Scalar n) {  // 2^n for integral n in [-126, 127]
 // exp(x) for x <= 0, within 2 ulp down to exp(-87) and 0 below; the polynomial is the Taylor series up to r^7 on
 // |r| <= ln(2)/2, whose remainder is under 6e-9. NaN gives 1: the caller multiplies by something that carries it.
 template <class V>
-inline V exp_negative(V x) {
+PYCOMPRESS_HOST_DEVICE inline V exp_negative(V x) {
   const V floor = V::of(-87.0f);
   const V clamped = where_less(floor, x, x, floor);
   const V magic = V::of(0x1.8p23f);
@@ -48,13 +51,13 @@ inline V exp_negative(V x) {
 }
 
 template <class V>
-inline V negated_absolute(V x) {
+PYCOMPRESS_HOST_DEVICE inline V negated_absolute(V x) {
   return where_less(V::of(0.0f), x, V::of(0.0f) - x, x);
 }
 
 // v * sigmoid(u), from exp(-|u|) so that nothing overflows.
 template <class V>
-inline V times_sigmoid(V v, V u) {
+PYCOMPRESS_HOST_DEVICE inline V times_sigmoid(V v, V u) {
   const V e = exp_negative(negated_absolute(u));
   const V positive = v / (V::of(1.0f) + e);
   return where_less(u, V::of(0.0f), positive * e, positive);
@@ -62,7 +65,7 @@ inline V times_sigmoid(V v, V u) {
 
 // 0.5 v (1 + erf(v / sqrt 2)), erf after Abramowitz and Stegun 7.1.26 (absolute error of erf below 1.5e-7).
 template <class V>
-inline V gelu(V v) {
+PYCOMPRESS_HOST_DEVICE inline V gelu(V v) {
   const V s = negated_absolute(v) * V::of(0.707106781f);  // -|v| / sqrt 2
   const V t = V::of(1.0f) / (V::of(1.0f) - s * V::of(0.3275911f));
   V p = V::of(1.061405429f);
@@ -75,7 +78,7 @@ inline V gelu(V v) {
 }
 
 template <class V>
-inline V activate(Activation activation, V v) {
+PYCOMPRESS_HOST_DEVICE inline V activate(Activation activation, V v) {
   const V zero = V::of(0.0f);
   switch (activation) {
     case Activation::none:

@@ -9,6 +9,7 @@
 #include "../common/parallel.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
+#include "../int4/gemm.h"
 #include "../int8/pack.h"
 #include "../sparse/gemm.h"
 #include "../sparse/pack.h"
@@ -57,7 +58,8 @@ struct Factors {
         residual_scale(reinterpret_cast<const float*>(part_of(packed, h.residual_scale))) {}
 
   bool is_float() const { return header.bits == 32; }
-  bool is_joined() const { return header.residual_kind == Residual::int8 || header.residual_kind == Residual::sparse; }
+  // The residual's own op asks for what the factors give.
+  bool is_joined() const { return header.residual_kind != Residual::none && header.residual_kind != Residual::dense; }
 
   // Tasks have a multiple of so many rows: the int8 tiles are four rows high. Tiles of a float32 sparse residual must
   // begin at the same rows on any number of threads, because one of a single row adds up in another order.
@@ -280,7 +282,10 @@ class Rows {
   void join(const int8::Quantized* quantized, decltype(int8::Addend::tile) tile) const {
     const int8::Addend addend{this, tile};
     const int64_t bytes = static_cast<int64_t>(h_.residual.bytes);
-    if (h_.residual_kind == Residual::int8)
+    if (h_.residual_kind == Residual::int4)
+      int4::linear({x_, p_.x_type, rows_, h_.k, p_.ldx, f_.residual, bytes, h_.n, nullptr, p_.activation, y_, p_.y_type,
+                    threads_, quantized, &addend});
+    else if (h_.residual_kind == Residual::int8)
       int8::linear({x_, p_.x_type, rows_, h_.k, p_.ldx, f_.residual, bytes, h_.n, f_.residual_scale, nullptr,
                     p_.activation, y_, p_.y_type, nullptr, nullptr, threads_, quantized, &addend});
     else

@@ -9,6 +9,7 @@
 //   residual          none      y = act(l)
 //                     float32   y = act(l), l going on: fma(x[m, k], R[n, k], l) in ascending k
 //                     int8      y = act((float(acc) * sx) * sw + l), acc and sx as in int8_linear
+//                     int4      the same with u of int4_linear (csrc/int4/gemm.h) in place of acc: y = act(u * sx + l)
 //                     sparse    the same with the sums of sparse_linear, int8 or float32 (csrc/sparse/gemm.h)
 //
 // Up to three rows (kFewRows) the chains of the float32 products run in several phases, which are added at the end. A

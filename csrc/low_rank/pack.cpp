@@ -6,6 +6,7 @@
 
 #include "../common/buffer.h"
 #include "../common/check.h"
+#include "../int4/pack.h"
 #include "../int8/pack.h"
 #include "../sparse/pack.h"
 
@@ -61,6 +62,11 @@ Outline outline_of(Residual kind, const uint8_t* packed, int64_t bytes, int64_t 
     const int8::Header& header = int8::header_of(packed, bytes);
     return {header.n, header.k, true};
   }
+  if (kind == Residual::int4) {
+    const int4::Header& header = int4::header_of(packed, bytes);
+    check(header.activation_bits == 8, "low_rank_pack: the residual keeps its activations as floats, expected 8 bits");
+    return {header.n, header.k, false};
+  }
   if (kind == Residual::sparse) {
     const sparse::Header& header = sparse::header_of(packed, bytes);
     return {header.n, header.k, !sparse::is_float(header.format)};
@@ -93,7 +99,7 @@ void check_weight(const Weight& w) {
 }  // namespace
 
 const char* residual_name(Residual residual) {
-  static constexpr const char* names[kResiduals] = {"", "dense", "int8", "sparse"};
+  static constexpr const char* names[kResiduals] = {"", "dense", "int8", "sparse", "int4"};
   return names[static_cast<uint32_t>(residual)];
 }
 

@@ -1,7 +1,7 @@
 // Packing: the factors, and what the residual's own op packed, in one relocatable buffer; and back.
 //
-// float32 matrices lie in panels of 16 channels, float [panels][k][16], zero padded (gemm.h); int8 factors and an int8
-// or sparse residual are buffers of their own ops (csrc/int8/pack.h, csrc/sparse/pack.h) inside this one.
+// float32 matrices lie in panels of 16 channels, float [panels][k][16], zero padded (gemm.h); int8 factors and an int8,
+// int4 or sparse residual are buffers of their own ops (csrc/int8/pack.h, ...) inside this one.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace pycompress::low_rank {
 
-enum class Residual : uint32_t { none = 0, dense = 1, int8 = 2, sparse = 3 };
-constexpr int kResiduals = 4;
+enum class Residual : uint32_t { none = 0, dense = 1, int8 = 2, sparse = 3, int4 = 4 };
+constexpr int kResiduals = 5;
 const char* residual_name(Residual residual);
 
 // Where a part of the buffer lies. No bytes: it is not there.

@@ -32,7 +32,7 @@ double maddubs(int64_t count) {
 #pragma GCC unroll 8
     for (int i = 0; i < kChains; ++i) {
       __m256i chain = multiply_bytes(a, b);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int d = 1; d < kDepth; ++d) add16(chain, multiply_bytes(a, b));
       widen(chain, ones);
       add32(sum[i], chain);
@@ -43,6 +43,7 @@ double maddubs(int64_t count) {
 template double maddubs<1>(int64_t);
 template double maddubs<2>(int64_t);
 template double maddubs<4>(int64_t);
+template double maddubs<8>(int64_t);
 
 double fp32_fma(int64_t count) {
   constexpr int chains = 12;

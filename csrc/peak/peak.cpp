@@ -49,8 +49,9 @@ double operations(const char* loop, double seconds, int threads) {
   if (std::strcmp(loop, "maddubs_d1") == 0) return rate(seconds, threads, [](int, int) { return maddubs<1>(count); });
   if (std::strcmp(loop, "maddubs_d2") == 0) return rate(seconds, threads, [](int, int) { return maddubs<2>(count); });
   if (std::strcmp(loop, "maddubs_d4") == 0) return rate(seconds, threads, [](int, int) { return maddubs<4>(count); });
+  if (std::strcmp(loop, "maddubs_d8") == 0) return rate(seconds, threads, [](int, int) { return maddubs<8>(count); });
 #endif
-  check(false, "peak: loop is '", loop, "', expected fp32_fma, maddubs_d1, maddubs_d2 or maddubs_d4");
+  check(false, "peak: loop is '", loop, "', expected fp32_fma, maddubs_d1, maddubs_d2, maddubs_d4 or maddubs_d8");
   return 0;
 }
 

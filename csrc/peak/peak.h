@@ -7,7 +7,7 @@
 namespace pycompress::peak {
 
 // Operations (a multiply-add counts as two) per nanosecond, i.e. G op/s, over `threads` threads for about `seconds`.
-// loop: "fp32_fma", or "maddubs_d1", "maddubs_d2", "maddubs_d4": u8 * s8 products of which d are added in 16 bits
+// loop: "fp32_fma", or "maddubs_d1", "_d2", "_d4", "_d8": u8 * s8 products of which d are added in 16 bits
 // before one widening. Throws std::invalid_argument for another name or where the processor has no AVX2.
 double operations(const char* loop, double seconds, int threads);
 

@@ -1,13 +1,21 @@
 """The measuring harness, the peers and the grids of `pycompress bench` and of the scripts in benchmarks/.
 
-harness: candidates take turns. environment: the machine. peers: who else takes part. int8, sparse: the grids.
-grid, break_even:
-what the last two share. results: comparisons and the file.
+harness: candidates take turns. environment: the machine. peers: who else takes part. int8, int4, sparse, low_rank: the
+grids. grid, break_even: what these share. results: comparisons and the file.
 """
 
 from pycompress.benchmark.environment import PACKAGES, Environment, chosen_kernels, processor_name, versions
 from pycompress.benchmark.grid import DENSE_FP32, GRID_ROWS, GRID_SHAPES
 from pycompress.benchmark.harness import interleave, ratio
+from pycompress.benchmark.int4 import (
+    INT4_PEERS,
+    INT4_SHAPES,
+    INT4_SPINNING,
+    int4_candidates,
+    int4_cells,
+    measure_int4,
+    summarize_int4,
+)
 from pycompress.benchmark.int8 import (
     EXACT_PEERS,
     INT8_ROWS,
@@ -52,6 +60,9 @@ __all__ = [
     "GRID_ROWS",
     "GRID_SHAPES",
     "HIGHER_RANKS",
+    "INT4_PEERS",
+    "INT4_SHAPES",
+    "INT4_SPINNING",
     "INT8_ROWS",
     "INT8_SHAPES",
     "LOW_RANK_PEERS",
@@ -72,12 +83,15 @@ __all__ = [
     "chosen_kernels",
     "csr_forms",
     "dense_linear",
+    "int4_candidates",
+    "int4_cells",
     "int8_cells",
     "interleave",
     "json_lines",
     "linear_layers",
     "low_rank_candidates",
     "low_rank_cells",
+    "measure_int4",
     "measure_int8",
     "measure_low_rank",
     "measure_sparse",
@@ -89,6 +103,7 @@ __all__ = [
     "sparse_candidates",
     "sparse_cells",
     "speeds",
+    "summarize_int4",
     "summarize_int8",
     "summarize_low_rank",
     "summarize_sparse",

@@ -86,7 +86,7 @@ def l3_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     return max((int(text.rstrip("KM")) << units.get(text[-1], 0) for text in texts), default=32 << 20)
 
 
-PEAK_LOOPS = ("fp32_fma", "maddubs_d1", "maddubs_d2", "maddubs_d4")
+PEAK_LOOPS = ("fp32_fma", "maddubs_d1", "maddubs_d2", "maddubs_d4", "maddubs_d8")
 
 
 def probe_peaks(seconds: float = 0.02) -> dict[str, float]:

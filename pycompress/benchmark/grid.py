@@ -72,13 +72,18 @@ def run_cell(calls: Mapping[str, Call], turns: Turns) -> Run:
         return Run(timings, {loop: max(before[loop], after) for loop, after in probe_peaks().items()})
 
 
-PEAK_LOOPS = {32: "fp32_fma", 8: "maddubs_d2"}  # bits of the weights -> the loop of the probe
+PEAK_LOOPS = {32: "fp32_fma", 8: "maddubs_d2", 4: "maddubs_d8"}  # bits of the weights -> the loop of the probe
 Operations = Mapping[int, int]  # bits of the weights -> how many operations are done with them
 
 
-def limits(m: int, operations: Operations, weight_bytes: int, peak_gops: Mapping[str, float]) -> Record:
-    """What a record says about the machine, and how long a layer takes on it at least."""
-    bandwidth = probe_bandwidth(weight_bytes, seconds=0.005) if m <= FEW_ROWS else None
+def limits(
+    m: int, operations: Operations, weight_bytes: int, peak_gops: Mapping[str, float], read_bytes: int | None = None
+) -> Record:
+    """What a record says about the machine, and how long a layer takes on it at least.
+
+    `read_bytes` is what the probe of the bandwidth reads again and again: the weight, where nothing else is said.
+    """
+    bandwidth = probe_bandwidth(read_bytes or weight_bytes, seconds=0.005) if m <= FEW_ROWS else None
     floor = floor_us(operations, peak_gops, weight_bytes, bandwidth)
     return {"peak_gops": peak_gops, "bandwidth_gbs": bandwidth, "floor_us": floor}
 

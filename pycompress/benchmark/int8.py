@@ -61,12 +61,17 @@ def copies_to_leave_cache(layer_bytes: int) -> int:
     return max(2, math.ceil(1.5 * l3_bytes() / layer_bytes))
 
 
-def int8_cells(shapes: Sequence[tuple[int, int]], rows: Sequence[int], *, cold: bool = True) -> list[Record]:
-    """The cells {k, n, m, weights} of a grid: all with warm weights, and one row with cold ones as well."""
+def int8_cells(
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int], *, cold: bool = True, bits: int = 8
+) -> list[Record]:
+    """The cells {k, n, m, weights} of a grid: all with warm weights, and one row with cold ones as well.
+
+    `bits` are those of a weight of the smallest candidate.
+    """
     cells: list[Record] = []
     for k, n in shapes:
         cells += [{"k": k, "n": n, "m": m, "weights": "warm"} for m in rows]
-        if cold and 1 in rows and copies_to_leave_cache(k * n) <= MAX_COPIES:
+        if cold and 1 in rows and copies_to_leave_cache(k * n * bits // 8) <= MAX_COPIES:
             cells.append({"k": k, "n": n, "m": 1, "weights": "cold"})
     return cells
 
@@ -118,14 +123,18 @@ def measure_int8(
 
 
 def _cold_call(build: Build, linear: nn.Linear, x: torch.Tensor, name: str) -> Call:
-    """A candidate that rotates over copies of the layer, and so meets its weights outside the cache."""
+    return cold_call(lambda: build(copy.deepcopy(linear))(x), linear.weight.numel() * _weight_bytes(name))
+
+
+def cold_call(make: Callable[[], Call], weight_bytes: int) -> Call:
+    """A candidate that rotates over copies of a layer, and so meets its weights outside the cache."""
     calls = []
-    for _ in range(copies_to_leave_cache(linear.weight.numel() * _weight_bytes(name))):
-        call = build(copy.deepcopy(linear))(x)
+    for _ in range(copies_to_leave_cache(weight_bytes)):
+        call = make()
         with torch.inference_mode():
             call.run()  # the worker of a new ONNX Runtime session spins until its first run has ended
         calls.append(call)
-    return Call(rotating([call.run for call in calls]), calls[0].output)
+    return calls[0]._replace(run=rotating([call.run for call in calls]))
 
 
 def _weight_bytes(candidate: str) -> int:

@@ -45,9 +45,11 @@ from pycompress.benchmark.peers import (
 )
 from pycompress.benchmark.results import Comparison, Record, best_ratio, compare, measured
 from pycompress.benchmark.sparse import pruned
+from pycompress.methods.int4 import Int4
 from pycompress.methods.int8 import Int8
 from pycompress.methods.low_rank import LowRankWeight
 from pycompress.methods.sparse import Sparse
+from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.sparse import SparseLinear
 
@@ -79,7 +81,7 @@ def low_rank_int8(factors: TwoLinears) -> Bind:
     return packed_call(LowRankLinear.from_weight(weight, factors.up.bias))
 
 
-def branch(method: Int8 | Sparse) -> Callable[[nn.Linear, TwoLinears], Bind]:
+def branch(method: Int4 | Int8 | Sparse) -> Callable[[nn.Linear, TwoLinears], Bind]:
     """Our layer with float32 factors beside a main weight, in one call."""
 
     def build(main: nn.Linear, factors: TwoLinears) -> Bind:
@@ -105,6 +107,10 @@ def int8_and_two(main: nn.Linear, factors: TwoLinears) -> Bind:
     return bind
 
 
+def dense_int4(linear: nn.Linear) -> Bind:
+    return packed_call(Int4Linear.from_dense(linear))
+
+
 def sparse(linear: nn.Linear) -> Bind:
     return packed_call(SparseLinear.from_dense(linear, method=Sparse()))
 
@@ -121,7 +127,9 @@ RANKS = {  # our float32 layer at shares of min(n, k)
 }
 HIGHER_RANKS = ("low_rank_3/8", "low_rank_2", "low_rank_3/4")  # for the break-even alone
 # These hold others against them.
-REFERENCES = (*DENSE_FP32, "dense_int8", "sparse_80", "torch_two_8", "torch_two_4", "ort_two_8", "int8_two_call_32")
+REFERENCES = (
+    *DENSE_FP32, "dense_int8", "dense_int4", "sparse_80", "torch_two_8", "torch_two_4", "ort_two_8", "int8_two_call_32",
+)  # fmt: skip
 
 
 def low_rank_candidates(peers: Mapping[str, Build]) -> dict[str, Candidate]:
@@ -135,6 +143,8 @@ def low_rank_candidates(peers: Mapping[str, Build]) -> dict[str, Candidate]:
     found["low_rank_int8_4"] = Candidate(low_rank_int8, rank=Fraction(1, 4), factor_bits=8)
     found["int8_branch_32"] = Candidate(branch(Int8(activation_bits=7)), "dense", BRANCH_RANK, main_bits=8)
     found["int8_two_call_32"] = Candidate(int8_and_two, "dense", BRANCH_RANK, main_bits=8)
+    found["dense_int4"] = Candidate(dense_int4, "dense", main_bits=4)
+    found["int4_branch_32"] = Candidate(branch(Int4()), "dense", BRANCH_RANK, main_bits=4)
     found["sparse_80"] = Candidate(sparse, "sparse")
     found["sparse_branch_32"] = Candidate(branch(Sparse()), "sparse", BRANCH_RANK)
     return found
@@ -296,6 +306,7 @@ def summarize_low_rank(records: Sequence[Record]) -> list[Comparison | Cost]:
         against_int8("low_rank_int8_4", {"m >= 32": many}),
         *(_costs(records, name, "dense_int8") for name in ("int8_branch_32", "int8_two_call_32")),
         compare_each("int8_branch_32", ("int8_two_call_32",), "the same in two calls", {"whole grid": records}),
+        _costs(records, "int4_branch_32", "dense_int4"),
         _costs(records, "sparse_branch_32", "sparse_80"),
     ]
     return [line for part in lines for line in part]
@@ -309,7 +320,7 @@ def _costs(records: Sequence[Record], candidate: str, contained: str) -> list[Co
 
 
 # From these the rank guard of LowRank estimates times (methods/break_even.py).
-SPEEDS = ("low_rank_8", "low_rank_4", "low_rank_2", "low_rank_int8_4", "dense_int8", "sparse_80")
+SPEEDS = ("low_rank_8", "low_rank_4", "low_rank_2", "low_rank_int8_4", "dense_int8", "dense_int4", "sparse_80")
 
 
 def speeds(records: Iterable[Record]) -> list[str]:

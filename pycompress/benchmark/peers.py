@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from pycompress.benchmark.harness import interleave
+from pycompress.methods.int4 import Int4Weight, pack_nibbles
 
 
 class UnavailableError(Exception):
@@ -107,9 +109,19 @@ def ort_call(session: Any, n: int) -> Bind:
     return bind
 
 
+class Node(NamedTuple):
+    """A node of an ONNX graph."""
+
+    op: str
+    inputs: list[str]
+    outputs: list[str]
+    domain: str = ""
+    attributes: Mapping[str, Any] = MappingProxyType({})
+
+
 def ort_fp32(linear: nn.Linear) -> Bind:
     weight, bias = _arrays(linear)
-    nodes = [("MatMul", ["x", "weight"], ["product"], ""), ("Add", ["product", "bias"], ["y"], "")]
+    nodes = [Node("MatMul", ["x", "weight"], ["product"]), Node("Add", ["product", "bias"], ["y"])]
     constants = {"weight": np.ascontiguousarray(weight.T), "bias": bias}
     return _ort_linear(linear.in_features, linear.out_features, nodes, constants, spinning=False)
 
@@ -135,9 +147,9 @@ def ort_two(factors: TwoLinears) -> Bind:
     """Two MatMul and an Add."""
     down, (up, bias) = factors.down.weight.detach().numpy(), _arrays(factors.up)
     nodes = [
-        ("MatMul", ["x", "down"], ["t"], ""),
-        ("MatMul", ["t", "up"], ["product"], ""),
-        ("Add", ["product", "bias"], ["y"], ""),
+        Node("MatMul", ["x", "down"], ["t"]),
+        Node("MatMul", ["t", "up"], ["product"]),
+        Node("Add", ["product", "bias"], ["y"]),
     ]
     constants = {"down": np.ascontiguousarray(down.T), "up": np.ascontiguousarray(up.T), "bias": bias}
     return _ort_linear(down.shape[1], up.shape[0], nodes, constants, spinning=False)
@@ -161,10 +173,34 @@ def ort_int8(signed: bool, *, spinning: bool = False) -> Build:
             "zero_point": np.full(scale.shape, zero, kind),
             "bias": bias,
         }
-        node = ("DynamicQuantizeMatMul", ["x", *constants], ["y"], "com.microsoft")
+        node = Node("DynamicQuantizeMatMul", ["x", *constants], ["y"], "com.microsoft")
         return _ort_linear(linear.in_features, linear.out_features, [node], constants, spinning=spinning)
 
     return build
+
+
+def ort_int4(weight: Int4Weight, bias: torch.Tensor, *, accuracy_level: int, spinning: bool = False) -> Bind:
+    """MatMulNBits, ONNX Runtime's own operator for 4-bit weights, on those of a canonical weight.
+
+    With an accuracy level of 4 it rounds x to 8 bits, by rows and blocks; with 0 it computes in float32.
+    """
+    n, k = weight.shape
+    blocks = weight.groups
+    # Whole blocks, and integers in pairs across them, as the canonical weight has them: only a short last block is filled up.
+    values = np.zeros((n, blocks * weight.group // 2), np.uint8)
+    values[:, : weight.values.shape[1]] = weight.values.numpy()
+    constants = {
+        "weight": values.reshape(n, blocks, weight.group // 2),
+        "scale": weight.scale.float().numpy().reshape(-1),
+        "zero_point": pack_nibbles(weight.zero_points()).numpy().reshape(-1),
+        "bias": bias.detach().numpy(),
+    }
+    attributes = {"K": k, "N": n, "bits": 4, "block_size": weight.group, "accuracy_level": accuracy_level}
+    inputs = ["x", "weight", "scale", "zero_point", "", "bias"]  # nothing in the place of g_idx
+    node = Node("MatMulNBits", inputs, ["y"], "com.microsoft", attributes)
+    bind = _ort_linear(k, n, [node], constants, spinning=spinning)
+    weight_bytes = sum(array.nbytes for array in constants.values())
+    return lambda x: bind(x)._replace(weight_bytes=weight_bytes)
 
 
 def torch_csr(linear: nn.Linear) -> Bind:
@@ -203,18 +239,18 @@ def _arrays(linear: nn.Linear) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
 def _ort_linear(
     k: int,
     n: int,
-    nodes: list[tuple[str, list[str], list[str], str]],
+    nodes: list[Node],
     constants: dict[str, np.ndarray[Any, Any]],
     *,
     spinning: bool,
 ) -> Bind:
-    """A session for a graph x [m, k] -> y [m, n] of (op, inputs, outputs, domain) nodes."""
+    """A session for a graph x [m, k] -> y [m, n]."""
     try:
         from onnx import TensorProto, helper, numpy_helper
     except ModuleNotFoundError as error:
         raise UnavailableError("not installed: onnx") from error
     graph = helper.make_graph(
-        [helper.make_node(op, inputs, outputs, domain=domain) for op, inputs, outputs, domain in nodes],
+        [helper.make_node(op, inputs, outputs, domain=domain, **of) for op, inputs, outputs, domain, of in nodes],
         "linear",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", n])],

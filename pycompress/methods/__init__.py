@@ -2,6 +2,7 @@
 
 from pycompress.methods.dense import Dense, DenseWeight
 from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.int4 import Int4, Int4Weight
 from pycompress.methods.int8 import Int8, Int8Weight
 from pycompress.methods.low_rank import LowRank, LowRankWeight
 from pycompress.methods.sparse import Sparse, SparseWeight
@@ -11,6 +12,8 @@ __all__ = [
     "Dense",
     "DenseWeight",
     "InputStatistics",
+    "Int4",
+    "Int4Weight",
     "Int8",
     "Int8Weight",
     "LowRank",

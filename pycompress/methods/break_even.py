@@ -9,18 +9,30 @@ import torch
 from pycompress import ops
 from pycompress.measure import interleaved_us
 from pycompress.methods.dense import DenseWeight
+from pycompress.methods.int4 import Int4Weight
 from pycompress.methods.int8 import Int8Weight
 from pycompress.methods.sparse import SparseWeight
 
+Residual = Int8Weight | Int4Weight | SparseWeight | DenseWeight  # what may stand beside the factors
+
 # How many multiply-adds take as long as one of the best dense float32 layer, at 32 and more rows, geometric means over six shapes:
 # `python benchmarks/kernels.py --op low_rank` prints them (rank min(n, k) / 8 to / 2: 0.87 to 0.95); "sparse 8" is from `--op
-# sparse`, unstructured at 80 % zeros. `only_if_faster` measures each layer itself.
-SPEED = {"factors 32": 0.9, "factors 8": 1.8, "dense": 1.0, "int8": 2.1, "sparse 32": 0.56, "sparse 8": 0.7}
+# sparse`, unstructured at 80 % zeros; "int4" is that of groups of 32, 1.1 to 1.25 times int8 with 7 bits beside it.
+# `only_if_faster` measures each layer itself.
+SPEED = {
+    "factors 32": 0.9,
+    "factors 8": 1.8,
+    "dense": 1.0,
+    "int8": 2.1,
+    "int4": 2.4,
+    "sparse 32": 0.56,
+    "sparse 8": 0.7,
+}
 ROWS = 128  # of the input with which a break-even is measured
 _STEP = 8  # ranks between which it does not tell apart
 
 
-def residual_cost(residual: Int8Weight | SparseWeight | DenseWeight | None) -> float:
+def residual_cost(residual: Residual | None) -> float:
     """Estimated time of a residual's product, in multiply-adds of the dense float32 layer."""
     if residual is None:
         return 0.0
@@ -30,22 +42,18 @@ def residual_cost(residual: Int8Weight | SparseWeight | DenseWeight | None) -> f
     return n * k / SPEED[residual.name]
 
 
-def residual_bytes(residual: Int8Weight | SparseWeight | DenseWeight | None) -> int:
+def residual_bytes(residual: Residual | None) -> int:
     return 0 if residual is None else sum(t.nbytes for t in residual.tensors().values())
 
 
-def estimated(
-    shape: tuple[int, int], bits: int, residual: Int8Weight | SparseWeight | DenseWeight | None = None
-) -> int:
+def estimated(shape: tuple[int, int], bits: int, residual: Residual | None = None) -> int:
     """The largest rank whose layer is estimated to be faster than the dense one, and smaller; 0 where there is none."""
     n, k = shape
     time = (n * k - residual_cost(residual)) * SPEED[f"factors {bits}"] / (n + k)
     return max(0, min(_below(time), largest_smaller(shape, bits, residual), n, k))
 
 
-def largest_smaller(
-    shape: tuple[int, int], bits: int, residual: Int8Weight | SparseWeight | DenseWeight | None = None
-) -> int:
+def largest_smaller(shape: tuple[int, int], bits: int, residual: Residual | None = None) -> int:
     """The largest rank with which the canonical weight takes fewer bytes than the dense one in float32; 0 where there is none."""
     n, k = shape
     room = 4 * n * k - residual_bytes(residual)

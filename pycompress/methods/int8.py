@@ -1,7 +1,7 @@
 """Int8: symmetric weights per output channel, asymmetric activations per row (Jacob et al. 2018, arXiv:1712.05877).
 
-Activations are quantized per row ("per token", as in ZeroQuant, Yao et al. 2022, arXiv:2206.01861) inside the kernel, so there is
-nothing to calibrate.
+Activations are quantized per row ("per token", as in ZeroQuant, Yao et al. 2022, arXiv:2206.01861) inside the kernel, or not at
+all, so there is nothing to calibrate.
 """
 
 from __future__ import annotations
@@ -20,17 +20,26 @@ from pycompress.methods.weight import Expected, check_tensors
 # Rows with a heavy tail lie below it anyway; a row that fills its range evenly would get steps finer than the others', which
 # buys little (its rounding error stays at 1 / (34 sqrt 12) = 0.8 % of its rms) and costs much: with larger integers most pairs
 # of weights exceed the 16-bit lane budget (csrc/int8/pack.h), and the product takes 1.4 times as long on AVX2. 7-bit
-# activations leave room for any weights. benchmarks/NOTES.md has the figures.
+# activations leave room for any weights, and activations in floating point need none. benchmarks/NOTES.md has the figures.
 LARGEST_RMS = 34 / 127
+
+_BITS = {"activation_bits": (7, 8, 16), "weight_bits": (7, 8)}
+
+
+def _check_bits(kind: str, name: str, bits: object) -> None:
+    if type(bits) is not int or bits not in _BITS[name]:
+        *most, last = _BITS[name]
+        raise ValueError(f"{kind}: {name} is {bits!r}, expected {', '.join(map(str, most))} or {last}")
 
 
 @dataclass(frozen=True)
 class Int8:
-    """int8 weights and 8- or 7-bit activations, quantized as the model runs.
+    """int8 weights and 8- or 7-bit activations, quantized as the model runs; or int8 weights alone.
 
     Args:
         activation_bits: 8 (default) or 7. Seven bits leave the AVX2 kernels twice the room in their 16-bit lanes, which makes
-            them faster there; processors with VNNI run both at the same speed. README has both, measured.
+            them faster there; processors with VNNI run both at the same speed. README has both, measured. 16: activations stay in
+            floating point ("weight only"), for few rows, where a layer costs what its weights cost to read.
         weight_bits: 8 (default: integers in [-127, 127]) or 7 ([-63, 63]).
     Raises:
         ValueError: another number of bits.
@@ -42,10 +51,8 @@ class Int8:
     weight_bits: int = 8
 
     def __post_init__(self) -> None:
-        for field in ("activation_bits", "weight_bits"):
-            bits = getattr(self, field)
-            if type(bits) is not int or bits not in (7, 8):
-                raise ValueError(f"Int8: {field} is {getattr(self, field)!r}, expected 7 or 8")
+        for field in _BITS:
+            _check_bits("Int8", field, getattr(self, field))
 
     def compress(self, weight: Tensor) -> Int8Weight:
         """Rounds each row to integers, half to even, with scale max|row| / wmax; for 8-bit activations the scale is at least
@@ -90,7 +97,7 @@ class Int8Weight:
     Attributes:
         values: int8 [n, k], in [-wmax, wmax] with wmax = 127 (8 bits) or 63 (7 bits).
         scale: float32 [n], positive and finite: weight[n, k] = values[n, k] * scale[n].
-        activation_bits: 7 or 8, the range in which the layer quantizes its input.
+        activation_bits: 7 or 8, the range in which the layer quantizes its input; 16 where it leaves it in floating point.
         weight_bits: 7 or 8.
     Raises:
         ValueError: a field that breaks these rules.
@@ -143,13 +150,10 @@ class Int8Weight:
         Raises:
             ValueError: a setting that is missing, unknown or out of range.
         """
-        names = ("activation_bits", "weight_bits")
-        for name in names:
-            bits = settings.get(name)
-            if type(bits) is not int or bits not in (7, 8):
-                raise ValueError(f"Int8Weight: {name} is {bits!r}, expected 7 or 8")
-        if len(settings) != len(names):
-            raise ValueError(f"Int8Weight: the settings are {list(settings)}, expected {list(names)}")
+        for name in _BITS:
+            _check_bits("Int8Weight", name, settings.get(name))
+        if len(settings) != len(_BITS):
+            raise ValueError(f"Int8Weight: the settings are {list(settings)}, expected {list(_BITS)}")
         return {"weight": (tuple(shape), torch.int8), "weight_scale": ((shape[0],), torch.float32)}
 
     @classmethod

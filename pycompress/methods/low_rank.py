@@ -1,4 +1,8 @@
-"""LowRank: truncated SVD (Eckart & Young 1936), whitened where inputs are known (SVD-LLM, Wang et al. 2024, arXiv:2403.07378)."""
+"""LowRank: truncated SVD (Eckart & Young 1936), whitened where inputs are known (SVD-LLM, Wang et al. 2024, arXiv:2403.07378).
+
+Beside a 4-bit residual it is the weight's side of SVDQuant (Li et al. 2024, arXiv:2411.05007), which also moves outliers of the
+inputs into the weight; that is not done here.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,27 @@ import torch
 from torch import Tensor
 
 from pycompress.methods import break_even, low_rank_conv, svd
+from pycompress.methods.break_even import Residual
 from pycompress.methods.dense import DenseWeight
 from pycompress.methods.inputs import DAMPING, InputStatistics, Metric
+from pycompress.methods.int4 import Int4, Int4Weight
 from pycompress.methods.int8 import Int8, Int8Weight
 from pycompress.methods.low_rank_conv import DECOMPOSITIONS, LowRankConv2dWeight, Shape4
 from pycompress.methods.sparse import SparseWeight
 from pycompress.methods.svd import balanced
-from pycompress.methods.weight import Expected, Method, Refused, check_tensors, finite_matrix, is_method, matrix_shape
+from pycompress.methods.weight import (
+    CalibratedMethod,
+    Expected,
+    Method,
+    Refused,
+    check_tensors,
+    finite_matrix,
+    is_method,
+    matrix_shape,
+)
 
-Residual = Int8Weight | SparseWeight | DenseWeight
 # What may stand beside the factors, by the name of its method.
-RESIDUALS: dict[str, type[Residual]] = {kind.name: kind for kind in (Int8Weight, SparseWeight, DenseWeight)}
+RESIDUALS: dict[str, type[Residual]] = {kind.name: kind for kind in (Int8Weight, Int4Weight, SparseWeight, DenseWeight)}
 _PREFIX = "residual_"
 
 BREAK_EVEN = "break-even"
@@ -42,7 +56,8 @@ class LowRank:
         error: instead of a rank: the smallest one with ||(W - W_r) X||_F at most this share of ||W X||_F, in [0, 1).
         bits: 32 (default: float32 factors) or 8: factors quantized per row as :class:`Int8` does it.
         activation_bits: 7 (default) or 8, for 8-bit factors: the range in which the layer quantizes what each of them meets.
-        residual: the method that compresses what the factors leave: ``Int8``, ``Sparse`` or ``Dense``.
+        residual: the method that compresses what the factors leave: ``Int8``, ``Int4``, ``Sparse`` or ``Dense``. ``Int4`` is given
+            the inputs too.
         alternations: how often factors and residual are fitted again in turn, each to what the other leaves; of all rounds the one
             with the smallest error of the outputs is taken.
         algorithm: ``exact`` (LAPACK, in float64), ``randomized`` (see methods/svd.py for its bound; needs a rank) or ``auto``:
@@ -112,7 +127,9 @@ class LowRank:
         if residual is not None and not is_method(residual):
             raise TypeError(f"LowRank: residual is {residual!r}, expected a method such as Int8() or None")
         if residual is not None and residual.name not in RESIDUALS:
-            raise ValueError(f"LowRank: residual is {residual!r}, expected Int8, Sparse or Dense")
+            raise ValueError(f"LowRank: residual is {residual!r}, expected Int8, Int4, Sparse or Dense")
+        if isinstance(residual, Int8 | Int4) and residual.activation_bits == 16:
+            raise ValueError(f"LowRank: residual is {residual!r}, expected activation_bits {_shared_bits(residual)}")
         if residual is not None and self.rank == BREAK_EVEN:
             raise ValueError(
                 f"LowRank: rank is {BREAK_EVEN!r} beside a residual, expected a number: it is measured without"
@@ -273,8 +290,11 @@ class LowRank:
         """The same factors and what compresses the rest."""
         if self.residual is None:
             return factors
-        residual = self.residual.compress((target - factors.decompress()).float())
-        assert isinstance(residual, Int8Weight | SparseWeight | DenseWeight)
+        method = self.residual
+        if self.inputs is not None and isinstance(method, CalibratedMethod):
+            method = method.with_inputs(self.inputs)
+        residual = method.compress((target - factors.decompress()).float())
+        assert isinstance(residual, Int8Weight | Int4Weight | SparseWeight | DenseWeight)
         return replace(factors, residual=residual)
 
     def _alternated(self, target: Tensor, best: LowRankWeight, metric: Metric) -> LowRankWeight:
@@ -399,6 +419,8 @@ class LowRankWeight:
             raise ValueError(
                 f"LowRankWeight: the residual is {list(residual.shape)}, expected {list(self.shape)} as the factors make it"
             )
+        if isinstance(residual, Int8Weight | Int4Weight) and residual.activation_bits == 16:
+            raise ValueError(f"LowRankWeight: the residual's activation_bits is 16, expected {_shared_bits(residual)}")
 
     def _check_factors(self) -> None:
         down, up = self.down, self.up
@@ -527,7 +549,12 @@ class LowRankWeight:
         return cls(tensors["down"], tensors["up"], tensors.get("down_scale"), tensors.get("up_scale"), bits, residual)
 
 
-_RESIDUAL_TYPES = "Int8Weight, SparseWeight, DenseWeight or None"
+_RESIDUAL_TYPES = "Int8Weight, Int4Weight, SparseWeight, DenseWeight or None"
+
+
+def _shared_bits(residual: Method | Residual) -> str:
+    """The activation_bits that a residual may have, which is multiplied with the quantized rows of the layer."""
+    return "8" if residual.name == Int4.name else "7 or 8"
 
 
 def _checked_rank(shape: tuple[int, int], rank: object) -> int:

@@ -2,6 +2,7 @@
 
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.geometry import Conv2dGeometry
+from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.linear import CompressedLinear
@@ -12,7 +13,12 @@ from pycompress.nn.sparse import SparseLayer, SparseLinear
 from pycompress.nn.sparse_conv import SparseConv2d
 
 # By the name of the method; plans, files and summaries know no other kinds of layers.
-LAYERS: dict[str, type[CompressedLinear]] = {"int8": Int8Linear, "low_rank": LowRankLinear, "sparse": SparseLinear}
+LAYERS: dict[str, type[CompressedLinear]] = {
+    "int4": Int4Linear,
+    "int8": Int8Linear,
+    "low_rank": LowRankLinear,
+    "sparse": SparseLinear,
+}
 CONVOLUTIONS: dict[str, type[CompressedConv2d]] = {"low_rank": LowRankConv2d, "sparse": SparseConv2d}
 EMBEDDINGS: dict[str, type[LowRankEmbedding]] = {"low_rank": LowRankEmbedding}
 
@@ -24,6 +30,7 @@ __all__ = [
     "CompressedLayer",
     "CompressedLinear",
     "Conv2dGeometry",
+    "Int4Linear",
     "Int8Linear",
     "LowRankConv2d",
     "LowRankEmbedding",

@@ -13,13 +13,16 @@ from pycompress.nn.linear import CompressedLinear
 
 
 class Int8Linear(CompressedLinear):
-    """``act(x W^T + b)`` with int8 weights; activations are quantized per row as they come.
+    """``act(x W^T + b)`` with int8 weights; activations are quantized per row as they come, or stay in floating point.
 
-    A row of x with NaN or Inf gives a row of NaN. State: ``weight`` int8 [n, k], ``weight_scale`` float32 [n].
+    Quantized, a row of x with NaN or Inf gives a row of NaN; in floating point NaN or Inf wherever it meets a weight.
+
+    State: ``weight`` int8 [n, k], ``weight_scale`` float32 [n].
     """
 
     weight_type = Int8Weight
     default_method = Int8()
+    has_cuda_kernels = True
 
     weight_scale: Tensor
 
@@ -32,13 +35,18 @@ class Int8Linear(CompressedLinear):
         return int(self.settings["weight_bits"])
 
     @property
+    def label(self) -> str:
+        """What a table calls the method: ``int8``, or ``int8 a16`` where activations stay in floating point."""
+        return "int8 a16" if self.activation_bits == 16 else "int8"
+
+    @property
     def weight(self) -> Tensor:
         """int8 [n, k], unpacked at each access."""
         return self._tensors()["weight"]
 
     def canonical(self) -> Int8Weight:
-        """The canonical weight, unpacked at each call."""
-        return Int8Weight(self.weight, self.weight_scale, self.activation_bits, self.weight_bits)
+        """The canonical weight, on the CPU, unpacked at each call."""
+        return Int8Weight(self.weight.cpu(), self.weight_scale.cpu(), self.activation_bits, self.weight_bits)
 
     def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return ops.int8_pack(tensors["weight"], self.activation_bits)

@@ -30,6 +30,7 @@ class CompressedLayer(nn.Module):
         settings: what the canonical weight is besides its tensors (:meth:`Weight.settings`).
         activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh`` or ``silu``, fused behind the product.
         geometry: of a convolution; None for a linear layer.
+        has_cuda_kernels: whether the layer runs on a CUDA device; others can be moved there, but not called.
 
     Scale and bias stay float32 whatever ``.to(dtype)`` says.
     """
@@ -38,6 +39,7 @@ class CompressedLayer(nn.Module):
     default_method: ClassVar[Method]
     dense_kind: ClassVar[str]  # the class of the dense layer whose place it takes
     geometry: Conv2dGeometry | None = None
+    has_cuda_kernels: ClassVar[bool] = False
 
     weight_scale: Tensor | None
     bias: Tensor | None
@@ -176,6 +178,8 @@ class CompressedLayer(nn.Module):
             error_msgs.append(f"{prefix}{', '.join(names[:-1])} or {names[-1]}: {error}")
             return
         if not missing:
+            if self.packed.is_cuda:
+                fresh.to(self.packed.device)
             self.packed, self.weight_scale, self.bias = fresh.packed, fresh.weight_scale, fresh.bias
             self.settings = fresh.settings
 
@@ -216,9 +220,16 @@ class CompressedLayer(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
+            if name == "packed" and self._packs_anew(buffer.device, there := fn(buffer.new_empty(0)).device):
+                self._buffers[name] = self._pack({key: tensor.to(there) for key, tensor in self._unpack().items()})
+                continue
             moved = fn(buffer)
             self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
+
+    def _packs_anew(self, old: torch.device, new: torch.device) -> bool:
+        """Whether the layer's kernels read another layout on the new device."""
+        return self.has_cuda_kernels and {old.type, new.type} == {"cpu", "cuda"}
 
 
 # The activations, for the layers that autograd differentiates.

@@ -16,8 +16,11 @@ from pycompress.nn.linear import CompressedLinear
 class LowRankLinear(CompressedLinear):
     """``act(x (up down + R)^T + b)`` without ever making the product ``up down``.
 
-    int8 factors, or a residual R in int8, quantize activations per row as they come; a row of x with NaN or Inf then gives a row of
-    NaN. With float32 alone it gives NaN or Inf wherever it meets a weight.
+    int8 factors, or a residual R in int8 or int4, quantize activations per row as they come; a row of x with NaN or Inf then gives
+    a row of NaN. With float32 alone it gives NaN or Inf wherever it meets a weight.
+
+    On a CUDA device float32 factors without a residual run, rounded to bfloat16 for the product alone, on x in bfloat16 or float16.
+    Moving others there raises ValueError.
 
     State: ``down`` float32 or int8 [r, k] and ``up`` [n, r]; for int8 ``down_scale`` float32 [r] and ``up_scale`` float32 [n]; the
     tensors of the residual behind ``residual_``. A state dict may bring another rank, and a sparse residual of another size, than
@@ -25,6 +28,7 @@ class LowRankLinear(CompressedLinear):
     """
 
     weight_type = LowRankWeight
+    has_cuda_kernels = True  # for float32 factors alone; packing refuses others there
     default_method = LowRank(energy=1.0, rank_guard=False)  # keeps all of the weight
 
     @property
@@ -44,7 +48,7 @@ class LowRankLinear(CompressedLinear):
 
     @property
     def residual(self) -> str:
-        """The method of the residual: ``int8``, ``sparse``, ``dense``, or '' where there is none."""
+        """The method of the residual: ``int8``, ``int4``, ``sparse``, ``dense``, or '' where there is none."""
         return str(self.settings["residual"]["method"]) if "residual" in self.settings else ""
 
     @property
@@ -55,36 +59,52 @@ class LowRankLinear(CompressedLinear):
         return self.canonical().decompress()
 
     def canonical(self) -> LowRankWeight:
-        """The canonical weight, unpacked at each call."""
-        return LowRankWeight.from_tensors((self.n, self.k), self._tensors(), self.settings)
+        """The canonical weight, on the CPU, unpacked at each call."""
+        tensors = {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        return LowRankWeight.from_tensors((self.n, self.k), tensors, self.settings)
 
     def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        kind, residual, scale = self.residual, None, tensors.get("residual_weight_scale")
-        if kind == "dense":
-            residual = tensors["residual_weight"]
-        elif kind == "int8":
-            residual = ops.int8_pack(tensors["residual_weight"], self.settings["residual"]["activation_bits"])
-        elif kind == "sparse":
-            mask, values = tensors["residual_weight_mask"], tensors["residual_weight_values"]
-            bits = self.settings["residual"].get("activation_bits", 0)
-            residual = ops.sparse_pack(mask, values, self.k, bits)
         return ops.low_rank_pack(
             tensors["down"], tensors["up"], tensors.get("down_scale"), tensors.get("up_scale"), self.activation_bits or 0,
-            kind, residual, scale,
+            self.residual, self._pack_residual(tensors), tensors.get("residual_weight_scale"),
         )  # fmt: skip
 
+    def _pack_residual(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """As the residual's own op packs it."""
+        kind, rest = self.residual, self.settings.get("residual", {})
+        if kind == "int8":
+            return ops.int8_pack(tensors["residual_weight"], rest["activation_bits"])
+        if kind == "int4":
+            scale, zero_point = tensors["residual_group_scale"], tensors.get("residual_group_zero_point")
+            return ops.int4_pack(
+                tensors["residual_weight"], scale, zero_point, self.k, rest["group"], rest["activation_bits"]
+            )
+        if kind == "sparse":
+            mask, values = tensors["residual_weight_mask"], tensors["residual_weight_values"]
+            return ops.sparse_pack(mask, values, self.k, rest.get("activation_bits", 0))
+        return tensors.get("residual_weight")  # dense, or none at all
+
     def _unpack(self) -> dict[str, Tensor]:
-        found = ops.low_rank_unpack(self.packed)
+        sizes = ops.LowRankSizes(self.n, self.k, self.rank, 32, "", 0, False) if self.packed.is_cuda else None
+        found = ops.low_rank_unpack(self.packed, sizes)
         own = {"down": found.down, "up": found.up, "down_scale": found.down_scale, "up_scale": found.up_scale}
-        kind, residual = self.residual, {"weight_scale": found.residual_scale}
-        if kind == "dense":
-            residual["weight"] = found.residual
-        elif kind == "int8":
-            residual["weight"] = ops.int8_unpack(found.residual, (self.n, self.k))
-        elif kind == "sparse":
-            residual["weight_mask"], residual["weight_values"] = ops.sparse_unpack(found.residual)
+        residual = {"weight_scale": found.residual_scale, **self._unpack_residual(found.residual)}
         tensors = {**own, **{f"residual_{name}": tensor for name, tensor in residual.items()}}
         return {name: tensors[name] for name in self._expected()}  # those that are there, in the order of the state
+
+    def _unpack_residual(self, packed: Tensor) -> dict[str, Tensor]:
+        """The tensors of the residual's canonical weight but its scale per output channel."""
+        kind, rest = self.residual, self.settings.get("residual", {})
+        if kind == "int8":
+            return {"weight": ops.int8_unpack(packed, (self.n, self.k))}
+        if kind == "int4":
+            values, scale, zero_point = ops.int4_unpack(packed, self.n, self.k, rest["group"], rest["symmetric"])
+            tensors = {"weight": values, "group_scale": scale}
+            return tensors if zero_point is None else {**tensors, "group_zero_point": zero_point}
+        if kind == "sparse":
+            mask, values = ops.sparse_unpack(packed)
+            return {"weight_mask": mask, "weight_values": values}
+        return {"weight": packed}  # float32 as it is, or of no use: there is none
 
     def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         settings = {**self.settings, "rank": len(tensors["down"])}

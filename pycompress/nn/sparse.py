@@ -49,8 +49,8 @@ class SparseLayer(CompressedLayer):
 
     @property
     def format(self) -> str:
-        """One of ``ops.SPARSE_FORMATS``, the one that packing chose; '' on the meta device."""
-        return "" if self.packed.is_meta else str(ops.sparse_header(self.packed)["format"])
+        """One of ``ops.SPARSE_FORMATS``, the one that packing chose; '' elsewhere than on the CPU."""
+        return str(ops.sparse_header(self.packed)["format"]) if self.packed.is_cpu else ""
 
     @property
     def weight(self) -> Tensor:
@@ -60,10 +60,9 @@ class SparseLayer(CompressedLayer):
         return self.canonical().decompress().view(self.dense_shape)
 
     def canonical(self) -> SparseWeight:
-        """The canonical weight, unpacked at each call."""
-        tensors = self._tensors()
-        mask, values = tensors["weight_mask"], tensors["weight_values"]
-        return SparseWeight(mask, values, self.k, self.weight_scale, self.activation_bits)
+        """The canonical weight, on the CPU, unpacked at each call."""
+        tensors = {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        return SparseWeight.from_tensors((self.n, self.k), tensors, self.settings)
 
     def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         mask, values = tensors["weight_mask"], tensors["weight_values"]
@@ -95,7 +94,12 @@ class SparseLinear(SparseLayer, CompressedLinear):
     """``act(x W^T + b)`` with a sparse weight; for int8, activations are quantized per row as they come.
 
     float32: NaN or Inf in x shows in those outputs whose row has a weight for it. int8: it gives a row of NaN.
+
+    On a CUDA device float32 weights run whose values are all bfloat16 or all float16 numbers, on x of that type: those of a model
+    in that type. Moving others there raises ValueError; nothing is rounded on the way. NaN or Inf shows in all of its row.
     """
+
+    has_cuda_kernels = True
 
     @staticmethod
     def _product(

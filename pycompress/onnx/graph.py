@@ -19,9 +19,10 @@ MAX_WEIGHT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
 
 
 class Graph:
-    """A graph under construction. All methods but the last return the name of the value they add."""
+    """A graph under construction, for an opset. All methods but the last return the name of the value they add."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int = OPSET) -> None:
+        self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -31,21 +32,28 @@ class Graph:
         Raises:
             ValueError: there is another one of this name.
         """
-        tensor = numpy_helper.from_array(np.asarray(value, dtype, order="C"), name)
-        known = next((other for other in self.initializers if other.name == name), None)
-        if known is None:
-            self.initializers.append(tensor)
-        elif known != tensor:
-            raise ValueError(f"lower: the graph has another constant {name}")
-        return name
+        return self._stored(numpy_helper.from_array(np.asarray(value, dtype, order="C"), name))
 
     def weight(self, name: str, values: npt.NDArray[Any]) -> str:
         """Stores a weight. Raises ValueError where it is larger than a file can be."""
-        if values.nbytes > MAX_WEIGHT_BYTES:
-            raise ValueError(
-                f"lower: the weight {list(values.shape)} has {values.nbytes} bytes, expected at most {MAX_WEIGHT_BYTES}"
-            )
+        _check_size(values.shape, values.nbytes)
         return self.constant(name, values, values.dtype)
+
+    def nibbles(self, name: str, values: npt.NDArray[np.uint8]) -> str:
+        """Stores integers from 0 to 15 as uint4: two a byte, the earlier one in the low half, across the ends of rows. Raises as
+        :meth:`weight` does."""
+        _check_size(values.shape, (values.size + 1) // 2)
+        low, high = np.pad(values.reshape(-1), (0, values.size % 2)).reshape(-1, 2).T
+        packed = (low | high << 4).tobytes()
+        return self._stored(helper.make_tensor(name, TensorProto.UINT4, values.shape, packed, raw=True))
+
+    def _stored(self, tensor: onnx.TensorProto) -> str:
+        known = next((other for other in self.initializers if other.name == tensor.name), None)
+        if known is None:
+            self.initializers.append(tensor)
+        elif known != tensor:
+            raise ValueError(f"lower: the graph has another constant {tensor.name}")
+        return str(tensor.name)
 
     def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Applies a one-output operator of the standard domain."""
@@ -79,10 +87,15 @@ class Graph:
     def model(self, name: str, x: onnx.ValueInfoProto, outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
         """The finished model."""
         proto = helper.make_graph(self.nodes, name, [x], outputs, self.initializers)
-        opset = helper.make_opsetid("", OPSET)
+        opset = helper.make_opsetid("", self.opset)
         # The oldest file version that holds this opset, so that older runtimes read it too.
         ir_version = helper.find_min_ir_version_for([opset])
         return helper.make_model(proto, opset_imports=[opset], ir_version=ir_version, producer_name="pycompress")
+
+
+def _check_size(shape: tuple[int, ...], n_bytes: int) -> None:
+    if n_bytes > MAX_WEIGHT_BYTES:
+        raise ValueError(f"lower: the weight {list(shape)} has {n_bytes} bytes, expected at most {MAX_WEIGHT_BYTES}")
 
 
 def array(tensor: Tensor) -> npt.NDArray[np.float32]:

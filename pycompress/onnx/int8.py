@@ -30,12 +30,30 @@ def lower_int8_linear(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
     The weight is stored once, as int8 [k, n]. With 8-bit activations and 8-bit weights a runtime that adds
     two u8 * s8 products in 16 bits saturates, and :func:`session` sets ONNX Runtime not to. With 7 bits on
     either side nothing can saturate.
+
+    With 16-bit activations x is not quantized, and y is the only output: act(x . (float(weight) * scale) + bias) by
+    DequantizeLinear and MatMul, the layer's up to rounding. NaN and Inf spread as they do in the layer.
     """
+    if layer.settings["activation_bits"] == 16:
+        return _lower_weight_only(layer)
     graph = Graph()
     v, broken = int8_product(graph, "x", *integers(layer.canonical()))
     poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken, output="y")
     outputs = [floats("y", "m", layer.n), *integer_outputs("", layer.k, layer.n)]
     return graph.model("int8_linear", floats("x", "m", layer.k), outputs)
+
+
+def _lower_weight_only(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
+    graph, weight = Graph(), layer.canonical()
+    assert isinstance(weight, Int8Weight)
+    values_t = graph.weight("weight", weight.values.cpu().numpy().T)
+    # ONNX Runtime's session.x64quantprecision gives a weight without zero points one for all channels, and then refuses it.
+    zero_point = graph.constant("zero_point", np.zeros(layer.n), np.int8)
+    scale = graph.constant("weight_scale", array(weight.scale))
+    dense = graph.node("DequantizeLinear", values_t, scale, zero_point, axis=1)
+    v = graph.bias(graph.node("MatMul", "x", dense), layer)
+    graph.node("Identity", graph.activation(v, layer), output="y")
+    return graph.model("int8_linear", floats("x", "m", layer.k), [floats("y", "m", layer.n)])
 
 
 def integers(weight: Int8Weight | SparseWeight) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], int]:
@@ -65,17 +83,23 @@ def int8_product(
         (float(acc) * scale of x) * weight_scale, float32 [m, n]; and bool [m, 1]: where x holds NaN or Inf. These rows go on
         as zeros: NaN has no place in a Cast to uint8.
     """
-    zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
-    # x * 0 is NaN where x is NaN or Inf.
-    poison = graph.node("ReduceSum", graph.node("Mul", x, zero), last_axis, keepdims=1)
-    broken = graph.node("IsNaN", poison)
-    q, scale, zero_point = _quantize(graph, graph.node("Where", broken, zero, x), amax, prefix + "q")
+    clean, broken = without_broken(graph, x)
+    q, scale, zero_point = quantized(graph, clean, amax, prefix + "q")
     values_t = graph.weight(prefix + "weight", values.T)
     column_sum = graph.constant(prefix + "column_sum", values.sum(axis=1, dtype=np.int32)[None, :], np.int32)
     shift = graph.node("Mul", graph.node("Cast", zero_point, to=TensorProto.INT32), column_sum)
     acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t), shift, output=prefix + "acc")
     v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
     return graph.node("Mul", v, graph.constant(prefix + "weight_scale", weight_scale[None, :])), broken
+
+
+def without_broken(graph: Graph, x: str) -> tuple[str, str]:
+    """x [m, k] with zeros in the rows that hold NaN or Inf; and bool [m, 1]: which these are."""
+    zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
+    # x * 0 is NaN where x is NaN or Inf.
+    poison = graph.node("ReduceSum", graph.node("Mul", x, zero), last_axis, keepdims=1)
+    broken = graph.node("IsNaN", poison)
+    return graph.node("Where", broken, zero, x), broken
 
 
 def poisoned(graph: Graph, v: str, broken: str, output: str = "") -> str:
@@ -92,7 +116,7 @@ def integer_outputs(prefix: str, k: int, n: int) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def _quantize(graph: Graph, x: str, amax: int, output: str) -> tuple[str, str, str]:
+def quantized(graph: Graph, x: str, amax: int, output: str) -> tuple[str, str, str]:
     """Quantizes every row of x: the names of q uint8 [m, k] (the output's), scale and zero point, both float32 [m, 1]."""
     zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
     half_amax = graph.constant(f"half_amax_{amax}", amax / 2)

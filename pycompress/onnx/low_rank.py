@@ -5,13 +5,15 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from pycompress.methods.dense import DenseWeight
+from pycompress.methods.int4 import Int4Weight
+from pycompress.methods.int8 import Int8Weight
 from pycompress.methods.low_rank import LowRankWeight
 from pycompress.methods.sparse import SparseWeight
 from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.low_rank_conv import LowRankConv2d
 from pycompress.nn.low_rank_embedding import LowRankEmbedding
-from pycompress.onnx.graph import Graph, array, floats, images
+from pycompress.onnx.graph import OPSET, Graph, array, floats, images
+from pycompress.onnx.int4 import BLOCKS_OPSET, int4_product, rows_output
 from pycompress.onnx.int8 import int8_product, integer_outputs, integers, poisoned
 
 
@@ -22,14 +24,17 @@ def lower_low_rank_linear(layer: LowRankLinear) -> onnx.ModelProto:
 
     - for int8 factors t, float32 [m, r], what the second factor meets; and of both products down_q, uint8 [m, k], down_acc,
       int32 [m, r], up_q, uint8 [m, r], and up_acc, int32 [m, n];
-    - for a residual with int8 weights residual_q, uint8 [m, k], and residual_acc, int32 [m, n].
+    - for a residual with int8 weights residual_q, uint8 [m, k], and residual_acc, int32 [m, n];
+    - for one with int4 weights, which are stored and multiplied as :func:`lower_int4_linear` has it, residual_q, uint8 [m, k].
 
     float32 factors, and residuals, are MatMul, and y is the layer's up to rounding. Integers are treated as
     :func:`lower_int8_linear` does: q and acc are the layer's own, and so are t, and y after the activations none and relu,
-    where there are no float32 weights at all. A row of x with NaN or Inf gives NaN where anything is int8, otherwise NaN or
-    Inf where the runtime meets it.
+    where all weights are int8. A row of x with NaN or Inf gives NaN where anything is int8 or int4, otherwise NaN or Inf where
+    the runtime meets it.
     """
-    graph, weight = Graph(), layer.canonical()
+    weight = layer.canonical()
+    residual = weight.residual
+    graph = Graph(BLOCKS_OPSET if isinstance(residual, Int4Weight) else OPSET)
     outputs, broken = [floats("y", "m", layer.n)], []
     if weight.bits == 32:
         v = graph.matmul(graph.matmul("x", "down", array(weight.down)), "up", array(weight.up))
@@ -39,15 +44,18 @@ def lower_low_rank_linear(layer: LowRankLinear) -> onnx.ModelProto:
         outputs += [floats("t", "m", r), *integer_outputs("down_", layer.k, r), *integer_outputs("up_", r, layer.n)]
         broken.append(bad)
     v = graph.bias(v, layer)
-    residual = weight.residual
-    if residual is not None and _is_float(residual):
-        v = graph.node("Add", graph.matmul("x", "residual", array(residual.decompress())), v)
-    elif residual is not None:
-        assert not isinstance(residual, DenseWeight)
+    if isinstance(residual, Int4Weight):
+        beside, bad = int4_product(graph, "x", residual, prefix="residual_")
+        v = graph.node("Add", beside, v)
+        outputs.append(rows_output("residual_q", layer.k))
+        broken.append(bad)
+    elif isinstance(residual, Int8Weight | SparseWeight) and residual.scale is not None:
         beside, bad = int8_product(graph, "x", *integers(residual), prefix="residual_")
         v = graph.node("Add", beside, v)
         outputs += integer_outputs("residual_", layer.k, layer.n)
         broken.append(bad)
+    elif residual is not None:
+        v = graph.node("Add", graph.matmul("x", "residual", array(residual.decompress())), v)
     y = graph.activation(v, layer)
     for bad in broken:
         y = poisoned(graph, y, bad)
@@ -64,11 +72,6 @@ def _int8_factors(graph: Graph, weight: LowRankWeight) -> tuple[str, str]:
     v, broken = int8_product(graph, "x", weight.down.numpy(), array(weight.down_scale), amax, "down_")
     t = poisoned(graph, v, broken, output="t")
     return int8_product(graph, t, weight.up.numpy(), array(weight.up_scale), amax, "up_")
-
-
-def _is_float(residual: DenseWeight | SparseWeight | object) -> bool:
-    """Whether a residual has float32 weights."""
-    return isinstance(residual, DenseWeight) or (isinstance(residual, SparseWeight) and residual.bits == 32)
 
 
 def lower_low_rank_conv2d(layer: LowRankConv2d) -> onnx.ModelProto:

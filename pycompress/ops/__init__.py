@@ -4,7 +4,10 @@ Every op is registered with ``torch.library`` (``define`` and ``impl``, the chea
 ``torch.compile(fullgraph=True)``, ``torch.export`` and ``FakeTensor`` work. The layers call the functions of this package.
 """
 
+from pycompress.ops.cuda import cuda_error, cuda_kernels
+from pycompress.ops.int4 import int4_dense, int4_header, int4_linear, int4_pack, int4_unpack
 from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_pack, int8_quantize, int8_unpack
+from pycompress.ops.int8_fused import int8_fused_linear
 from pycompress.ops.low_rank import (
     RESIDUALS,
     LowRankSizes,
@@ -46,10 +49,18 @@ __all__ = [
     "LowRankSizes",
     "LowRankTensors",
     "bandwidth",
+    "cuda_error",
+    "cuda_kernels",
     "extension_error",
     "instruction_sets",
+    "int4_dense",
+    "int4_header",
+    "int4_linear",
+    "int4_pack",
+    "int4_unpack",
     "int8_accumulate",
     "int8_depths",
+    "int8_fused_linear",
     "int8_linear",
     "int8_pack",
     "int8_quantize",

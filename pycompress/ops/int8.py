@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycompress.ops import cuda, cuda_weight_only
 from pycompress.ops.native import (
     _C,
     ACTIVATIONS,
@@ -21,6 +22,7 @@ from pycompress.ops.native import (
     is_plain,
     library,
     matrix_of,
+    nobody_looks,
     reads_tensors,
     rows_of,
     vector,
@@ -65,7 +67,9 @@ def _int8_linear_vmapped(*operands: Any) -> Tensor:
     return y
 
 
-_int8_linear_op = implement("int8_linear", _int8_linear_cpu, _int8_linear_fake, _int8_linear_vmapped)
+_int8_linear_op = implement(
+    "int8_linear", _int8_linear_cpu, _int8_linear_fake, _int8_linear_vmapped, cuda_weight_only.int8_linear
+)
 
 
 def int8_linear(
@@ -75,9 +79,11 @@ def int8_linear(
 
     The formula and its rounding are in ``csrc/int8/gemm.h``: exact integers, float32 steps in a fixed order, so the result
     has the same bits for every thread count and every kernel.
+    Packed for 16 bits, activations stay floating point: the bound is that of :func:`pycompress.ops.int4_linear`.
 
     Args:
-        x: float32, bfloat16 or float16, [..., k], any strides. A row with NaN or Inf gives a row of NaN.
+        x: float32, bfloat16 or float16, [..., k], any strides. A row with NaN or Inf gives a row of NaN; packed for 16 bits, NaN
+            or Inf where a weight meets it, zeros included.
         packed: uint8 vector from :func:`int8_pack`.
         scale: float32 [n], one per output channel.
         bias: float32 [n] or None.
@@ -85,7 +91,8 @@ def int8_linear(
     Returns:
         [..., n], dense, of x's dtype.
     Raises:
-        TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: a tensor is not on the CPU.
+        TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: the tensors are not all on the CPU
+        or on one CUDA device, or the kernels cannot run there.
     """
     if is_plain(x):
         if reads_tensors and scale.dim() == 1 and x.dim() != 0:
@@ -94,6 +101,8 @@ def int8_linear(
             if code >= 0 and _C.int8_linear_tensors(x, packed, scale, bias, code, y, torch.get_num_threads()):
                 return y
         return _int8_linear_cpu(x, packed, scale, bias, activation)
+    if x.is_cuda and nobody_looks(x):
+        return cuda_weight_only.int8_linear(x, packed, scale, bias, activation)
     result: Tensor = _int8_linear_op(x, packed, scale, bias, activation)
     return result
 
@@ -106,6 +115,7 @@ library.define("int8_pack(Tensor values, int activation_bits, str kernel='') -> 
 def _int8_pack_cpu(values: Tensor, activation_bits: int, kernel: str = "") -> Tensor:
     if values.dtype != torch.int8 or values.dim() != 2:
         raise ValueError(f"int8_pack: values is {values.dtype} {list(values.shape)}, expected int8 [n, k]")
+    check(activation_bits in {7, 8, 16}, f"int8_pack: activation_bits is {activation_bits}, expected 7, 8 or 16")
     values = values.contiguous()
     n, k = values.shape
     return vector(_C.int8_pack(values.data_ptr(), n, k, activation_bits, kernel, torch.get_num_threads()))
@@ -116,15 +126,18 @@ def _int8_pack_fake(values: Tensor, activation_bits: int, kernel: str = "") -> T
 
 
 library.impl("int8_pack", _int8_pack_cpu, "CPU")
+library.impl("int8_pack", cuda_weight_only.int8_pack, "CUDA")
 torch.library.register_fake("pycompress::int8_pack", _int8_pack_fake, lib=library)
 
 
 def int8_pack(values: Tensor, activation_bits: int, kernel: str = "") -> Tensor:
     """Canonical weight -> the layout of the best kernel here (or of the one named): a uint8 vector, for this process only.
 
+    On a CUDA device the weight is packed there, for all kernels alike; the packed weights of CPU and GPU differ.
+
     Args:
         values: int8 [n, k], in [-127, 127].
-        activation_bits: 7 or 8, the range of the activations that the packed weight will meet.
+        activation_bits: 7 or 8, the range of the activations that the packed weight will meet; 16: they stay floating point.
         kernel: a name from :func:`pycompress.ops.kernels`, to force it.
     Raises:
         ValueError: wrong dtype or shape, a -128, k > 65536, or a kernel that cannot run here.
@@ -153,6 +166,7 @@ def _int8_unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 library.impl("int8_unpack", _int8_unpack_cpu, "CPU")
+library.impl("int8_unpack", cuda_weight_only.int8_unpack, "CUDA")
 torch.library.register_fake("pycompress::int8_unpack", _int8_unpack_fake, lib=library)
 
 
@@ -170,7 +184,10 @@ def int8_unpack(packed: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
 
 
 def int8_depths(packed: Tensor) -> dict[str, Any]:
-    """How a packed weight spends its lane budget: ``groups`` of four positions, and ``items`` run at depth 4, 2 and 1."""
+    """What a packed weight holds, n, k and activation_bits, and how it spends its lane budget: ``groups`` of four positions, and
+    ``items`` run at depth 4, 2 and 1. (It has none for activations of 16 bits, nor on a CUDA device.)"""
+    if packed.is_cuda:
+        return cuda.int8_header(packed)
     check_operand("int8_depths", "packed", packed, torch.uint8)
     header: dict[str, Any] = _C.int8_header(packed.data_ptr(), packed.numel())
     return header
@@ -189,6 +206,8 @@ def int8_quantize(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tens
         q uint8 [m, k], scale float32 [m], zero point int32 [m]; q = 0 and scale NaN for a row with NaN or Inf.
     """
     x, ldx = matrix_of("int8_quantize", x)
+    if x.is_cuda:
+        return cuda.int8_quantize(x, ldx, activation_bits)
     m, k = x.shape
     q = torch.empty((m, k), dtype=torch.uint8)
     scale, zero_point = torch.empty(m), torch.empty(m, dtype=torch.int32)
@@ -203,14 +222,20 @@ def int8_accumulate(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: float32, bfloat16 or float16, [m, k].
-        packed: from :func:`int8_pack`.
+        packed: from :func:`int8_pack`, for 7 or 8 bits.
     Returns:
         acc int32 [m, n], scale float32 [m], zero point int32 [m].
     """
     x, ldx = matrix_of("int8_accumulate", x)
+    if x.is_cuda:
+        return cuda.int8_accumulate(x, ldx, packed)
     check_operand("int8_accumulate", "packed", packed, torch.uint8)
-    m, k = x.shape
-    n = _C.int8_header(packed.data_ptr(), packed.numel())["n"]
+    (m, k), header = x.shape, int8_depths(packed)
+    n, bits = header["n"], header["activation_bits"]
+    check(
+        bits != 16,
+        f"int8_accumulate: the packed weight's activation_bits is {bits}, expected 7 or 8: there are no integers",
+    )
     acc = torch.empty((m, n), dtype=torch.int32)
     scale, zero_point = torch.empty(m), torch.empty(m, dtype=torch.int32)
     _C.int8_linear(

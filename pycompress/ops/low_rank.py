@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pycompress.ops import cuda, cuda_low_rank
+from pycompress.ops.int4 import int4_dense
 from pycompress.ops.int8 import int8_unpack
 from pycompress.ops.native import (
     _C,
@@ -23,6 +25,7 @@ from pycompress.ops.native import (
     is_plain,
     library,
     matrix_of,
+    nobody_looks,
     reads_tensors,
     rows_of,
     vector,
@@ -30,7 +33,7 @@ from pycompress.ops.native import (
 from pycompress.ops.sparse import sparse_dense, sparse_header
 
 # What stands beside the factors; the native module counts them in this order.
-RESIDUALS = ("", "dense", "int8", "sparse")
+RESIDUALS = ("", "dense", "int8", "sparse", "int4")
 _FACTORS = {32: torch.float32, 8: torch.int8}
 
 # --- low_rank_linear --------------------------------------------------------------------------------------------------
@@ -67,7 +70,7 @@ def _low_rank_linear_vmapped(*operands: Any) -> Tensor:
 
 
 _low_rank_linear_op = implement(
-    "low_rank_linear", _low_rank_linear_cpu, _low_rank_linear_fake, _low_rank_linear_vmapped
+    "low_rank_linear", _low_rank_linear_cpu, _low_rank_linear_fake, _low_rank_linear_vmapped, cuda_low_rank.linear
 )
 
 
@@ -76,13 +79,16 @@ def low_rank_linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = Non
 
     int8 factors are two :func:`int8_linear` one after the other, to the bit, for every thread count and kernel. float32 factors
     are sums of fused multiply-adds, each within ``gamma(k + r + 4) * (sum_j (sum_i |x_i down_ji|) |up_nj| + |bias|)`` of the exact
-    one, gamma(q) = q u / (1 - q u) with u = 2^-24. R adds the sums of :func:`int8_linear` or of :func:`sparse_linear`; a float32 R
-    goes on with k more multiply-adds, which makes it gamma(2 k + r + 4), and ``sum_i |x_i R_ni|`` one of what it multiplies.
+    one, gamma(q) = q u / (1 - q u) with u = 2^-24. R adds the sums of :func:`int8_linear`, of :func:`int4_linear` or of
+    :func:`sparse_linear`; a float32 R goes on with k more multiply-adds, which makes it gamma(2 k + r + 4), and
+    ``sum_i |x_i R_ni|`` one of what it multiplies.
+    On a CUDA device float32 factors without R run, rounded to bfloat16, on x in bfloat16 or float16, to which what lies between
+    the factors is rounded too: formula and bound are in ``csrc/low_rank/cuda.h``.
 
     Args:
         x: float32, bfloat16 or float16, [..., k], any strides; converted to float32 exactly, the result is rounded once. A row
-            with NaN or Inf: int8 factors or residual give a row of NaN, float32 ones NaN or Inf where a weight meets it, zeros
-            included (but for those that a sparse residual leaves out).
+            with NaN or Inf: int8 factors, an int8 or an int4 residual give a row of NaN, float32 ones NaN or Inf where a weight
+            meets it, zeros included (but for those that a sparse residual leaves out).
         packed: uint8 vector from :func:`low_rank_pack`.
         n: out_features.
         bias: float32 [n] or None.
@@ -90,7 +96,8 @@ def low_rank_linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = Non
     Returns:
         [..., n], dense, of x's dtype.
     Raises:
-        TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: a tensor is not on the CPU.
+        TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: the tensors are not all on the CPU
+        or on one CUDA device, or there are no CUDA kernels.
     """
     if is_plain(x):
         if reads_tensors and x.dim() != 0:
@@ -99,6 +106,8 @@ def low_rank_linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = Non
             if code >= 0 and _C.low_rank_linear_tensors(x, packed, bias, code, y, torch.get_num_threads()):
                 return y
         return _low_rank_linear_cpu(x, packed, n, bias, activation)
+    if x.is_cuda and nobody_looks(x):
+        return cuda_low_rank.linear(x, packed, n, bias, activation)
     result: Tensor = _low_rank_linear_op(x, packed, n, bias, activation)
     return result
 
@@ -188,11 +197,17 @@ def _residual(kind: str, residual: Tensor | None, shape: tuple[int, int]) -> Ten
         residual.dtype == torch.uint8 and residual.is_cpu and residual.dim() == 1 and residual.is_contiguous(),
         f"low_rank_pack: the residual is {_brief(residual)}, expected a dense uint8 vector from {kind}_pack",
     )
-    describe = _C.int8_header if kind == "int8" else _C.sparse_header
+    describe = {"int8": _C.int8_header, "int4": _C.int4_header, "sparse": _C.sparse_header}[kind]
     header = describe(residual.data_ptr(), residual.numel())
     check(
         (header["n"], header["k"]) == shape,
         f"low_rank_pack: the residual is {header['n']}x{header['k']}, expected {shape[0]}x{shape[1]} as the factors make it",
+    )
+    bits = header["activation_bits"]
+    expected = "8" if kind == "int4" else "7 or 8"
+    check(
+        bits != 16,
+        f"low_rank_pack: the residual's activation_bits is {bits}, expected {expected}: it shares quantized rows",
     )
     return residual
 
@@ -209,10 +224,24 @@ def _low_rank_pack_fake(
     down: Tensor, up: Tensor, down_scale: Tensor | None = None, up_scale: Tensor | None = None, activation_bits: int = 0,  # noqa: ARG001
     residual_kind: str = "", residual: Tensor | None = None, residual_scale: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
-    return down.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return down.new_empty((down.shape[1], size) if down.is_cuda else (size,), dtype=torch.uint8)
+
+
+def _low_rank_pack_cuda(
+    down: Tensor, up: Tensor, down_scale: Tensor | None = None, up_scale: Tensor | None = None, activation_bits: int = 0,  # noqa: ARG001
+    residual_kind: str = "", residual: Tensor | None = None, residual_scale: Tensor | None = None,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
+    cuda.check_devices("low_rank_pack", down, up)
+    check(
+        not residual_kind,
+        f"low_rank_pack: residual_kind is {residual_kind!r}, expected '' on a CUDA device: it has kernels for the factors alone",
+    )
+    return cuda_low_rank.pack(down, up)
 
 
 library.impl("low_rank_pack", _low_rank_pack_cpu, "CPU")
+library.impl("low_rank_pack", _low_rank_pack_cuda, "CUDA")
 torch.library.register_fake("pycompress::low_rank_pack", _low_rank_pack_fake, lib=library)
 
 
@@ -222,13 +251,16 @@ def low_rank_pack(
 ) -> Tensor:  # fmt: skip
     """Canonical weight up @ down + R -> the layout of the kernels here: a uint8 vector, for this process only.
 
+    On a CUDA device uint8 [k, ...], of float32 factors without R; they come back exactly from there, too.
+
     Args:
         down: float32 or int8 [r, k], 1 <= r <= min(n, k), k up to 65536; finite, integers in [-127, 127].
         up: [n, r] of the same dtype.
         down_scale, up_scale: float32 [r] and [n] for int8, None for float32.
         activation_bits: 7 or 8 for int8, 0 for float32: how x and what lies between the factors are quantized.
-        residual_kind: ``""``, ``dense``, ``int8`` or ``sparse``.
-        residual: for these None, float32 [n, k], from :func:`int8_pack`, from :func:`sparse_pack`.
+        residual_kind: ``""``, ``dense``, ``int8``, ``sparse`` or ``int4``.
+        residual: for these None, float32 [n, k], from :func:`int8_pack`, from :func:`sparse_pack`, from :func:`int4_pack` (with
+            8-bit activations).
         residual_scale: float32 [n] for an int8 residual and a sparse one of int8 values, else None.
     Raises:
         ValueError: wrong dtypes or shapes, a residual of another size, NaN, Inf or -128.
@@ -304,7 +336,18 @@ def _low_rank_unpack_fake(packed: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
     return tuple(_empty(packed, LowRankSizes(*sizes)))
 
 
+def _low_rank_unpack_cuda(packed: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
+    expected = LowRankSizes(*sizes)
+    n, k, rank, bits, residual, *_ = expected
+    check(
+        bits == 32 and not residual,
+        f"low_rank_unpack: the packed weight is not {tuple(expected)}: on a CUDA device it is float32 factors alone",
+    )
+    return (*cuda_low_rank.unpack(packed, n, k, rank), *_empty(packed, expected)[2:])
+
+
 library.impl("low_rank_unpack", _low_rank_unpack_cpu, "CPU")
+library.impl("low_rank_unpack", _low_rank_unpack_cuda, "CUDA")
 torch.library.register_fake("pycompress::low_rank_unpack", _low_rank_unpack_fake, lib=library)
 
 
@@ -317,7 +360,7 @@ def low_rank_unpack(packed: Tensor, sizes: LowRankSizes | None = None) -> LowRan
     """What :func:`low_rank_pack` was given, exactly. Costs a pass over the weight.
 
     Args:
-        sizes: read from the packed weight where they are not given, which a compiler cannot see through.
+        sizes: read from the packed weight where they are not given, on the CPU, which a compiler cannot see through.
     """
     found = _sizes(packed) if sizes is None else sizes
     return LowRankTensors(*torch.ops.pycompress.low_rank_unpack.default(packed, *found))
@@ -342,6 +385,8 @@ def _low_rank_dense_cpu(packed: Tensor, n: int, k: int) -> Tensor:
         residual = int8_unpack(residual).to(torch.float32)
     elif sizes.residual == "sparse":
         residual = sparse_dense(residual).to(torch.float32)
+    elif sizes.residual == "int4":
+        residual = int4_dense(residual, n, k)
     return weight + (residual * residual_scale[:, None] if sizes.residual_scaled else residual)
 
 
@@ -350,6 +395,7 @@ def _low_rank_dense_fake(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 library.impl("low_rank_dense", _low_rank_dense_cpu, "CPU")
+library.impl("low_rank_dense", cuda_low_rank.dense, "CUDA")
 torch.library.register_fake("pycompress::low_rank_dense", _low_rank_dense_fake, lib=library)
 
 

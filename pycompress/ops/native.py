@@ -18,7 +18,7 @@ try:
     _C = import_module("pycompress._C")
     _extension_error: str | None = None
 except ModuleNotFoundError as error:  # built without a compiler: the numba twin stands in
-    _C = reference.Native()
+    _C = reference.extension
     _extension_error = str(error)
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -54,7 +54,7 @@ def peak(loop: str, seconds: float = 0.05) -> float:
     """G op/s that this machine reaches at most, on all of torch's threads.
 
     Args:
-        loop: ``fp32_fma``, or ``maddubs_d1`` / ``maddubs_d2`` / ``maddubs_d4``: u8 * s8 products, of which one, two or four are
+        loop: ``fp32_fma``, or ``maddubs_d1`` / ``_d2`` / ``_d4`` / ``_d8``: u8 * s8 products, of which one, two, four or eight are
             added in 16 bits before they are widened.
     Raises:
         ValueError: for another name, or where the processor has no AVX2.
@@ -140,13 +140,18 @@ def not_on_cpu(op: str, *tensors: Tensor | None) -> NoReturn:
 
 
 def implement(
-    name: str, cpu: Callable[..., Tensor], fake: Callable[..., Tensor], vmapped: Callable[..., Tensor]
+    name: str,
+    cpu: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    vmapped: Callable[..., Tensor],
+    cuda: Callable[..., Tensor] | None = None,
 ) -> Any:
     """Registers what a defined op of x and a packed weight does; returns the op.
 
     Args:
         cpu, fake: the op itself, and its result's shape and dtype.
         vmapped: the op for x with the dimension of ``torch.vmap`` in front.
+        cuda: the op on a CUDA device; without it, an error there.
     """
 
     def elsewhere(*operands: Any) -> NoReturn:
@@ -158,7 +163,7 @@ def implement(
         return vmapped(x.movedim(in_dims[0], 0), *operands), 0
 
     library.impl(name, cpu, "CPU")
-    library.impl(name, elsewhere, "CUDA")
+    library.impl(name, elsewhere if cuda is None else cuda, "CUDA")
     torch.library.register_fake(f"pycompress::{name}", fake, lib=library)
     torch.library.register_vmap(f"pycompress::{name}", vmap, lib=library)
     return getattr(torch.ops.pycompress, name).default
@@ -182,15 +187,19 @@ reads_tensors = hasattr(Tensor, "__dlpack_c_exchange_api__") and _C.use_exchange
 
 
 def is_plain(x: Tensor) -> bool:
-    """Nobody is looking: no compiler, tracer, tensor subclass or dispatch mode that must see the op.
+    """x is on the CPU, and nobody is looking: no compiler, tracer, tensor subclass or dispatch mode that must see the op.
 
     Then the kernel is called without torch's dispatcher, which costs as much as a small layer (5 us of 9).
     """
+    return x.is_cpu and nobody_looks(x)
+
+
+def nobody_looks(x: Tensor) -> bool:
+    """As :func:`is_plain`, for x on any device."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not x.requires_grad
-        and x.is_cpu
         and not x.is_neg()
         and _transforms is not None
         and _transforms() is None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pycompress import reference
+from pycompress.ops import cuda, cuda_sparse
 from pycompress.ops.native import (
     _C,
     ACTIVATIONS,
@@ -26,6 +27,7 @@ from pycompress.ops.native import (
     is_plain,
     library,
     matrix_of,
+    nobody_looks,
     reads_tensors,
     rows_of,
     vector,
@@ -77,7 +79,9 @@ def _sparse_linear_vmapped(*operands: Any) -> Tensor:
     return y
 
 
-_sparse_linear_op = implement("sparse_linear", _sparse_linear_cpu, _sparse_linear_fake, _sparse_linear_vmapped)
+_sparse_linear_op = implement(
+    "sparse_linear", _sparse_linear_cpu, _sparse_linear_fake, _sparse_linear_vmapped, cuda_sparse.linear
+)
 
 
 def sparse_linear(
@@ -88,6 +92,8 @@ def sparse_linear(
     int8: as :func:`int8_linear`, exact integers with the same bits for every format, thread count and kernel. float32: a chain
     of fused multiply-adds over the stored weights of a row in ascending k, or another order of the same products, which stays
     within ``eps * (nnz_row + 2) * sum_k |x_k w_k| + eps * |y|``; a NaN or Inf in x shows where the row has a weight for it.
+    On a CUDA device (float32 weights only) the products and their bound are those of ``csrc/sparse/cuda.h``; there a NaN or Inf
+    shows in all of its row, and x must be of the type, bfloat16 or float16, whose numbers the weights are.
 
     Args:
         x: float32, bfloat16 or float16, [..., k], any strides; converted to float32 exactly, the result is rounded once.
@@ -99,7 +105,8 @@ def sparse_linear(
     Returns:
         [..., n], dense, of x's dtype.
     Raises:
-        TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: a tensor is not on the CPU.
+        TypeError: x has another dtype. ValueError: sizes or dtypes do not fit. RuntimeError: the tensors are not all on the CPU
+        or on one CUDA device, or there are no CUDA kernels.
     """
     if is_plain(x):
         if reads_tensors and x.dim() != 0:
@@ -108,6 +115,8 @@ def sparse_linear(
             if code >= 0 and _C.sparse_linear_tensors(x, packed, scale, bias, code, y, torch.get_num_threads()):
                 return y
         return _sparse_linear_cpu(x, packed, n, scale, bias, activation)
+    if x.is_cuda and nobody_looks(x):
+        return cuda_sparse.linear(x, packed, n, scale, bias, activation)
     result: Tensor = _sparse_linear_op(x, packed, n, scale, bias, activation)
     return result
 
@@ -215,6 +224,28 @@ library.define("sparse_pack(Tensor mask, Tensor values, int k, int activation_bi
 
 
 def _sparse_pack_cpu(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002
+    mask, values = _checked(mask, values, k)
+    data = _C.sparse_pack(
+        mask.data_ptr(), values.data_ptr(), mask.shape[0], k, values.shape[0], 8 * values.element_size(),
+        activation_bits, format, torch.get_num_threads(),
+    )  # fmt: skip
+    return vector(data)
+
+
+def _sparse_pack_cuda(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002
+    """By way of the CPU: once for a weight."""
+    cuda.check_devices("sparse_pack", mask, values)
+    check(
+        values.dtype != torch.int8 and activation_bits == 0,
+        f"sparse_pack: values is {values.dtype}, activation_bits {activation_bits}, expected float32 and 0 on a CUDA device: it "
+        "has no kernels for sparse int8 weights",
+    )
+    check(format == "", f"sparse_pack: format is {format!r}, expected '' on a CUDA device: its kernels read one layout")
+    return cuda_sparse.pack(*_checked(mask.cpu(), values.cpu(), k), k).to(mask.device)
+
+
+def _checked(mask: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Both as the native module reads them."""
     row_bytes = -(-k // 8)
     check(
         mask.dtype == torch.uint8 and mask.dim() == 2 and mask.shape[1] == row_bytes,
@@ -226,11 +257,7 @@ def _sparse_pack_cpu(mask: Tensor, values: Tensor, k: int, activation_bits: int 
     )
     mask, values = mask.contiguous(), values.detach().resolve_neg().contiguous()
     _check_sparse_values(mask.numpy(), values.numpy(), k)
-    data = _C.sparse_pack(
-        mask.data_ptr(), values.data_ptr(), mask.shape[0], k, values.shape[0], 8 * values.element_size(),
-        activation_bits, format, torch.get_num_threads(),
-    )  # fmt: skip
-    return vector(data)
+    return mask, values
 
 
 def _check_sparse_values(mask: NDArray[np.uint8], values: NDArray[Any], k: int) -> None:
@@ -247,15 +274,17 @@ def _check_sparse_values(mask: NDArray[np.uint8], values: NDArray[Any], k: int) 
 
 
 def _sparse_pack_fake(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002, ARG001
-    return mask.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return mask.new_empty((k, size) if mask.is_cuda else (size,), dtype=torch.uint8)
 
 
 library.impl("sparse_pack", _sparse_pack_cpu, "CPU")
+library.impl("sparse_pack", _sparse_pack_cuda, "CUDA")
 torch.library.register_fake("pycompress::sparse_pack", _sparse_pack_fake, lib=library)
 
 
 def sparse_pack(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002
-    """Canonical weight -> a layout of the kernels here: a uint8 vector, for this process only.
+    """Canonical weight -> a layout of the kernels here: a uint8 vector, for this process only; uint8 [k, ...] on a CUDA device.
 
     Args:
         mask: uint8 [n, ceil(k / 8)]: bit i % 8 (least significant first) of byte i // 8 of row r says whether weight[r, i] is
@@ -266,7 +295,8 @@ def sparse_pack(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, 
         format: one of SPARSE_FORMATS, to force it; the one that is expected to be the fastest where it is not given.
     Raises:
         ValueError: wrong dtypes or shapes; mask and values that do not fit each other; a value that is 0, -128, NaN or Inf;
-            a format that does not exist or cannot hold this weight.
+            a format that does not exist or cannot hold this weight; on a CUDA device any format, int8, and values that are
+            neither all bfloat16 nor all float16 numbers.
     """
     packed: Tensor = torch.ops.pycompress.sparse_pack.default(mask, values, k, activation_bits, format)
     return packed
@@ -299,6 +329,7 @@ def _sparse_unpack_fake(packed: Tensor, n: int, k: int, nnz: int, bits: int) -> 
 
 
 library.impl("sparse_unpack", _sparse_unpack_cpu, "CPU")
+library.impl("sparse_unpack", cuda_sparse.unpack, "CUDA")
 torch.library.register_fake("pycompress::sparse_unpack", _sparse_unpack_fake, lib=library)
 
 
@@ -306,7 +337,8 @@ def sparse_unpack(packed: Tensor, sizes: tuple[int, int, int, int] | None = None
     """The mask and the values that :func:`sparse_pack` was given, exactly. Costs a pass over the weight.
 
     Args:
-        sizes: (n, k, nnz, bits); read from the packed weight where they are not given, which a compiler cannot see through.
+        sizes: (n, k, nnz, bits); read from the packed weight where they are not given, on the CPU, which a compiler cannot see
+            through.
     """
     if sizes is None:
         header = sparse_header(packed)
@@ -331,6 +363,7 @@ def _sparse_dense_fake(packed: Tensor, n: int, k: int, bits: int) -> Tensor:
 
 
 library.impl("sparse_dense", _sparse_dense_cpu, "CPU")
+library.impl("sparse_dense", cuda_sparse.dense, "CUDA")
 torch.library.register_fake("pycompress::sparse_dense", _sparse_dense_fake, lib=library)
 
 
@@ -338,7 +371,7 @@ def sparse_dense(packed: Tensor, sizes: tuple[int, int, int] | None = None) -> T
     """The weight with its zeros: float32 or int8 [n, k], without the scale. Costs a pass over the weight.
 
     Args:
-        sizes: (n, k, bits); read from the packed weight where they are not given, which a compiler cannot see through.
+        sizes: (n, k, bits); read from the packed weight where they are not given, on the CPU, which a compiler cannot see through.
     """
     if sizes is None:
         header = sparse_header(packed)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pycompress.reference import int8, sparse
+from pycompress.reference import int8
+from pycompress.reference.chain import product
 from pycompress.reference.compiled import jit
 
 Array = NDArray[Any]
@@ -20,14 +21,6 @@ Array = NDArray[Any]
 def add(a: Array, b: Array) -> Array:
     """a + b in float32, without NumPy's warnings where infinities meet."""
     return a + b
-
-
-def product(x: Array, weight: Array, start: Array) -> Array:
-    """start + x weight^T as chains of ``fma`` in ascending k: x float32 [m, k], weight float32 [n, k], start [m, n] -> [m, n]."""
-    acc: Array = start.copy()
-    every = np.full((weight.shape[0], -(-weight.shape[1] // 8)), 0xFF, np.uint8)  # a bitmask without zeros
-    sparse.extend(acc, x, every, weight.reshape(-1))
-    return acc
 
 
 def intermediate(x: Array, down: Array, scale: Array, *, activation_bits: int = 0) -> Array:

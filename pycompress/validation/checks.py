@@ -14,6 +14,7 @@ from torch import Tensor
 from pycompress import ops
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.factors import FactorsLayer
+from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
@@ -25,11 +26,14 @@ from pycompress.validation.formulas import (
     activation_bound,
     float32,
     numpy_factors,
+    numpy_int4_linear,
     numpy_int8_linear,
     numpy_low_rank_linear,
     numpy_sparse_linear,
+    numpy_weight_only,
     patches,
     sums_floats,
+    weight_only,
 )
 from pycompress.validation.report import LayerRecord
 
@@ -102,10 +106,14 @@ class Check:
         if self.exact:
             self.max_ulp = max(self.max_ulp, int(ulp_distance(y, reference).max()))
         else:
-            if y.dtype != torch.float32:  # two values within the bound round at most one step further apart
+            if (
+                y.dtype != torch.float32
+            ):  # two values within the bound round at most one step further apart, equal ones alike
                 kind = torch.finfo(y.dtype)
-                bound = bound + kind.eps * magnitude.clamp(min=kind.smallest_normal, max=kind.max)
-            share = (distance / bound).masked_fill(same, 0.0).nan_to_num(nan=0.0)  # Inf of Inf: anything goes
+                step = kind.eps * magnitude.clamp(min=kind.smallest_normal, max=kind.max)
+                bound = torch.where(bound > 0, bound + step, bound)
+            share = (distance / bound).masked_fill(same, 0.0)
+            share = share.nan_to_num(nan=0.0, posinf=torch.inf)  # Inf of Inf: anything goes
             self.share_of_bound = max(self.share_of_bound, float(share.max()))
         wrong = distance > bound
         if bool(wrong.any()):
@@ -161,7 +169,7 @@ class IntegerCheck(Check):
 
 
 class FloatCheck(Check):
-    """float32 weights: y of the three parties, each within its own bound of the exact result."""
+    """float32 products: y of the three parties, each within its own bound of the exact result."""
 
     exact = False
 
@@ -174,27 +182,62 @@ class FloatCheck(Check):
         """x float32 [m, k], or int64 [m] for an embedding, gave y [m, n]."""
         if isinstance(self.layer, SparseLayer):
             y_numpy, bound, bound_runtime = numpy_sparse_linear(x, self.layer)
+        elif isinstance(self.layer, Int4Linear | Int8Linear):
+            y_numpy, bound = numpy_weight_only(x, self.layer)
+            bound_runtime = bound
         else:
             assert isinstance(self.layer, FactorsLayer)
             y_numpy, bound = numpy_factors(x, self.layer)
             bound_runtime = bound
         self._compare_all(y, y_runtime, y_numpy, bound, bound_runtime)
 
-    def _compare_all(self, y: Tensor, y_runtime: Array, y_numpy: Array, bound: Array, bound_runtime: Array) -> None:
-        """y [m, n] of the three parties, and how far the first two may lie from the third."""
+    def _compare_all(
+        self,
+        y: Tensor,
+        y_runtime: Array,
+        y_numpy: Array,
+        bound: Array,
+        bound_runtime: Array,
+        bound_numpy: Array | None = None,
+    ) -> None:
+        """y [m, n] of the three parties, and how far each may lie from the exact one: NumPy's by its rounding, if not said."""
+        if bound_numpy is None:
+            bound_numpy = EPS * np.abs(np.nan_to_num(y_numpy))
         parties = {
             "native": (y, bound),
             "ONNX Runtime": (torch.from_numpy(y_runtime).to(y.dtype), bound_runtime),
-            "NumPy": (torch.from_numpy(y_numpy).to(y.dtype), EPS * np.abs(np.nan_to_num(y_numpy))),
+            "NumPy": (torch.from_numpy(y_numpy).to(y.dtype), bound_numpy),
         }
         for (name, (a, bound_a)), (other, (b, bound_b)) in combinations(parties.items(), 2):
             self._compare_y({name: a, other: b}, torch.from_numpy(bound_a + bound_b))
 
 
-class LowRankCheck(FloatCheck):
-    """A LowRankLinear, by what is int8 in it: all integers, and t between int8 factors, must be equal.
+class Int4Check(FloatCheck):
+    """4-bit weights and 8-bit activations: q must be equal, and y natively and in NumPy after the activations none and relu.
 
-    So must y after the activations none and relu where nothing is float32; elsewhere it is compared as in :class:`FloatCheck`.
+    ONNX Runtime adds up the products in another order, so its y is compared by its bound.
+    """
+
+    has_integers = True
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        layer = self.layer
+        assert isinstance(layer, Int4Linear)
+        x32 = float32(x)
+        y_runtime, q_runtime = self.session.run(["y", "q"], {"x": x32})
+        result = numpy_int4_linear(x32, layer)
+        q = _quantized(x, 8).cpu().numpy()
+        self.integer_reasons += _disagreements("q", {"native": q, "ONNX Runtime": q_runtime, "NumPy": result.q})
+        own = activation_bound(result.v, layer.activation) / 2
+        bound_numpy = np.zeros(own.shape) if layer.activation in EXACT_ACTIVATIONS else None
+        self._compare_all(y, y_runtime, result.y, own, result.bound, bound_numpy)
+
+
+class LowRankCheck(FloatCheck):
+    """A LowRankLinear, by what is int8 or int4 in it: all integers, and t between int8 factors, must be equal.
+
+    So must y after the activations none and relu where nothing is float32, but ONNX Runtime's beside a residual in int4, whose
+    products it adds up in another order; elsewhere y is compared as in :class:`FloatCheck`.
     """
 
     def __init__(self, name: str, layer: LowRankLinear, session: onnxruntime.InferenceSession) -> None:
@@ -214,12 +257,13 @@ class LowRankCheck(FloatCheck):
         if result.t is not None:
             parties = {"native": native["t"], "ONNX Runtime": runtime["t"], "NumPy": result.t}
             self.integer_reasons += _disagreements("t", parties)
-        for name, product in result.products.items():
-            for what, integers in ((f"{name}_q", product.q), (f"{name}_acc", product.acc)):
-                own = {"native": native[what]} if what in native else {}
-                self.integer_reasons += _disagreements(what, {**own, "ONNX Runtime": runtime[what], "NumPy": integers})
+        for name, integers in result.integers.items():
+            own = {"native": native[name]} if name in native else {}
+            self.integer_reasons += _disagreements(name, {**own, "ONNX Runtime": runtime[name], "NumPy": integers})
         if self.floats:
-            self._compare_all(y, runtime["y"], result.y, result.bound, result.bound)
+            to_the_bit = result.v.dtype == np.float32 and self.layer.activation in EXACT_ACTIVATIONS
+            bound_numpy = np.zeros(y.shape) if to_the_bit else None
+            self._compare_all(y, runtime["y"], result.y, result.bound, result.bound_runtime, bound_numpy)
             return
         bound = torch.from_numpy(activation_bound(result.v, self.layer.activation))
         self._compare_y({"native": y, "ONNX Runtime": torch.from_numpy(runtime["y"]).to(y.dtype)}, bound)
@@ -236,7 +280,9 @@ class LowRankCheck(FloatCheck):
                 "up_q": _quantized(t, layer.activation_bits),
             }
         bits = layer.settings.get("residual", {}).get("activation_bits")
-        if bits is not None:
+        if layer.residual == "int4":
+            found["residual_q"] = _quantized(x, bits)
+        elif bits is not None:
             accumulate = ops.sparse_accumulate if layer.residual == "sparse" else ops.int8_accumulate
             acc = accumulate(x, ops.low_rank_unpack(layer.packed).residual)[0]
             found |= {"residual_q": _quantized(x, bits), "residual_acc": acc}
@@ -289,6 +335,8 @@ def check_of(name: str, layer: CompressedLayer, session: onnxruntime.InferenceSe
         return EmbeddingCheck(name, layer, session)
     if isinstance(layer, CompressedConv2d):
         return ConvolutionCheck(name, layer, session)
+    if isinstance(layer, Int4Linear) and not weight_only(layer):
+        return Int4Check(name, layer, session)
     return (FloatCheck if sums_floats(layer) else IntegerCheck)(name, layer, session)
 
 

@@ -11,11 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pycompress.methods.int4 import Int4Weight
 from pycompress.methods.int8 import Int8Weight
+from pycompress.methods.low_rank import LowRankWeight
 from pycompress.methods.low_rank_conv import composed
 from pycompress.methods.sparse import SparseWeight
 from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.geometry import Conv2dGeometry
+from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
@@ -38,8 +41,16 @@ def float32(x: Tensor) -> Array:
 def sums_floats(layer: CompressedLayer) -> bool:
     """Whether the layer adds up floating-point products, so that its result depends on their order."""
     if isinstance(layer, LowRankLinear):
-        return layer.bits == 32 or layer.residual == "dense" or layer.settings.get("residual", {}).get("bits") == 32
-    return isinstance(layer, FactorsLayer) or (isinstance(layer, SparseLayer) and layer.bits == 32)
+        in_int8 = layer.residual in ("", "int8") or layer.settings["residual"].get("bits") == 8
+        return layer.bits == 32 or not in_int8
+    if isinstance(layer, SparseLayer):
+        return layer.bits == 32
+    return isinstance(layer, FactorsLayer | Int4Linear) or weight_only(layer)
+
+
+def weight_only(layer: CompressedLayer) -> bool:
+    """Whether the layer has quantized weights and leaves its input in floating point."""
+    return layer.settings.get("activation_bits") == 16
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,46 @@ class Product:
     v: Array
 
 
-def int8_product(x: Array, values: Tensor, scale: Tensor, activation_bits: int) -> Product:
-    """The int8 formula in NumPy, for x float32 [m, k] and a weight int8 [n, k] with its scale [n]."""
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of x [m, k], quantized.
+
+    Attributes:
+        q: float32 [m, k], integers.
+        scale, zero_point: float32 [m, 1].
+        finite: bool [m, 1], False where x holds NaN or Inf; q is zeros there.
+    """
+
+    q: Array
+    scale: Array
+    zero_point: Array
+    finite: Array
+
+
+def _quantized_rows(x: Array, activation_bits: int) -> _Rows:
     amax = np.float32(2**activation_bits - 1)
     half_amax, zero, one_half = amax / np.float32(2), np.float32(0), np.float32(0.5)
-    finite = np.isfinite(x).all(axis=1, keepdims=True)
+    finite = np.asarray(np.isfinite(x).all(axis=1, keepdims=True))
     x = np.where(finite, x, zero)
     with np.errstate(all="ignore"):
         low = np.minimum(x.min(axis=1, keepdims=True), zero)
         high = np.maximum(x.max(axis=1, keepdims=True), zero)
         half = one_half * high - one_half * low
         flat = half < np.float32(2.0**-100)
-        x_scale = np.where(flat, zero, half / half_amax)
+        scale = np.where(flat, zero, half / half_amax)
         inverse = np.where(flat, zero, half_amax / half)
         zero_point = np.clip(np.rint(-low * inverse), zero, amax)
         q = np.clip(np.rint(x * inverse) + zero_point, zero, amax)
-        acc = ((q - zero_point).astype(np.float64) @ float32(values).astype(np.float64).T).astype(np.int64)
-        v = (acc.astype(np.float32) * x_scale) * float32(scale)
-    return Product(q.astype(np.uint8), acc, np.where(finite, v, np.float32(np.nan)))
+    return _Rows(q, scale, zero_point, finite)
+
+
+def int8_product(x: Array, values: Tensor, scale: Tensor, activation_bits: int) -> Product:
+    """The int8 formula in NumPy, for x float32 [m, k] and a weight int8 [n, k] with its scale [n]."""
+    rows = _quantized_rows(x, activation_bits)
+    acc = ((rows.q - rows.zero_point).astype(np.float64) @ float32(values).astype(np.float64).T).astype(np.int64)
+    with np.errstate(all="ignore"):
+        v = (acc.astype(np.float32) * rows.scale) * float32(scale)
+    return Product(rows.q.astype(np.uint8), acc, np.where(rows.finite, v, np.float32(np.nan)))
 
 
 def _weight_product(x: Array, weight: Int8Weight | SparseWeight) -> Product:
@@ -93,6 +126,153 @@ def numpy_int8_linear(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array
     """
     product = _weight_product(x, layer.canonical())
     return product.q, product.acc, product.v if layer.bias is None else product.v + float32(layer.bias)
+
+
+@dataclass(frozen=True)
+class GroupsResult:
+    """What an Int4Linear that quantizes its input computes.
+
+    Attributes:
+        q: uint8 [m, k], the quantized rows of x; zeros in the rows in which x holds NaN or Inf.
+        v: float32 [m, n], to the bit: what goes into the activation; NaN in these rows.
+        y: float64 [m, n], activation included.
+        bound: float64 [m, n], how far a float32 evaluation in another order may lie from y.
+    """
+
+    q: Array
+    v: Array
+    y: Array
+    bound: Array
+
+
+def numpy_int4_linear(x: Array, layer: Int4Linear) -> GroupsResult:
+    """An Int4Linear with 8-bit activations in NumPy: the integers of each group exactly, then the float32 steps of the layer.
+
+    Args:
+        x: float32 [m, k].
+    """
+    product = _groups_product(x, layer.canonical())
+    with np.errstate(all="ignore"):
+        v = product.v if layer.bias is None else product.v + float32(layer.bias)
+    y, (bound,) = _activated(v.astype(np.float64), [product.order_bound(v)], layer)
+    return GroupsResult(product.q, v, y, bound)
+
+
+@dataclass(frozen=True)
+class _GroupsProduct:
+    """The product of quantized rows and 4-bit weights in NumPy.
+
+    Attributes:
+        q: uint8 [m, k], the quantized rows of x; zeros in the rows in which x holds NaN or Inf.
+        v: float32 [m, n], to the bit; NaN in these rows.
+        size: float64 [m, n], the sum of the absolute products.
+        apart: float64 [m, n], what adding up q * weight and the zero point * weight apart may cost; Inf where these sums may not
+            fit float32.
+    """
+
+    q: Array
+    v: Array
+    size: Array
+    apart: Array
+
+    def order_bound(self, v: Array) -> Array:
+        """How far v of a layer, a bias or the like added to the product, may lie from that of a runtime that adds up the k products
+        (q - zero point) * weight in one sum: float64 [m, n].
+
+        These are exact. The runtime's sum meets a rounding for each of them, the layer's one for each group, but of q * weight and
+        of the zero point * weight apart; then both meet one for the scale of x and one for what is added.
+        """
+        return np.where(np.isnan(v), 0, _sum_bound(v, self.size, self.q.shape[1])) + self.apart
+
+
+def _groups_product(x: Array, weight: Int4Weight) -> _GroupsProduct:
+    rows = _quantized_rows(x, 8)
+    with np.errstate(all="ignore"):
+        sums, ones = _group_sums(rows.q, weight), _group_sums(np.ones((1, weight.k), np.float32), weight)
+        v = np.where(rows.finite, _fma(-rows.zero_point, ones, sums) * rows.scale, np.float32(np.nan))
+    weights = np.abs(float32(weight.decompress()).astype(np.float64)).T
+    apart = (rows.q + rows.zero_point).astype(np.float64) @ weights
+    size = np.abs(rows.q - rows.zero_point).astype(np.float64) @ weights * rows.scale
+    fits = apart < float(np.finfo(np.float32).max)
+    apart = np.where(fits, EPS * (weight.groups + 2) * apart * rows.scale, np.inf)
+    return _GroupsProduct(rows.q.astype(np.uint8), v, size, apart)
+
+
+def _group_sums(q: Array, weight: Int4Weight) -> Array:
+    """The float32 sum over the groups of q [m, k] . weight^T, the products of each group as an exact integer: [m, n]."""
+    integers, zero_points = weight.integers().numpy(), weight.zero_points().numpy()
+    scale = float32(weight.scale)
+    v = np.zeros((len(q), len(integers)), np.float32)
+    for group in range(weight.groups):
+        columns = slice(group * weight.group, (group + 1) * weight.group)
+        steps = integers[:, columns].astype(np.float32) - zero_points[:, group, None]
+        # Exact in float32 in any order: 128 products of at most 255 * 15 stay below 2^24.
+        v = _fma(q[:, columns] @ steps.T, scale[None, :, group], v)
+    return v
+
+
+def _order_bound(v: Array, rows: _Rows, layer: Int4Linear) -> Array:
+    """How far v of the layer may lie from that of a runtime that adds up the k products (q - zero point) * weight.
+
+    These are exact. The runtime's sum meets a rounding for each of them, the layer's one for each group, but of q * weight and
+    of the zero point * weight apart; then both meet one for the scale of x and one for the bias. Where what is added up does
+    not fit float32, nothing is certain.
+    """
+    weight = layer.canonical()
+    weights = np.abs(float32(weight.decompress()).astype(np.float64)).T
+    apart = (rows.q + rows.zero_point).astype(np.float64) @ weights
+    together = np.abs(rows.q - rows.zero_point).astype(np.float64) @ weights
+    fits = apart < float(np.finfo(np.float32).max)
+    bias = 0.0 if layer.bias is None else np.abs(float32(layer.bias).astype(np.float64))
+    bound = _sum_bound(v, together * rows.scale + bias, layer.k)
+    return np.where(fits, bound + EPS * (weight.groups + 2) * apart * rows.scale, np.inf)
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    """float32(a * b + c) with one rounding, of float32 arrays whose product is exact in float64.
+
+    The sum is rounded to odd in float64, which loses nothing that the rounding to float32 needs (Boldo and Melquiond 2008,
+    https://doi.org/10.1109/TC.2007.70819).
+    """
+    product, c64 = a.astype(np.float64) * b, c.astype(np.float64)
+    with np.errstate(all="ignore"):
+        total = product + c64
+        part = total - product
+        error = (product - (total - part)) + (c64 - part)  # of the sum, exactly (Knuth's TwoSum)
+        even = total.view(np.int64) & 1 == 0
+        inexact = np.isfinite(total) & (error != 0) & even
+        odd = np.where(inexact, np.nextafter(total, np.copysign(np.inf, error)), total)
+        return odd.astype(np.float32)
+
+
+def numpy_weight_only(x: Array, layer: Int4Linear | Int8Linear) -> tuple[Array, Array]:
+    """A layer with quantized weights and 16-bit activations in float64, activation included, and how far float32 may lie from it.
+
+    Besides those of a sum of k products, the rounding of an int8 layer's weight * scale, or of its sum times the scale, counts. The
+    sum without the scale has to fit float32 as well.
+
+    Args:
+        x: float32 [m, k]. NaN and Inf meet every weight, zeros too.
+    Returns:
+        float64 [m, n], both.
+    """
+    weight = layer.canonical()
+    if isinstance(weight, Int8Weight):
+        values, scale = (float32(part).astype(np.float64) for part in (weight.values, weight.scale))
+    else:
+        values, scale = float32(weight.decompress()).astype(np.float64), np.ones(layer.n)
+    bias = 0.0 if layer.bias is None else float32(layer.bias).astype(np.float64)
+    finite = np.isfinite(x)
+    clean = np.where(finite, x, 0).astype(np.float64)
+    size = np.abs(clean) @ np.abs(values).T
+    fits = size < float(np.finfo(np.float32).max)
+    v, size = (clean @ values.T) * scale + bias, size * scale + np.abs(bias)
+    bound = np.where(fits, _sum_bound(v, size, layer.k + 2), np.inf)
+    broken = ~finite.all(axis=1)
+    with np.errstate(invalid="ignore"):
+        v[broken] += np.where(finite, 0, x)[broken].astype(np.float64) @ values.T
+    y, (bound,) = _activated(v, [bound], layer)
+    return y, bound
 
 
 def activation_bound(v: Array, activation: str) -> Array:
@@ -221,54 +401,55 @@ class LowRankResult:
     """What a LowRankLinear computes.
 
     Attributes:
-        products: the int8 products, by name: ``down``, ``up`` and ``residual``, as far as they are int8.
+        integers: by name: q and acc of what is int8 (``down_q``, ``down_acc``, ``up_``..., ``residual_``...), ``residual_q`` of a
+            residual in int4.
         t: float32 [m, r], what the second factor meets, for int8 factors.
-        v: what goes into the activation: float32 [m, n], to the bit, where all is int8; float64 otherwise.
+        v: what goes into the activation: float32 [m, n], to the bit, where all is int8 or int4; float64 otherwise.
         y: float64 [m, n], activation included.
-        bound: float64 [m, n], how far a float32 evaluation may lie from y: Inf, which says nothing, for rows of x with NaN or Inf
-            where nothing is int8.
+        bound: float64 [m, n], how far the layer's own y may lie from this one: Inf, which says nothing, for rows of x with NaN or
+            Inf where all is float32.
+        bound_runtime: the same for a runtime that takes the sums of float32, or of a residual in int4, in another order.
     """
 
-    products: dict[str, Product]
+    integers: dict[str, Array]
     t: Array | None
     v: Array
     y: Array
     bound: Array
+    bound_runtime: Array
 
 
 def numpy_low_rank_linear(x: Array, layer: LowRankLinear) -> LowRankResult:
-    """A LowRankLinear in NumPy: the float32 steps of what is int8, float64 for the rest.
+    """A LowRankLinear in NumPy: the float32 steps of what is int8 or int4, float64 for the rest.
 
     float32 factors: a product x_i down_ji up_nj meets at most k roundings in its first and r in its second sum. A float32
-    residual adds k products to these, in whatever order, one further addition among them; an int8 residual is a number known to the
-    bit, with one further addition.
+    residual adds k products to these, in whatever order, one further addition among them; a residual in int8 or int4 is a number
+    known to the bit, with one further addition.
 
     Args:
         x: float32 [m, k].
     """
-    weight, products = layer.canonical(), dict[str, Product]()
+    weight, integers = layer.canonical(), dict[str, Array]()
     clean, broken = _without_broken(x)
     bias = np.float32(0) if layer.bias is None else float32(layer.bias)
-    roundings, t = 0, None
+    roundings, t, order = 0, None, None
     if weight.bits == 32:
         down, up = float32(weight.down).astype(np.float64), float32(weight.up).astype(np.float64)
         v, size = clean @ down.T @ up.T, np.abs(clean) @ np.abs(down).T @ np.abs(up).T
         v, size, roundings = v + bias, size + np.abs(bias), layer.k + weight.rank
     else:
-        bits = weight.activation_bits
-        assert bits is not None
-        assert weight.down_scale is not None
-        assert weight.up_scale is not None
-        products["down"] = int8_product(x, weight.down, weight.down_scale, bits)
-        t = products["down"].v
-        products["up"] = int8_product(t, weight.up, weight.up_scale, bits)
-        v = products["up"].v + bias
+        t, v, integers = _int8_factors(x, weight)
+        v = v + bias
         size = np.abs(v)
     residual = weight.residual
-    if isinstance(residual, Int8Weight | SparseWeight) and residual.scale is not None:
-        products["residual"] = _weight_product(x, residual)
-        beside = products["residual"].v
-        v, size = beside + v, size + np.abs(beside)
+    if isinstance(residual, Int4Weight):
+        order = _groups_product(x, residual)
+        integers["residual_q"] = order.q
+        v, size = order.v + v, size + np.abs(order.v)
+    elif isinstance(residual, Int8Weight | SparseWeight) and residual.scale is not None:
+        product = _weight_product(x, residual)
+        integers |= {"residual_q": product.q, "residual_acc": product.acc}
+        v, size = product.v + v, size + np.abs(product.v)
     elif residual is not None:
         dense = float32(residual.decompress()).astype(np.float64)
         v, size = clean @ dense.T + v, np.abs(clean) @ np.abs(dense).T + size
@@ -276,9 +457,20 @@ def numpy_low_rank_linear(x: Array, layer: LowRankLinear) -> LowRankResult:
     bound = np.zeros(v.shape)
     if roundings:
         bound = _sum_bound(v, size, roundings + 1)
-        bound[broken] = 0 if products else np.inf  # with an int8 product such a row is NaN
-    y, (bound,) = _activated(v.astype(np.float64), [bound], layer)
-    return LowRankResult(products, t, v, y, bound)
+        bound[broken] = 0 if integers else np.inf  # with a product of integers such a row is NaN
+    bounds = [bound, bound if order is None else bound + order.order_bound(v)]
+    y, (own, runtime) = _activated(v.astype(np.float64), bounds, layer)
+    return LowRankResult(integers, t, v, y, own, runtime)
+
+
+def _int8_factors(x: Array, weight: LowRankWeight) -> tuple[Array, Array, dict[str, Array]]:
+    """What int8 factors make of x, without a bias: t float32 [m, r], v float32 [m, n], and the integers of both by name."""
+    assert weight.activation_bits is not None
+    assert weight.down_scale is not None
+    assert weight.up_scale is not None
+    down = int8_product(x, weight.down, weight.down_scale, weight.activation_bits)
+    up = int8_product(down.v, weight.up, weight.up_scale, weight.activation_bits)
+    return down.v, up.v, {"down_q": down.q, "down_acc": down.acc, "up_q": up.q, "up_acc": up.acc}
 
 
 def _nonfinite(x: Array, weight: Array) -> Array:

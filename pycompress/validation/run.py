@@ -38,9 +38,12 @@ def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = No
       :func:`numpy_sparse_linear` of the exact result, and within their sum of each other. Where a row of x
       holds NaN or Inf, ONNX Runtime, which multiplies the zeros too, has no say: the layer's y must be NaN and
       Inf where NumPy says that a weight meets them, and within its bound elsewhere.
-
+    - int4 weights: q as above; natively y must equal NumPy's after none and relu, and ONNX Runtime's must lie within the bound of
+      :func:`numpy_int4_linear`; with 16-bit activations, as for int8 weights with such, all three within the bounds of
+      :func:`numpy_weight_only`.
     - low-rank layers: as float32 weights are, by the bounds of :func:`numpy_low_rank_linear` and :func:`numpy_factors`; q and
-      acc of what is int8 in them must be equal, what lies between int8 factors to the bit, and so y where nothing is float32.
+      acc of what is int8 in them must be equal, what lies between int8 factors to the bit, and so y where nothing is float32;
+      of a residual in int4 q must be equal, and ONNX Runtime's y lie within a bound for the order of its sums.
 
     A convolution is compared as a linear layer on what each position of its result is made of, an embedding token by token.
 

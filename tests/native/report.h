@@ -1,6 +1,7 @@
 // What the suites count, and the suites themselves. A failure prints one line that says which case it was.
 #pragma once
 
+#include <initializer_list>
 #include <sstream>
 #include <string>
 
@@ -34,10 +35,18 @@ void refuses(const std::string& what, F&& f) {
   expect(refused, "accepted");
 }
 
+struct Suite {
+  const char* name;
+  void (*run)();
+};
+int run(std::initializer_list<Suite> suites);  // what main() returns: 0 when all agree
+
 void test_int8();            // the kernels of int8_linear, end to end
 void test_sparse_kernels();  // load, tile and finish of each sparse kernel against the specification
 void test_sparse_linear();   // sparse_linear, end to end
 void test_sparse_conv();     // sparse_conv2d, end to end
 void test_low_rank();        // the kernels of low_rank_linear, each alone and end to end
+void test_int4();            // the kernels of int4_linear, each alone and end to end
+void test_weight_only();     // integer weights on float activations: their kernels alone and end to end
 
 }  // namespace native

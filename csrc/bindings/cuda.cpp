@@ -1,0 +1,161 @@
+// pycompress._cuda: the CUDA kernels. Pointers are addresses on the device, streams are cudaStream_t as integers; ops/
+// has checked what they point to. Nothing here waits for the device.
+#include "../int8/cuda.h"
+#include "../common/check.h"
+#include "../cuda/devices.h"
+#include "python.h"
+
+namespace pycompress {
+namespace {
+
+namespace cuda8 = int8::cuda;
+
+cuda8::Stream stream_of(uintptr_t stream) { return pointer<CUstream_st>(stream); }
+
+// The workspace of a call: s [m][k_pad], scale [m], zero_point [m].
+int64_t int8_workspace(int64_t m, int64_t k) { return m * (cuda8::PackedShape{1, k}.k_pad() + 8); }
+
+cuda8::Rows rows_in(uintptr_t workspace, int64_t m, int64_t k) {
+  auto* s = pointer<int8_t>(workspace);
+  auto* scale = reinterpret_cast<float*>(s + m * cuda8::PackedShape{1, k}.k_pad());
+  return {s, scale, reinterpret_cast<int32_t*>(scale + m)};
+}
+
+void check_packed(const char* op, int64_t m, int64_t k, uintptr_t packed, int64_t packed_bytes, int64_t n) {
+  check(packed % 16 == 0, op, ": the packed weight is not aligned to 16 bytes, expected what int8_pack returns");
+  const int64_t expected = cuda8::k_of(packed_bytes, n);
+  check(expected != 0, op, ": no packed weight of ", n, " channels has ", packed_bytes, " bytes");
+  check(expected == k, op, ": x is [", m, ", ", k, "], the packed weight expects k = ", expected);
+}
+
+// What stands in front of the layer: which, weight and bias of a norm, its eps, the gate and its row stride.
+using BeforeTuple = std::tuple<int, uintptr_t, uintptr_t, float, uintptr_t, int64_t>;
+
+cuda8::Input input_of(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, const BeforeTuple& before) {
+  const auto& [kind, weight, bias, eps, gate, ldg] = before;
+  cuda8::Input input{};
+  input.x = pointer<const void>(x);
+  input.type = static_cast<int8::Type>(x_type);
+  input.m = m, input.k = k, input.ldx = ldx;
+  input.before = static_cast<cuda8::Before>(kind);
+  input.weight = pointer<const void>(weight), input.bias = pointer<const void>(bias), input.eps = eps;
+  input.gate = pointer<const void>(gate), input.ldg = ldg;
+  return input;
+}
+
+void int8_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
+                 const BeforeTuple& before, uintptr_t packed, int64_t packed_bytes, int64_t n, uintptr_t weight_scale,
+                 uintptr_t bias, int activation, uintptr_t y, int y_type, uintptr_t workspace,
+                 const std::string& kernel) {
+  check_packed("int8_linear", m, k, packed, packed_bytes, n);
+  const gpu::DeviceGuard guard(device);
+  const cuda8::Rows rows = rows_in(workspace, m, k);
+  cuda8::Input input = input_of(x, x_type, m, k, ldx, before);
+  input.header = pointer<const cuda8::Header>(packed);
+  const cuda8::Problem problem{rows,
+                               m,
+                               n,
+                               k,
+                               pointer<const uint8_t>(packed),
+                               pointer<const float>(weight_scale),
+                               pointer<const float>(bias),
+                               static_cast<int8::Activation>(activation),
+                               pointer<void>(y),
+                               static_cast<int8::Type>(y_type),
+                               stream_of(stream)};
+  const cuda8::Kernel* forced = kernel.empty() ? nullptr : &cuda8::kernel_named(kernel.c_str());
+  cuda8::quantize(input, rows, problem.stream);
+  cuda8::linear(problem, forced);
+}
+
+// The two halves of int8_linear alone, for benchmarks and validation.
+void int8_quantize(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
+                   const BeforeTuple& before, int activation_bits, uintptr_t workspace) {
+  const gpu::DeviceGuard guard(device);
+  cuda8::Input input = input_of(x, x_type, m, k, ldx, before);
+  input.activation_bits = activation_bits;
+  cuda8::quantize(input, rows_in(workspace, m, k), stream_of(stream));
+}
+
+void int8_multiply(int device, uintptr_t stream, int64_t m, int64_t k, uintptr_t packed, int64_t packed_bytes,
+                   int64_t n, uintptr_t weight_scale, uintptr_t bias, int activation, uintptr_t y, int y_type,
+                   uintptr_t workspace, const std::string& kernel) {
+  check_packed("int8_linear", m, k, packed, packed_bytes, n);
+  const gpu::DeviceGuard guard(device);
+  const cuda8::Kernel* forced = kernel.empty() ? nullptr : &cuda8::kernel_named(kernel.c_str());
+  cuda8::linear({rows_in(workspace, m, k), m, n, k, pointer<const uint8_t>(packed), pointer<const float>(weight_scale),
+                 pointer<const float>(bias), static_cast<int8::Activation>(activation), pointer<void>(y),
+                 static_cast<int8::Type>(y_type), stream_of(stream)},
+                forced);
+}
+
+void int8_unsigned_rows(int device, uintptr_t stream, uintptr_t workspace, int64_t m, int64_t k, uintptr_t q) {
+  const gpu::DeviceGuard guard(device);
+  cuda8::unsigned_rows(rows_in(workspace, m, k), m, k, pointer<uint8_t>(q), stream_of(stream));
+}
+
+int64_t int8_packed_bytes(int64_t n, int64_t k) { return cuda8::PackedShape{n, k}.bytes(); }
+
+void int8_pack(int device, uintptr_t stream, uintptr_t values, int64_t n, int64_t k, int activation_bits,
+               uintptr_t packed, uintptr_t refused) {
+  const gpu::DeviceGuard guard(device);
+  cuda8::pack(pointer<const int8_t>(values), n, k, activation_bits, pointer<uint8_t>(packed), pointer<int32_t>(refused),
+              stream_of(stream));
+}
+
+void int8_unpack(int device, uintptr_t stream, uintptr_t packed, int64_t packed_bytes, int64_t n, int64_t k,
+                 uintptr_t values) {
+  check(int8_packed_bytes(n, k) == packed_bytes, "int8_unpack: a packed weight ", n, "x", k, " has ",
+        int8_packed_bytes(n, k), " bytes, this one ", packed_bytes);
+  const gpu::DeviceGuard guard(device);
+  cuda8::unpack(pointer<const uint8_t>(packed), n, k, pointer<int8_t>(values), stream_of(stream));
+}
+
+py::list int8_kernels() {
+  py::list rows;
+  int count = 0;
+  const cuda8::Kernel* kernels = cuda8::kernels(&count);
+  for (int i = 0; i < count; ++i) {
+    const cuda8::Kernel& kernel = kernels[i];
+    py::dict row;
+    row["op"] = "int8";
+    row["name"] = kernel.name;
+    row["arch"] = kernel.arch;
+    row["bm"] = kernel.bm;
+    row["bn"] = kernel.bn;
+    row["bk"] = kernel.bk;
+    row["stages"] = kernel.stages;
+    rows.append(row);
+  }
+  return rows;
+}
+
+std::string int8_chosen_kernel(int64_t m, int64_t n, int64_t k, int arch, int multiprocessors) {
+  return cuda8::chosen_kernel(m, n, k, arch, multiprocessors).name;
+}
+
+int compute_capability(int device) {
+  const gpu::DeviceGuard guard(device);
+  return gpu::device().arch;
+}
+
+}  // namespace
+}  // namespace pycompress
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace pycompress;
+  bind_cuda_low_rank(m);
+  bind_cuda_sparse(m);
+  bind_cuda_weight_only(m);
+  m.def("compute_capability", &compute_capability);
+  m.def("int8_workspace", &int8_workspace);
+  m.def("int8_linear", &int8_linear);
+  m.def("int8_quantize", &int8_quantize);
+  m.def("int8_multiply", &int8_multiply);
+  m.def("int8_unsigned_rows", &int8_unsigned_rows);
+  m.def("int8_packed_bytes", &int8_packed_bytes);
+  m.def("int8_pack", &int8_pack);
+  m.def("int8_unpack", &int8_unpack);
+  m.def("int8_kernels", &int8_kernels);
+  m.def("int8_chosen_kernel", &int8_chosen_kernel);
+}

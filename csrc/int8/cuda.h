@@ -1,0 +1,129 @@
+// int8 linear on CUDA: the contract of the op there. The formula is that of gemm.h, the integers are the same.
+//
+//   y[m, n]   = act((float(acc[m, n]) * sx[m]) * sw[n] + bias[n])      each step rounded to float32, no fma
+//   acc[m, n] = sum_k s[m, k] w[n, k] + (128 - zp[m]) * column_sum[n]  with s = q - 128, which is int8 as the tensor
+//                                                                      cores want it; every sum fits int32 (kMaxK)
+//
+// Two launches on the caller's stream, nothing waits: quantize() writes s, sx and zp into a workspace, linear() reads
+// them. The packed weight is one byte vector, the same for all kernels:
+//   Header (kHeaderBytes); int32 column_sum[n_pad]; int8 weights[n_pad][k_pad], zeros behind n and k; filler
+// Both operands are row-major along k (as mma and wgmma read them). A device buffer's content cannot be asked without
+// waiting for the device, so its length says which weight it holds: the filler makes it grow with k for one n, and
+// differ with n for one k.
+//
+// The floor of the op: 2mnk operations at the tensor cores' int8 peak, or the bytes of x, s, weights and y at the
+// memory's bandwidth.
+//
+// No CUDA header is needed here: the bindings are compiled by the host compiler alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/host_device.h"
+#include "gemm.h"
+
+struct CUstream_st;
+
+namespace pycompress::int8::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+constexpr int kPadN = 128, kPadK = 64;  // bytes; the row stride of both operands is a multiple of kPadK
+
+struct Header {  // on the device
+  int32_t magic, n, k, activation_bits;
+};
+constexpr int32_t kMagic = 0x38637970;  // "pyc8"
+constexpr int kHeaderBytes = 128;
+
+struct PackedShape {
+  int64_t n, k;
+  PYCOMPRESS_HOST_DEVICE int64_t n_pad() const { return (n + kPadN - 1) / kPadN * kPadN; }
+  PYCOMPRESS_HOST_DEVICE int64_t k_pad() const { return (k + kPadK - 1) / kPadK * kPadK; }
+  // Byte offsets.
+  PYCOMPRESS_HOST_DEVICE int64_t column_sum() const { return kHeaderBytes; }
+  PYCOMPRESS_HOST_DEVICE int64_t weights() const { return column_sum() + n_pad() * 4; }
+  PYCOMPRESS_HOST_DEVICE int64_t filler() const { return weights() + n_pad() * k_pad(); }
+  PYCOMPRESS_HOST_DEVICE int64_t bytes() const { return filler() + (k_pad() - k) * kPadN + (n_pad() - n); }
+};
+
+// The k of the packed weight of n channels that has this length, or 0 where none has.
+inline int64_t k_of(int64_t bytes, int64_t n) {
+  const PackedShape none{n, 0};
+  const int64_t rest = bytes - none.filler() - (none.n_pad() - n);  // n_pad k_pad + (k_pad - k) kPadN
+  if (n < 1 || rest < 0) return 0;
+  const int64_t k_pad = rest / none.n_pad() / kPadK * kPadK;  // the filler is shorter than kPadK n_pad
+  const int64_t k = k_pad - (rest - none.n_pad() * k_pad) / kPadN;
+  return k >= 1 && PackedShape{n, k}.bytes() == bytes ? k : 0;
+}
+
+// What quantize() made of the rows of x.
+struct Rows {
+  int8_t* s;  // [m][k_pad]; what stands behind k is 0
+  float* scale;
+  int32_t* zero_point;
+};
+
+// What stands in front of the layer and is computed on the way into the quantizer, in float32, then rounded to x's
+// type: what the layers one by one hand over.
+enum class Before : int {
+  none = 0,
+  rms_norm = 1,    // x / sqrt(mean(x^2) + eps) * weight
+  layer_norm = 2,  // (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias
+  silu_gate = 3,   // silu(gate) * x, the activation rounded to x's type first
+  gelu_gate = 4,
+  gelu_tanh_gate = 5,
+};
+
+struct Input {
+  const void* x;  // [m, k], row stride ldx (elements)
+  Type type;
+  int64_t m, k, ldx;
+  int activation_bits;   // 7 or 8; 0: what the header says
+  const Header* header;  // of the weight that the rows will meet, on the device; or null
+  Before before = Before::none;
+  const void* weight = nullptr;  // of the norm, [k] of x's type, or null: ones
+  const void* bias = nullptr;    // of the layer norm, [k] of x's type, or null: zeros
+  float eps = 0;
+  const void* gate = nullptr;  // [m, k] of x's type, row stride ldg
+  int64_t ldg = 0;
+};
+void quantize(const Input& input, const Rows& rows, Stream stream);
+
+struct Problem {
+  Rows rows;
+  int64_t m, n, k;
+  const uint8_t* packed;
+  const float* weight_scale;  // [n]; null for Type::int32
+  const float* bias;          // [n] or null
+  Activation activation;
+  void* y;  // [m, n], dense
+  Type y_type;
+  Stream stream;
+};
+
+// Tiles bm x bn of y, bk bytes of k a stage. `arch` is the compute capability that the code needs, times ten:
+// 80 runs there and on all later ones, 90 on 9.0 alone (wgmma is of no other).
+struct Kernel {
+  const char* name;
+  int arch, bm, bn, bk, stages;
+  void (*run)(const Problem& problem);
+  int cluster = 1;  // blocks, their tiles above each other, that fetch the channels together
+};
+const Kernel* kernels(int* count);             // all, best first where the tiles are alike
+const Kernel& kernel_named(const char* name);  // throws where there is none
+const Kernel& chosen_kernel(int64_t m, int64_t n, int64_t k, int arch, int multiprocessors);
+
+void linear(const Problem& problem, const Kernel* forced = nullptr);
+
+// values int8 [n, k] dense on the device -> packed [PackedShape::bytes], and back. A -128 counts in *refused (int32 on
+// the device, which the caller set to 0 and reads).
+void pack(const int8_t* values, int64_t n, int64_t k, int activation_bits, uint8_t* packed, int32_t* refused,
+          Stream stream);
+void unpack(const uint8_t* packed, int64_t n, int64_t k, int8_t* values, Stream stream);
+
+// s back to what the op calls q: uint8 [m, k] dense.
+void unsigned_rows(const Rows& rows, int64_t m, int64_t k, uint8_t* q, Stream stream);
+
+}  // namespace pycompress::int8::cuda

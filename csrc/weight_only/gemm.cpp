@@ -1,0 +1,168 @@
+// The driver: which rows and channels on which thread; weights become floats block by block.
+#include "gemm.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "../common/check.h"
+#include "../common/kernels.h"
+#include "../common/parallel.h"
+#include "../common/round.h"
+#include "../common/scratch.h"
+#include "../int4/pack.h"
+#include "../low_rank/gemm.h"
+#include "kernel_list.h"
+#include "pack.h"
+
+namespace pycompress::weight_only {
+namespace {
+
+const Kernel* const kKernels[] = {
+#if defined(PYCOMPRESS_X86)
+    &kAvx2,
+#endif
+    &kScalar};
+
+static_assert(kPanel == low_rank::kPanel && kPanel == int4::kPanel);
+static_assert(kBlockK % 128 == 0, "a block begins a group");
+
+constexpr int kMaxTaskRows = 96, kTasksPerThread = 4;
+constexpr double kSerialOperations = 1.5e6;  // below it a parallel region costs more than the second thread brings
+
+thread_local Scratch scratch;
+
+// A packed weight of either kind.
+struct Source {
+  const Problem& p;
+  const Header* int8 = nullptr;
+  const int4::Header* int4 = nullptr;
+
+  explicit Source(const Problem& problem) : p(problem) {
+    if (is_packed(p.packed, p.packed_bytes))
+      int8 = &header_of(p.packed, p.packed_bytes);
+    else
+      int4 = &int4::header_of(p.packed, p.packed_bytes);
+  }
+  int64_t n() const { return int8 != nullptr ? int8->n : int4->n; }
+  int64_t k() const { return int8 != nullptr ? int8->k : int4->k; }
+
+  // Positions [begin, begin + length) of a panel as float [length][kPanel]; room for whole units.
+  void expand(const Kernel& kernel, int64_t panel, int64_t begin, int64_t length, float* to) const {
+    if (int8 != nullptr) {
+      const auto* values = reinterpret_cast<const int8_t*>(p.packed + int8->values);
+      return kernel.expand_int8(values + (panel * int8->k + begin) * kPanel, static_cast<int>(length), to);
+    }
+    kernel.expand_int4(int4::panel_of(p.packed, *int4, panel, begin / int4::kUnit, divide_up(length, int4::kUnit)), to);
+  }
+};
+
+// One thread's share of a call.
+class Worker {
+ public:
+  Worker(const Source& source, const Kernel& kernel, const low_rank::Kernel& product, int64_t rows)
+      : source_(source), p_(source.p), kernel_(kernel), product_(product) {
+    const int64_t converted = p_.x_type == Type::float32 ? 0 : rows * p_.k;
+    auto* room = reinterpret_cast<float*>(
+        scratch.reserve(static_cast<size_t>(kBlockK * kPanel + rows * kPanel + converted) * sizeof(float)));
+    panel_ = room;
+    sums_ = panel_ + kBlockK * kPanel;
+    x_room_ = sums_ + rows * kPanel;
+  }
+
+  void take(int64_t row, int rows) {
+    if (row == row_) return;
+    row_ = row;
+    rows_ = rows;
+    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * int8::size_of(p_.x_type);
+    if (p_.x_type == Type::float32) {
+      x_ = reinterpret_cast<const float*>(x);
+      ldx_ = p_.ldx;
+      return;
+    }
+    product_.load(x, p_.x_type, p_.ldx, rows, p_.k, x_room_, p_.k);
+    x_ = x_room_;
+    ldx_ = p_.k;
+  }
+
+  void multiply(int64_t panel) {
+    // By the rows of the call: those of a task depend on the threads.
+    const auto sum = p_.m <= low_rank::kFewRows ? product_.few : product_.many;
+    for (int64_t begin = 0; begin < p_.k; begin += kBlockK) {
+      const int64_t length = std::min<int64_t>(kBlockK, p_.k - begin);
+      source_.expand(kernel_, panel, begin, length, panel_);
+      sum({x_ + begin, ldx_, rows_, panel_, 0, 1, length, begin == 0 ? nullptr : sums_, kPanel, sums_, kPanel});
+    }
+    finish(panel);
+  }
+
+ private:
+  void finish(int64_t panel) {
+    const int64_t n = panel * kPanel;
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, p_.n - n));
+    for (int i = 0; i < rows_; ++i)
+      for (int c = 0; c < columns; ++c) {
+        float& v = sums_[i * kPanel + c];
+        const float bias = p_.bias == nullptr ? 0.0f : p_.bias[n + c];
+        v = p_.weight_scale == nullptr ? v + bias : v * p_.weight_scale[n + c] + bias;
+      }
+    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * int8::size_of(p_.y_type);
+    product_.finish(sums_, kPanel, rows_, columns, p_.activation, p_.y_type, y, p_.n);
+  }
+
+  const Source& source_;
+  const Problem& p_;
+  const Kernel& kernel_;
+  const low_rank::Kernel& product_;
+  float *panel_, *sums_, *x_room_;
+  const float* x_ = nullptr;
+  int64_t ldx_ = 0, row_ = -1;
+  int rows_ = 0;
+};
+
+}  // namespace
+
+const Kernel* kernels(int* count) {
+  static const auto list = listed(kKernels);
+  *count = static_cast<int>(list.size());
+  return list.data();
+}
+
+const Kernel& best_kernel() {
+  return *first_available(kKernels, [](const Kernel&) { return true; });
+}
+
+void linear(const Problem& p) {
+  const Source source(p);
+  const char* op = source.int8 != nullptr ? "int8_linear" : "int4_linear";
+  check(p.k == source.k(), op, ": x is [", p.m, ", ", p.k, "], the packed weight expects k = ", source.k());
+  check(p.n == source.n(), op, ": n is ", p.n, ", the packed weight has ", source.n(), " channels");
+  check(p.x_type != Type::int32 && p.y_type != Type::int32, op,
+        ": the packed weight keeps its activations as floats, there are no integers to give");
+  if (p.m == 0) return;
+
+  int threads = usable_threads(p.threads);
+  const double operations = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+  if (operations < kSerialOperations) threads = 1;
+
+  // Tasks have as many rows as may be, because each makes floats of the weights anew; where that makes too few of them,
+  // the channels are split too. K is never split.
+  const int64_t panels = divide_up(p.n, kPanel);
+  const int64_t task_rows = divide_up(p.m, divide_up(p.m, int64_t{kMaxTaskRows})),
+                row_tasks = divide_up(p.m, task_rows);
+  const int64_t panel_tasks = threads == 1 ? 1 : std::min(panels, divide_up(kTasksPerThread * threads, row_tasks));
+  const int64_t task_panels = divide_up(panels, panel_tasks), tasks = row_tasks * panel_tasks;
+
+  const Kernel& kernel = best_kernel();
+  const low_rank::Kernel& product = low_rank::best_kernel();
+  std::atomic<int64_t> next{0};
+  parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+    Worker worker(source, kernel, product, task_rows);
+    for (int64_t t = next++; t < tasks; t = next++) {
+      const int64_t row = t / panel_tasks * task_rows, first = t % panel_tasks * task_panels;
+      worker.take(row, static_cast<int>(std::min(task_rows, p.m - row)));
+      for (int64_t panel = first; panel < std::min(panels, first + task_panels); ++panel) worker.multiply(panel);
+    }
+  });
+}
+
+}  // namespace pycompress::weight_only

@@ -1,0 +1,8 @@
+// The suite of the CUDA sparse kernels.
+#pragma once
+
+namespace native {
+
+void test_cuda_sparse();
+
+}  // namespace native

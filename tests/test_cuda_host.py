@@ -1,0 +1,222 @@
+"""What can be known of the CUDA kernels without a device: their source run on the host (``tests/native/cuda``), what the
+compiler made of them, and what is said where there is no CUDA.
+
+``python tests/test_cuda_host.py [FILE...]`` compiles all kernels, or those of some files, and records registers and spills.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pycompress import cli, ops
+from pycompress.nn import Int8Linear
+from pycompress.ops import cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "tests" / "native" / "cuda" / "registers.json"
+nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not on the PATH")
+
+# --- the kernels' source on the host ------------------------------------------------------------------------------------
+
+
+def run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@nvcc
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_the_kernels_source_on_the_host() -> None:
+    """In ``build``, which git ignores, so that only what changed is compiled again."""
+    folder = ROOT / "build" / "cuda_host"
+    run("cmake", "-S", ROOT, "-B", folder, "-DPYCOMPRESS_NATIVE_TESTS=ON")
+    run("cmake", "--build", folder, "--target", "cuda_kernels", "--parallel")
+    suites = re.findall(
+        r"^(.+): (\d+) cases, (\d+) failures$", run(folder / "tests/native/cuda/cuda_kernels"), re.MULTILINE
+    )
+    assert {"int8 quantize", "int8 pack", "int8 sm80", "int8 sm90"} <= {name for name, _, _ in suites}
+    assert all(int(cases) > 0 and failures == "0" for _, cases, failures in suites)
+
+
+# --- registers and spills -----------------------------------------------------------------------------------------------
+
+PORTABLE = ["sm_80", "sm_89", "sm_90a"]
+FILES = {
+    "csrc/int8/gemm_sm80.cu": PORTABLE,
+    "csrc/int8/gemm_sm90.cu": ["sm_90a"],
+    "csrc/int8/pack.cu": PORTABLE,
+    "csrc/int8/quantize.cu": PORTABLE,
+    "csrc/low_rank/few.cu": PORTABLE,
+    "csrc/sparse/stream.cu": PORTABLE,
+    "csrc/weight_only/pack.cu": PORTABLE,
+    "csrc/weight_only/stream.cu": PORTABLE,
+}
+QUICK = {("csrc/int8/gemm_sm80.cu", "sm_80"), ("csrc/int8/gemm_sm90.cu", "sm_90a")}
+
+
+def resources(file: str, arch: str, folder: Path) -> dict[str, dict[str, int]]:
+    """Kernel -> registers, stack and spilled bytes, as ptxas reports them."""
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "--fmad=false", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", folder / "cubin",
+         ROOT / file],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for kernel, properties in re.findall(
+        r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", done.stderr, re.DOTALL
+    ):
+        numbers = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*Used (\d+) registers",
+            properties,
+            re.DOTALL,
+        )
+        assert numbers is not None, properties
+        names = ("stack", "spill_stores", "spill_loads", "registers")
+        found[readable(kernel)] = dict(zip(names, map(int, numbers.groups()), strict=True))
+    assert found, f"{file} has no kernel"
+    return found
+
+
+def readable(symbol: str) -> str:
+    """A kernel's name and template arguments."""
+    name = run("c++filt", symbol).strip().removeprefix("void ")
+    name = re.sub(r"\(anonymous namespace\)::|pycompress::|int8::|cuda::|weight_only::|sparse::|low_rank::", "", name)
+    name = re.sub(r"\((?:int8::)?\w+\)(?=\d|true|false)", "", name)  # (Type)2
+    return re.sub(r"\((?!.*\)\().*$", "", name)
+
+
+@nvcc
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt (binutils)")
+@pytest.mark.parametrize(("file", "arch"), [(file, arch) for file, archs in FILES.items() for arch in archs])
+def test_no_new_spills(file: str, arch: str, tmp_path: Path) -> None:
+    if (file, arch) not in QUICK and not os.environ.get("PYCOMPRESS_TEST_CUBINS"):
+        pytest.skip("takes long: set PYCOMPRESS_TEST_CUBINS=1 to compile all kernels for all architectures")
+    recorded = json.loads(RECORD.read_text())["kernels"][file][arch]
+    found = resources(file, arch, tmp_path)
+    assert found.keys() == recorded.keys(), "other kernels than recorded: run python tests/test_cuda_host.py"
+    for kernel, used in found.items():
+        for what in ("stack", "spill_stores", "spill_loads"):
+            assert used[what] <= recorded[kernel][what], f"{kernel}: {what} {used[what]}"
+
+
+def test_the_record_has_no_spills() -> None:
+    kernels = json.loads(RECORD.read_text())["kernels"]
+    assert {file: list(archs) for file, archs in kernels.items()} == FILES
+    for archs in kernels.values():
+        for found in archs.values():
+            assert all(used["stack"] == used["spill_stores"] == used["spill_loads"] == 0 for used in found.values())
+
+
+def record(files: list[str]) -> None:
+    """Compiles these files, or all, and writes down what the compiler made of them."""
+    version = re.search(r"release (\S+),", run("nvcc", "--version"))
+    assert version is not None
+    folder = ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    kernels = json.loads(RECORD.read_text())["kernels"] if files else {}
+    kernels |= {file: {arch: resources(file, arch, folder) for arch in FILES[file]} for file in files or FILES}
+    RECORD.write_text(json.dumps({"nvcc": version[1], "kernels": kernels}, indent=1) + "\n")
+
+
+# --- where there is no CUDA ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ops.cuda_error() is None:
+        pytest.skip("there is a CUDA device here")
+
+
+def test_loading_the_module_needs_no_driver() -> None:
+    module, why = cuda._load()
+    if module is None:
+        pytest.skip(f"it was not built: {why}")
+    assert {kernel["arch"] for kernel in ops.cuda_kernels()} == {80, 90}
+    assert module.int8_chosen_kernel(4096, 4096, 4096, 90, 132).startswith("sm90")
+    assert module.int8_chosen_kernel(4096, 4096, 4096, 80, 108).startswith("sm80")
+    with pytest.raises(ValueError, match=r"compute capability 7\.5, expected 8\.0"):
+        module.int8_chosen_kernel(1, 1, 1, 75, 40)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_asking_for_cuda_says_why_it_is_not_there() -> None:
+    why = ops.cuda_error()
+    assert why is not None
+    with pytest.raises(RuntimeError, match="int8_pack: no CUDA here: " + re.escape(why)):
+        cuda.int8_pack(torch.zeros(2, 2, dtype=torch.int8), 8)
+    assert cli.cuda_state() == f"not available: {why}"
+
+
+@pytest.mark.usefixtures("no_device")
+def test_the_benchmark_says_why_it_does_not_run() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"the CUDA benchmark needs a device: {ops.cuda_error()}\n"
+
+
+def built(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
+    monkeypatch.setattr(cuda, "_load", lambda: (SimpleNamespace(**members), None))
+    cuda._capability_error.cache_clear()
+
+
+def test_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_load", lambda: (None, "it was not built"))
+    assert ops.cuda_error() == "it was not built"
+    assert ops.cuda_kernels() == []
+
+    def too_old(device: int) -> int:
+        raise RuntimeError(f"cudaGetDevice: the driver of device {device} is too old")
+
+    built(monkeypatch, compute_capability=lambda _: 75)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA" in str(ops.cuda_error())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ops.cuda_error() == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Turing")
+    assert ops.cuda_error() == "Turing has compute capability 7.5, expected 8.0 or later"
+    built(monkeypatch, compute_capability=too_old)
+    assert ops.cuda_error() == "cudaGetDevice: the driver of device 0 is too old"
+    built(monkeypatch, compute_capability=lambda _: 90)
+    assert ops.cuda_error() is None
+    cuda._capability_error.cache_clear()
+
+
+def test_a_missing_module_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(error: ImportError) -> tuple[Any, str | None]:
+        def load(_name: str) -> None:
+            raise error
+
+        monkeypatch.setattr(cuda, "import_module", load)
+        return cuda._load.__wrapped__()
+
+    assert "built without CUDA kernels" in str(fails(ModuleNotFoundError("No module named 'pycompress._cuda'"))[1])
+    assert fails(ImportError("undefined symbol: x"))[1] == "the CUDA kernels cannot be loaded: undefined symbol: x"
+
+
+def test_a_layer_is_packed_anew_between_cpu_and_cuda_alone() -> None:
+    layer = Int8Linear.from_dense(nn.Linear(8, 8))
+    cpu, gpu, other, meta = (torch.device(name) for name in ("cpu", "cuda:0", "cuda:1", "meta"))
+    assert layer._packs_anew(cpu, gpu)
+    assert layer._packs_anew(gpu, cpu)
+    assert not any(layer._packs_anew(*pair) for pair in ((cpu, cpu), (gpu, other), (cpu, meta), (meta, gpu)))
+
+
+if __name__ == "__main__":
+    record(sys.argv[1:])

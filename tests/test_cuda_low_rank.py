@@ -1,0 +1,258 @@
+"""The low-rank ops and layers on a CUDA device, against float64 within the bound of ``csrc/low_rank/cuda.h``;
+and how they are packed.
+
+Also run under ``compute-sanitizer --tool memcheck`` and ``--tool racecheck``, with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pycompress as pc
+from pycompress import ops
+from pycompress.methods import Int8, LowRank
+from pycompress.nn import LowRankLinear
+from pycompress.ops import cuda, cuda_low_rank
+
+device = pytest.mark.skipif(ops.cuda_error() is not None, reason=f"no CUDA here: {ops.cuda_error()}")
+
+HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and their unit roundoffs
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """What the allocator hands out next holds NaN, not the zeros of fresh memory or the right results of the test before."""
+    if ops.cuda_error() is not None:
+        return
+    torch.cuda.empty_cache()
+    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
+        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        del blocks
+
+
+def layer(n: int, k: int, rank: int) -> LowRankLinear:
+    return LowRankLinear.from_dense(nn.Linear(k, n), LowRank(rank=rank, rank_guard=False))
+
+
+def rounded(factor: Tensor) -> Tensor:
+    """To bfloat16, ties away from zero, as float64."""
+    return (factor.view(torch.int32) + 0x8000 >> 16 << 16).view(torch.float32).double()
+
+
+def of_steps(count: int) -> float:
+    return 2.0**-23 * (17 * (count / 16 + 5) + 16 + 4 + 8)
+
+
+class Case:
+    """A layer on the device and what is expected of it."""
+
+    def __init__(self, n: int, k: int, rank: int) -> None:
+        self.layer = layer(n, k, rank)
+        state = self.layer.state_dict()
+        self.down, self.up, self.bias = rounded(state["down"]), rounded(state["up"]), state["bias"].double()
+        self.layer.cuda()
+
+    def check(self, y: Tensor, x: Tensor) -> None:
+        x64, u = x.cpu().double(), HALVES[x.dtype]
+        t, up = x64 @ self.down.T, self.up.abs().T
+        d = of_steps(x.shape[-1]) * (x64.abs() @ self.down.abs().T) + (u + 2.0**-23) * t.abs() + 2.0**-24
+        expected = t @ self.up.T + self.bias
+        bound = d @ up + of_steps(self.up.shape[1]) * ((t.abs() + d) @ up)
+        bound += (u + 2.0**-23) * (expected.abs() + bound + self.bias.abs()) + 2.0**-24
+        assert ((y.cpu().double() - expected).abs() <= bound).all()
+
+
+# --- without a device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize(("n", "k"), [(70, 130), (200, 71), (129, 64)])
+def test_packing_loses_nothing(n: int, k: int, rank: int) -> None:
+    rank = min(rank, n, k)
+    down, up = torch.randn(rank, k), torch.randn(n, rank)
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x00000001, 0x00008000, 0x7F7F7FFF, 0])
+    down[0, :8], up[0, 0] = bits.to(torch.int32).view(torch.float32), -0.0  # ties to even and to odd, subnormal ones
+    down[0, 8:16] = -down[0, :8]
+    packed = cuda_low_rank.pack(down, up)
+    assert packed.shape[0] == k
+    for mine, found in zip((down, up), cuda_low_rank.unpack(packed, n, k, rank), strict=True):
+        assert torch.equal(mine.view(torch.int32), found.view(torch.int32))
+    torch.testing.assert_close(cuda_low_rank.dense(packed, n, k)[1:, 16:], (up @ down)[1:, 16:])
+
+
+def test_the_layout_is_that_of_the_kernels() -> None:
+    """Value by value as ``csrc/low_rank/cuda.h`` says it."""
+    n, k, rank = 33, 70, 17
+    down, up = torch.randn(rank, k), torch.randn(n, rank)
+    halves = cuda_low_rank.pack(down, up).flatten().view(torch.int16)
+    begin = 0
+    for matrix in (down, up):
+        across = -(-matrix.shape[1] // 64) * 4
+        expected = torch.zeros(-(-matrix.shape[0] // 16) * across * 256, dtype=torch.float64)
+        for channel, row in enumerate(rounded(matrix).tolist()):
+            for position, value in enumerate(row):
+                tile = channel // 16 * across + position // 16
+                i, g, j = channel % 16 // 8, channel % 8, position % 16 // 8
+                t, e = position % 8 // 2, position % 2
+                expected[tile * 256 + (((g * 4 + t) * 2 + j) * 2 + i) * 2 + e] = value
+        found = halves[begin : begin + expected.numel()].view(torch.bfloat16).double()
+        assert torch.equal(found, expected)
+        begin += expected.numel()
+
+
+def test_the_shape_says_the_rank() -> None:
+    for n, k in ((1, 1), (5, 300), (300, 5), (64, 64), (100, 1000)):
+        rows = [cuda_low_rank._row(n, k, rank) for rank in range(1, min(n, k) + 1)]
+        ranks = [cuda_low_rank._rank_of(row, n, k) for row in rows]
+        assert ranks == [-(-rank // 16) * 16 for rank in range(1, min(n, k) + 1)]
+        assert cuda_low_rank._rank_of(rows[-1] + 1, n, k) == 0
+
+
+def test_what_packing_refuses() -> None:
+    good = torch.randn(4, 8), torch.randn(8, 4)
+    for bad in (torch.inf, torch.nan, 3.4e38):
+        with pytest.raises(ValueError, match="holds NaN, Inf or a value that rounds to it"):
+            cuda_low_rank.pack(torch.full((4, 8), bad), good[1])
+    with pytest.raises(ValueError, match="no kernels for int8 factors"):
+        cuda_low_rank.pack(good[0].to(torch.int8), good[1].to(torch.int8))
+    packed = cuda_low_rank.pack(*good)
+    with pytest.raises(ValueError, match="expected for n = 8, k = 9 what low_rank_pack returns"):
+        cuda_low_rank.dense(packed, 8, 9)
+    with pytest.raises(ValueError, match="is not of rank 17"):
+        cuda_low_rank.unpack(packed, 8, 8, 17)
+
+
+def test_kernels_for_cuda_name_the_devices() -> None:
+    made, keys = layer(8, 16, 2), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    state = made.state_dict()
+    for op, operands in {
+        torch.ops.pycompress.low_rank_linear.default: (torch.randn(3, 16), made.packed, 8, made.bias, "none"),
+        torch.ops.pycompress.low_rank_pack.default: (state["down"], state["up"]),
+    }.items():
+        with pytest.raises(RuntimeError, match="on cpu, expected all of them on one CUDA device or on the CPU"):
+            op.redispatch(keys, *operands)
+
+
+# --- with one -----------------------------------------------------------------------------------------------------------
+
+
+@device
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_number_of_rows(dtype: torch.dtype) -> None:
+    case = Case(200, 712, 90)
+    for m in (*range(1, 35), 64, 65, 130):
+        x = torch.randn(m, 712, dtype=dtype, device="cuda")
+        case.check(case.layer(x), x)
+
+
+@device
+@pytest.mark.parametrize(
+    ("n", "k", "rank"), [(1, 1, 1), (31, 33, 16), (65, 65, 17), (4096, 1000, 125), (64, 16384, 64), (1000, 4099, 200)]
+)
+def test_shapes(n: int, k: int, rank: int) -> None:
+    case = Case(n, k, rank)
+    for m in (1, 17):
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        y = case.layer(x)
+        case.check(y, x)
+        spread = torch.full((m, k + 3), torch.nan, dtype=torch.bfloat16, device="cuda")
+        spread[:, :k] = x
+        assert torch.equal(case.layer(spread[:, :k]), y)
+    assert case.layer(torch.empty(0, k, dtype=torch.bfloat16, device="cuda")).shape == (0, n)
+
+
+@device
+def test_the_same_bits_beside_another_stream_and_in_a_graph() -> None:
+    made, there = layer(64, 16384, 64).cuda(), torch.zeros(8, 16384, dtype=torch.bfloat16, device="cuda")
+    xs = torch.randn(3, 8, 16384, dtype=torch.bfloat16, device="cuda")
+    expected = [made(x) for x in xs]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = made(there)
+    torch.cuda.synchronize()
+    for x, right in zip(xs, expected, strict=True):
+        there.copy_(x)
+        y.fill_(float("nan"))
+        graph.replay()
+        with torch.cuda.stream(stream):
+            beside = [made(xs[0]) for _ in range(10)]
+        torch.cuda.synchronize()
+        assert torch.equal(y, right)
+        assert all(torch.equal(other, expected[0]) for other in beside)
+
+
+@device
+def test_activations() -> None:
+    made, x = layer(96, 80, 40).cuda(), torch.randn(5, 80, dtype=torch.float16, device="cuda")
+    plain = made(x).float()
+    for name, activation in {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}.items():
+        made.activation = name
+        torch.testing.assert_close(made(x).float(), activation(plain), rtol=2e-3, atol=2e-3)
+
+
+@device
+def test_there_and_back(tmp_path: Path) -> None:
+    made = layer(70, 130, 33)
+    state, packed, weight = made.state_dict(), made.packed, made.weight
+    made.to("cuda", torch.bfloat16)  # what is meant for activations does not touch the weight
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor.cpu(), state[name]), name
+    torch.testing.assert_close(ops.low_rank_dense(made.packed, 70, 130).cpu(), weight)
+    pc.save(nn.Sequential(made), tmp_path / "cuda.safetensors")
+    loaded = pc.load(nn.Sequential(nn.Linear(130, 70)), tmp_path / "cuda.safetensors")[0]
+    assert torch.equal(loaded.packed, packed)
+    assert torch.equal(copy.deepcopy(made).cpu().packed, packed)
+
+
+@device
+def test_compile_export_opcheck_and_waiting() -> None:
+    made, x = layer(96, 80, 20).cuda().eval(), torch.randn(5, 80, dtype=torch.bfloat16, device="cuda")
+    expected = made(x)
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(made, fullgraph=True)(x), expected)
+    assert torch.equal(torch.export.export(made, (x,)).module()(x), expected)
+    torch.library.opcheck(torch.ops.pycompress.low_rank_linear.default, (x, made.packed, 96, made.bias, "silu"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@device
+def test_errors_say_what_came() -> None:
+    made = layer(96, 80, 20).cuda()
+    with pytest.raises(TypeError, match=r"x is torch\.float32, expected bfloat16 or float16 on a CUDA device"):
+        made(torch.randn(3, 80, device="cuda"))
+    with pytest.raises(ValueError, match=r"packed is torch\.uint8 \[80, .*expected for n = 96, k = 40"):
+        made(torch.randn(3, 40, dtype=torch.bfloat16, device="cuda"))
+    with pytest.raises(ValueError, match="no kernels for int8 factors"):
+        LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, bits=8, rank_guard=False)).cuda()
+    with pytest.raises(ValueError, match="residual_kind is 'int8', expected ''"):
+        LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, residual=Int8(), rank_guard=False)).cuda()
+
+
+@device
+def test_kernels_forced() -> None:
+    module, (n, k, rank) = cuda.native("tests"), (100, 1000, 60)
+    case = Case(n, k, rank)
+    case.bias = torch.zeros(n, dtype=torch.float64)
+    for dtype in HALVES:
+        kind = ops.native.FLOATS[dtype]
+        for row in (row for row in module.low_rank_kernels() if row["type"] == kind):
+            for splits in (1, 2, 5):
+                m = row["rows"]
+                x = torch.randn(m, k, dtype=dtype, device="cuda")
+                y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
+                size = module.low_rank_workspace(0, n, k, 64, kind, m, row["name"], splits)
+                workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+                module.low_rank_linear(
+                    0, cuda.stream_of(0), x.data_ptr(), kind, m, k, k, case.layer.packed.data_ptr(), n, 64, 0, 0,
+                    y.data_ptr(), workspace.data_ptr(), row["name"], splits,
+                )  # fmt: skip
+                case.check(y, x)
