@@ -2,13 +2,12 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "../common/check.h"
 #include "../common/kernels.h"
-#include "../common/parallel.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
+#include "../common/tasks.h"
 #include "kernel_list.h"
 #include "pack.h"
 
@@ -22,13 +21,11 @@ const Kernel* const kKernels[] = {
     &kScalar};
 
 // Rows of a task: enough to pay for expanding the weights, and few enough for the L2.
-constexpr int kMaxTaskRows = 64, kMinTaskRows = 16, kTasksPerThread = 4;
+constexpr int kMaxTaskRows = 64, kMinTaskRows = 16;
 constexpr int64_t kActivationBytes = 512 * 1024;
 constexpr int kActivationBits = 8;
 constexpr int kFinishRows = 16;  // rows of results whose cache lines are fetched at once
 constexpr int kBlockK = 1024;    // positions that are expanded at once: 16 KiB of a 32 KiB L1
-// Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
-constexpr double kSerialOperations = 1.5e6;
 
 thread_local Scratch scratch;
 
@@ -51,7 +48,7 @@ class Worker {
   }
 
   // Rows that are there already, from the task before, are not quantized again.
-  void quantize(int64_t row, int rows) {
+  void take(int64_t row, int rows) {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
@@ -153,30 +150,10 @@ void linear(const Problem& p, const Kernel& kernel) {
   check(p.x_type != Type::int32 && p.y_type != Type::int32, "int4_linear: x or y is int32, expected a float type");
   if (p.m == 0) return;
 
-  int threads = usable_threads(p.threads);
-  const double operations = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
-  if (operations < kSerialOperations) threads = 1;
-
-  // Tasks have as many rows as may be, because each expands the weights anew; where that makes too few of them, the
-  // channels are split too, and more than one thread quantizes the same rows. There are more tasks than threads, taken
-  // as they come: the cores of a shared machine are not equally fast. K is never split: no result depends on the
-  // threads.
-  const int64_t stride = int8::ActivationShape{header.k, 1}.stride(), panels = header.panels();
-  const int64_t most = std::clamp<int64_t>(kActivationBytes / stride, kMinTaskRows, kMaxTaskRows);
-  const int64_t task_rows = round_up<int64_t>(divide_up(p.m, divide_up(p.m, most)), kernel.mr);
-  const int64_t row_tasks = divide_up(p.m, task_rows);
-  const int64_t panel_tasks = threads == 1 ? 1 : std::min(panels, divide_up(kTasksPerThread * threads, row_tasks));
-  const int64_t task_panels = divide_up(panels, panel_tasks), tasks = row_tasks * panel_tasks;
-
-  std::atomic<int64_t> next{0};
-  parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
-    Worker worker(p, header, kernel, std::min(task_rows, p.m));
-    for (int64_t t = next++; t < tasks; t = next++) {
-      const int64_t row = t / panel_tasks * task_rows, first = t % panel_tasks * task_panels;
-      worker.quantize(row, static_cast<int>(std::min(task_rows, p.m - row)));
-      for (int64_t panel = first; panel < std::min(panels, first + task_panels); ++panel) worker.multiply(panel);
-    }
-  });
+  const int64_t most =
+      std::clamp<int64_t>(kActivationBytes / int8::ActivationShape{header.k, 1}.stride(), kMinTaskRows, kMaxTaskRows);
+  const Tasks tasks(p.m, header.panels(), p.k, kPanel, most, kernel.mr, p.threads);
+  tasks.run([&] { return Worker(p, header, kernel, tasks.rows); });
 }
 
 }  // namespace pycompress::int4

@@ -2,13 +2,12 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "../common/check.h"
 #include "../common/kernels.h"
-#include "../common/parallel.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
+#include "../common/tasks.h"
 #include "../int4/pack.h"
 #include "../low_rank/gemm.h"
 #include "kernel_list.h"
@@ -26,8 +25,7 @@ const Kernel* const kKernels[] = {
 static_assert(kPanel == low_rank::kPanel && kPanel == int4::kPanel);
 static_assert(kBlockK % 128 == 0, "a block begins a group");
 
-constexpr int kMaxTaskRows = 96, kTasksPerThread = 4;
-constexpr double kSerialOperations = 1.5e6;  // below it a parallel region costs more than the second thread brings
+constexpr int kMaxTaskRows = 96;
 
 thread_local Scratch scratch;
 
@@ -140,29 +138,10 @@ void linear(const Problem& p) {
         ": the packed weight keeps its activations as floats, there are no integers to give");
   if (p.m == 0) return;
 
-  int threads = usable_threads(p.threads);
-  const double operations = 2.0 * static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
-  if (operations < kSerialOperations) threads = 1;
-
-  // Tasks have as many rows as may be, because each makes floats of the weights anew; where that makes too few of them,
-  // the channels are split too. K is never split.
-  const int64_t panels = divide_up(p.n, kPanel);
-  const int64_t task_rows = divide_up(p.m, divide_up(p.m, int64_t{kMaxTaskRows})),
-                row_tasks = divide_up(p.m, task_rows);
-  const int64_t panel_tasks = threads == 1 ? 1 : std::min(panels, divide_up(kTasksPerThread * threads, row_tasks));
-  const int64_t task_panels = divide_up(panels, panel_tasks), tasks = row_tasks * panel_tasks;
-
   const Kernel& kernel = best_kernel();
   const low_rank::Kernel& product = low_rank::best_kernel();
-  std::atomic<int64_t> next{0};
-  parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
-    Worker worker(source, kernel, product, task_rows);
-    for (int64_t t = next++; t < tasks; t = next++) {
-      const int64_t row = t / panel_tasks * task_rows, first = t % panel_tasks * task_panels;
-      worker.take(row, static_cast<int>(std::min(task_rows, p.m - row)));
-      for (int64_t panel = first; panel < std::min(panels, first + task_panels); ++panel) worker.multiply(panel);
-    }
-  });
+  const Tasks tasks(p.m, divide_up(p.n, kPanel), p.k, kPanel, kMaxTaskRows, 1, p.threads);
+  tasks.run([&] { return Worker(source, kernel, product, tasks.rows); });
 }
 
 }  // namespace pycompress::weight_only

@@ -17,14 +17,14 @@ Residual = Int8Weight | Int4Weight | SparseWeight | DenseWeight  # what may stan
 
 # How many multiply-adds take as long as one of the best dense float32 layer, at 32 and more rows, geometric means over six shapes:
 # `python benchmarks/kernels.py --op low_rank` prints them (rank min(n, k) / 8 to / 2: 0.87 to 0.95); "sparse 8" is from `--op
-# sparse`, unstructured at 80 % zeros; "int4" is that of groups of 32, 1.1 to 1.25 times int8 with 7 bits beside it.
+# sparse`, unstructured at 80 % zeros, "int4" from `--op int4`, groups of 32 at 128 and more rows.
 # `only_if_faster` measures each layer itself.
 SPEED = {
     "factors 32": 0.9,
     "factors 8": 1.8,
     "dense": 1.0,
     "int8": 2.1,
-    "int4": 2.4,
+    "int4": 2.2,
     "sparse 32": 0.56,
     "sparse 8": 0.7,
 }
