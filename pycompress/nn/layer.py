@@ -174,12 +174,12 @@ class CompressedLayer(nn.Module):
             return
         try:  # all of it or nothing, also where load_state_dict(strict=False) forgives what is missing
             fresh = self._with_tensors(found)
+            if self.packed.is_cuda:
+                fresh.to(self.packed.device)
         except (TypeError, ValueError, RuntimeError) as error:
             error_msgs.append(f"{prefix}{', '.join(names[:-1])} or {names[-1]}: {error}")
             return
         if not missing:
-            if self.packed.is_cuda:
-                fresh.to(self.packed.device)
             self.packed, self.weight_scale, self.bias = fresh.packed, fresh.weight_scale, fresh.bias
             self.settings = fresh.settings
 

@@ -62,9 +62,9 @@ def native(op: str, device: torch.device | None = None) -> Any:
 
 
 def cuda_kernels() -> list[dict[str, Any]]:
-    """All CUDA kernels: op, name, arch (compute capability times ten), tile bm x bn, bytes of k a stage, stages; best first.
+    """The CUDA kernels of the int8 GEMM: op, name, arch (compute capability times ten), tile bm x bn, bytes of k a stage, stages.
 
-    Empty where none were built. Asks for no device.
+    Best first. Empty where none were built. Asks for no device.
     """
     module = _load()[0]
     return [] if module is None else module.int8_kernels()
