@@ -166,7 +166,7 @@ class CublasLt:
     RESULT_BYTES, ALGORITHMS = 96, 8  # of a cublasLtMatmulHeuristicResult_t, whose first 64 bytes are the algorithm
 
     def __init__(self) -> None:
-        self.library = self._load()
+        self.cublaslt = self._load()
         self.handle = self._created("cublasLtCreate")
         self.workspace = torch.empty(self.WORKSPACE, dtype=torch.uint8, device="cuda")
 
@@ -180,7 +180,7 @@ class CublasLt:
         raise UnavailableError("no libcublasLt was found")
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self.library, name)(*arguments)
+        status = getattr(self.cublaslt, name)(*arguments)
         if status != 0:
             raise UnavailableError(f"{name} gave status {status}")
 

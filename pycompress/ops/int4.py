@@ -14,19 +14,16 @@ from pycompress.ops.native import (
     _C,
     ACTIVATIONS,
     EXACT_STRIDES,
-    FLOATS,
     MAX_IN_FEATURES,
-    activation_code,
-    channels,
     check,
     check_float,
     check_operand,
     implement,
     is_plain,
     library,
+    linear_cpu,
     nobody_looks,
     reads_tensors,
-    rows_of,
     vector,
 )
 
@@ -42,19 +39,7 @@ library.define(
 
 
 def _int4_linear_cpu(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str) -> Tensor:
-    x, ldx = rows_of("int4_linear", x)
-    code = activation_code("int4_linear", activation)
-    check_operand("int4_linear", "packed", packed, torch.uint8)
-    bias_address = 0 if bias is None else channels("int4_linear", "bias", bias, n)
-    shape = x.shape
-    k = shape[-1]
-    y = x.new_empty((*shape[:-1], n))
-    kind = FLOATS[x.dtype]
-    _C.int4_linear(
-        x.data_ptr(), kind, x.numel() // k if k else 0, k, ldx, packed.data_ptr(), packed.shape[0], n, bias_address,
-        code, y.data_ptr(), kind, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    return linear_cpu("int4_linear", x, packed, n, bias, activation)
 
 
 def _int4_linear_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001

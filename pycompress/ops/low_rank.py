@@ -16,7 +16,6 @@ from pycompress.ops.native import (
     ACTIVATIONS,
     EXACT_STRIDES,
     FLOATS,
-    activation_code,
     channels,
     check,
     check_float,
@@ -24,10 +23,10 @@ from pycompress.ops.native import (
     implement,
     is_plain,
     library,
+    linear_cpu,
     matrix_of,
     nobody_looks,
     reads_tensors,
-    rows_of,
     vector,
 )
 from pycompress.ops.sparse import sparse_dense, sparse_header
@@ -44,19 +43,7 @@ library.define(
 
 
 def _low_rank_linear_cpu(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str) -> Tensor:
-    x, ldx = rows_of("low_rank_linear", x)
-    code = activation_code("low_rank_linear", activation)
-    check_operand("low_rank_linear", "packed", packed, torch.uint8)
-    bias_address = 0 if bias is None else channels("low_rank_linear", "bias", bias, n)
-    shape = x.shape
-    k = shape[-1]
-    y = x.new_empty((*shape[:-1], n))
-    kind = FLOATS[x.dtype]
-    _C.low_rank_linear(
-        x.data_ptr(), kind, x.numel() // k if k else 0, k, ldx, packed.data_ptr(), packed.shape[0], n, bias_address,
-        code, y.data_ptr(), kind, 0, torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    return linear_cpu("low_rank_linear", x, packed, n, bias, activation, 0)
 
 
 def _low_rank_linear_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001

@@ -123,6 +123,28 @@ def channels(op: str, name: str, tensor: Tensor, n: int) -> int:
     return tensor.data_ptr()
 
 
+def linear_cpu(
+    op: str, x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str, *further: int
+) -> Tensor:
+    """Checks the operands of an op whose packed weight holds its scales, and calls the native function of its name.
+
+    Args:
+        further: what that function takes behind y, before the number of threads.
+    """
+    x, ldx = rows_of(op, x)
+    code = activation_code(op, activation)
+    check_operand(op, "packed", packed, torch.uint8)
+    bias_address = 0 if bias is None else channels(op, "bias", bias, n)
+    k = x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], n))
+    kind = FLOATS[x.dtype]
+    getattr(_C, op)(
+        x.data_ptr(), kind, x.numel() // k if k else 0, k, ldx, packed.data_ptr(), packed.shape[0], n, bias_address,
+        code, y.data_ptr(), kind, *further, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
 def activation_code(op: str, activation: str) -> int:
     """What the kernels call an activation. Raises ValueError where they know none of this name."""
     code = ACTIVATIONS.get(activation)
