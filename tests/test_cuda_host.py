@@ -55,12 +55,23 @@ def test_the_kernels_source_on_the_host() -> None:
 
 PORTABLE = ["sm_80", "sm_89", "sm_90a"]
 FILES = {
+    "csrc/cuda/halves_sm80.cu": PORTABLE,
+    "csrc/cuda/halves_sm90.cu": ["sm_90a"],
     "csrc/int8/gemm_sm80.cu": PORTABLE,
     "csrc/int8/gemm_sm90.cu": ["sm_90a"],
     "csrc/int8/pack.cu": PORTABLE,
     "csrc/int8/quantize.cu": PORTABLE,
+    "csrc/low_rank/branch.cu": PORTABLE,
+    "csrc/low_rank/convert.cu": PORTABLE,
     "csrc/low_rank/few.cu": PORTABLE,
+    "csrc/low_rank/fused.cu": PORTABLE,
+    "csrc/sparse/blocks_sm80.cu": PORTABLE,
+    "csrc/sparse/blocks_sm90.cu": ["sm_90a"],
+    "csrc/sparse/pack_blocks.cu": PORTABLE,
     "csrc/sparse/stream.cu": PORTABLE,
+    "csrc/sparse/pack_structured.cu": PORTABLE,
+    "csrc/sparse/structured_sm80.cu": PORTABLE,
+    "csrc/sparse/structured_sm90.cu": ["sm_90a"],
     "csrc/weight_only/pack.cu": PORTABLE,
     "csrc/weight_only/stream.cu": PORTABLE,
 }
@@ -94,7 +105,8 @@ def resources(file: str, arch: str, folder: Path) -> dict[str, dict[str, int]]:
 def readable(symbol: str) -> str:
     """A kernel's name and template arguments."""
     name = run("c++filt", symbol).strip().removeprefix("void ")
-    name = re.sub(r"\(anonymous namespace\)::|pycompress::|int8::|cuda::|weight_only::|sparse::|low_rank::", "", name)
+    rooms = "pycompress|int8|cuda|weight_only|sparse|low_rank|halves|gpu::sm80|gpu::sm90"
+    name = re.sub(rf"(?:\(anonymous namespace\)|{rooms})::", "", name)
     name = re.sub(r"\((?:int8::)?\w+\)(?=\d|true|false)", "", name)  # (Type)2
     return re.sub(r"\((?!.*\)\().*$", "", name)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress import ops
-from pycompress.methods import Int8, LowRank
+from pycompress.methods import Int4, LowRank
 from pycompress.nn import LowRankLinear
 from pycompress.ops import cuda, cuda_low_rank
 
@@ -70,8 +71,8 @@ class Case:
 # --- without a device ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [1, 15, 16, 17, 70])
-@pytest.mark.parametrize(("n", "k"), [(70, 130), (200, 71), (129, 64)])
+@pytest.mark.parametrize("rank", [1, 15, 16, 17, 63, 64, 65, 129])
+@pytest.mark.parametrize(("n", "k"), [(70, 130), (200, 71), (129, 64), (150, 151)])
 def test_packing_loses_nothing(n: int, k: int, rank: int) -> None:
     rank = min(rank, n, k)
     down, up = torch.randn(rank, k), torch.randn(n, rank)
@@ -91,18 +92,12 @@ def test_the_layout_is_that_of_the_kernels() -> None:
     down, up = torch.randn(rank, k), torch.randn(n, rank)
     halves = cuda_low_rank.pack(down, up).flatten().view(torch.int16)
     begin = 0
-    for matrix in (down, up):
-        across = -(-matrix.shape[1] // 64) * 4
-        expected = torch.zeros(-(-matrix.shape[0] // 16) * across * 256, dtype=torch.float64)
-        for channel, row in enumerate(rounded(matrix).tolist()):
-            for position, value in enumerate(row):
-                tile = channel // 16 * across + position // 16
-                i, g, j = channel % 16 // 8, channel % 8, position % 16 // 8
-                t, e = position % 8 // 2, position % 2
-                expected[tile * 256 + (((g * 4 + t) * 2 + j) * 2 + i) * 2 + e] = value
-        found = halves[begin : begin + expected.numel()].view(torch.bfloat16).double()
-        assert torch.equal(found, expected)
-        begin += expected.numel()
+    for matrix, (rows, columns) in ((down, (64, 128)), (up, (128, 64))):
+        expected = torch.zeros(rows, columns, dtype=torch.float64)
+        expected[: matrix.shape[0], : matrix.shape[1]] = rounded(matrix)
+        found = halves[begin : begin + rows * columns].view(torch.bfloat16).double()
+        assert torch.equal(found, expected.flatten())
+        begin += rows * columns
 
 
 def test_the_shape_says_the_rank() -> None:
@@ -110,7 +105,7 @@ def test_the_shape_says_the_rank() -> None:
         rows = [cuda_low_rank._row(n, k, rank) for rank in range(1, min(n, k) + 1)]
         ranks = [cuda_low_rank._rank_of(row, n, k) for row in rows]
         assert ranks == [-(-rank // 16) * 16 for rank in range(1, min(n, k) + 1)]
-        assert cuda_low_rank._rank_of(rows[-1] + 1, n, k) == 0
+        assert cuda_low_rank._rank_of(max(rows) + 4, n, k) == cuda_low_rank._rank_of(min(rows) - 1, n, k) == 0
 
 
 def test_what_packing_refuses() -> None:
@@ -143,20 +138,22 @@ def test_kernels_for_cuda_name_the_devices() -> None:
 
 @device
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_number_of_rows(dtype: torch.dtype) -> None:
-    case = Case(200, 712, 90)
-    for m in (*range(1, 35), 64, 65, 130):
+@pytest.mark.parametrize("rank", [20, 90, 130])
+def test_every_number_of_rows(rank: int, dtype: torch.dtype) -> None:
+    case = Case(200, 712, rank)
+    for m in (*range(1, 35), 63, 64, 65, 127, 128, 129, 257, 1000, 4099):
         x = torch.randn(m, 712, dtype=dtype, device="cuda")
         case.check(case.layer(x), x)
 
 
 @device
 @pytest.mark.parametrize(
-    ("n", "k", "rank"), [(1, 1, 1), (31, 33, 16), (65, 65, 17), (4096, 1000, 125), (64, 16384, 64), (1000, 4099, 200)]
+    ("n", "k", "rank"),
+    [(1, 1, 1), (31, 33, 16), (65, 65, 17), (4096, 1000, 125), (64, 16384, 64), (1000, 4099, 200), (2048, 2048, 512)],
 )
 def test_shapes(n: int, k: int, rank: int) -> None:
     case = Case(n, k, rank)
-    for m in (1, 17):
+    for m in (1, 17, 40, 600):
         x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
         y = case.layer(x)
         case.check(y, x)
@@ -164,6 +161,13 @@ def test_shapes(n: int, k: int, rank: int) -> None:
         spread[:, :k] = x
         assert torch.equal(case.layer(spread[:, :k]), y)
     assert case.layer(torch.empty(0, k, dtype=torch.bfloat16, device="cuda")).shape == (0, n)
+
+
+@device
+def test_rows_of_a_wider_tensor_are_read_in_place() -> None:
+    case, wide = Case(300, 256, 100), torch.randn(5, 70, 264, dtype=torch.float16, device="cuda")
+    for x in (wide[0, :, :256], wide[..., 8:]):
+        case.check(case.layer(x).reshape(-1, 300), x.reshape(-1, 256))
 
 
 @device
@@ -233,26 +237,35 @@ def test_errors_say_what_came() -> None:
         made(torch.randn(3, 40, dtype=torch.bfloat16, device="cuda"))
     with pytest.raises(ValueError, match="no kernels for int8 factors"):
         LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, bits=8, rank_guard=False)).cuda()
-    with pytest.raises(ValueError, match="residual_kind is 'int8', expected ''"):
-        LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, residual=Int8(), rank_guard=False)).cuda()
+    with pytest.raises(ValueError, match="residual_kind is 'int4', expected "):
+        LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, residual=Int4(), rank_guard=False)).cuda()
+
+
+def ranks_of(row: dict[str, object]) -> tuple[int, ...]:
+    """Those that a kernel runs with."""
+    if str(row["name"]).startswith("fused"):
+        return {64: (16, 60), 128: (70, 128)}[cast("int", row["channels"])]
+    return (60, 140)
 
 
 @device
 def test_kernels_forced() -> None:
-    module, (n, k, rank) = cuda.native("tests"), (100, 1000, 60)
-    case = Case(n, k, rank)
-    case.bias = torch.zeros(n, dtype=torch.float64)
-    for dtype in HALVES:
-        kind = ops.native.FLOATS[dtype]
-        for row in (row for row in module.low_rank_kernels() if row["type"] == kind):
+    module, (n, k) = cuda.native("tests"), (300, 1000)
+    cases = {rank: Case(n, k, rank) for rank in (16, 60, 70, 128, 140)}
+    for rank, case in cases.items():
+        case.bias = torch.zeros(n, dtype=torch.float64)
+        tiles = -(-rank // 16) * 16
+        for row in (row for row in module.low_rank_kernels() if rank in ranks_of(row)):
+            dtype = next(dtype for dtype in HALVES if ops.native.FLOATS[dtype] == row["type"])
+            kind = row["type"]
             for splits in (1, 2, 5):
-                m = row["rows"]
+                m = 2 * max(row["rows"], 64) + 3
                 x = torch.randn(m, k, dtype=dtype, device="cuda")
                 y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
-                size = module.low_rank_workspace(0, n, k, 64, kind, m, row["name"], splits)
+                size = module.low_rank_workspace(0, n, k, tiles, kind, m, row["name"], splits)
                 workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
                 module.low_rank_linear(
-                    0, cuda.stream_of(0), x.data_ptr(), kind, m, k, k, case.layer.packed.data_ptr(), n, 64, 0, 0,
+                    0, cuda.stream_of(0), x.data_ptr(), kind, m, k, k, case.layer.packed.data_ptr(), n, tiles, 0, 0,
                     y.data_ptr(), workspace.data_ptr(), row["name"], splits,
                 )  # fmt: skip
                 case.check(y, x)

@@ -1,4 +1,5 @@
-"""The sparse ops and layers on a CUDA device, against float64 within the bound of ``csrc/sparse/cuda.h``; and what they refuse.
+"""Sparse layers on a CUDA device: which packed form a weight takes, and what is refused; single weights under a bitmap against
+float64 within the bound of ``csrc/sparse/cuda.h``. 2:4 and blocks: ``test_cuda_tiles.py``.
 
 Also run under ``compute-sanitizer --tool memcheck`` and ``--tool racecheck``, with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
@@ -12,9 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pycompress as pc
 from pycompress import ops
@@ -59,11 +64,118 @@ def moved(made: SparseLinear) -> tuple[SparseWeight, Tensor]:
     return weight, bias
 
 
-# --- without a device ---------------------------------------------------------------------------------------------------
+# --- which form: without a device ---------------------------------------------------------------------------------------
+
+
+def mask_of(kept: Tensor) -> NDArray[np.uint8]:
+    """uint8 [n, ceil(k / 8)] of bool [n, k]."""
+    return np.packbits(kept.numpy(), axis=1, bitorder="little")
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_the_share_of_blocks_that_are_present(block: int) -> None:
+    for n, k in [(1, 1), (block - 1, block + 1), (block, 2 * block), (2 * block + 3, 3 * block + 9)]:
+        for density in (0.0, 0.002, 0.01, 1.0):
+            kept = torch.rand(n, k) < density
+            pieces = [kept[r : r + block, c : c + block].any() for r in range(0, n, block) for c in range(0, k, block)]
+            assert cuda_sparse.share_of_blocks(mask_of(kept), block) == np.mean(pieces)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 63), (63, 0), (63, 63)])
+def test_a_weight_in_a_corner_makes_a_block_present(place: tuple[int, int]) -> None:
+    kept = torch.zeros(128, 128, dtype=torch.bool)
+    kept[64 + place[0], place[1]] = True
+    assert cuda_sparse.share_of_blocks(mask_of(kept), 64) == 1 / 4
+
+
+def test_two_of_four() -> None:
+    for bits in range(256):
+        byte = np.array([[bits]], np.uint8)
+        assert cuda_sparse.is_two_of_four(byte) == all(
+            f"{bits:08b}"[half : half + 4].count("1") <= 2 for half in (0, 4)
+        )
+    kept = torch.zeros(3, 21, dtype=torch.bool)
+    kept[:, 2:6] = True  # four that follow each other, but no three in a group
+    assert cuda_sparse.is_two_of_four(mask_of(kept))
+    kept[2, 20] = kept[1, 18] = kept[1, 17] = kept[0, 7] = True
+    assert not cuda_sparse.is_two_of_four(mask_of(kept))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "density", "form"),
+    [
+        ("64x64", 0.5, "blocks64"),
+        ("64x64", 0.1, "blocks64"),
+        ("64x64", 13 / 25, "bitmap"),
+        ("32x32", 0.4, "blocks32"),
+        ("32x32", 0.41, "bitmap"),
+        ("16x16", 0.35, "blocks16"),
+        ("16x16", 0.3525, "bitmap"),
+        ("2:4", None, "structured"),
+        ("4:8", None, "bitmap"),
+        ("unstructured", 0.0, "blocks64"),
+        ("unstructured", 0.1, "bitmap"),
+        ("unstructured", 1.0, "bitmap"),
+    ],
+)
+def test_the_form_of_a_pattern(pattern: str, density: float | None, form: str) -> None:
+    """Up to the limits, and one block above them."""
+    mask = Sparse(density, pattern).compress(torch.randn(320, 320)).mask.numpy()
+    assert cuda_sparse.chosen_format(mask, int8=False) == form
+    if form != "bitmap":
+        assert cuda_sparse.chosen_format(mask, int8=True) == form
+        return
+    with pytest.raises(
+        ValueError, match=r"of the blocks .* % of 64x64, .* % of 32x32, .* % of 16x16 are present; expected"
+    ):
+        cuda_sparse.chosen_format(mask, int8=True)
+
+
+def test_what_packing_refuses() -> None:
+    int8 = Sparse(0.3, bits=8).compress(torch.randn(64, 70))
+    half = Sparse(0.3).compress(torch.randn(64, 70).bfloat16())
+    device = torch.device("cuda:0")
+    for weight, bits, form, message in (
+        (int8, 7, "", "expected on a CUDA device the pattern 2:4, or of the blocks at most 50 %, 40 %, 35 %"),
+        (int8, 0, "", r"activation_bits is 0, expected 7 or 8 for torch\.int8"),
+        (half, 8, "", r"activation_bits is 8, expected 0 for torch\.float32"),
+        (int8, 7, "bitmap", r"values is torch\.int8, expected float32 for the format bitmap"),
+        (half, 0, "rows", "format is 'rows', expected one of bitmap, structured, blocks64, blocks32, blocks16"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            cuda_sparse.pack(weight.mask, weight.values, 70, bits, form, device)
+    with pytest.raises(ValueError, match=rf"there are {half.nnz - 1} values, the mask has {half.nnz} bits set"):
+        cuda_sparse.pack(half.mask, half.values[1:], 70, 0, "", device)
+    with pytest.raises(ValueError, match=r"mask is \[0, 9\], expected \[n > 0"):
+        cuda_sparse.pack(half.mask[:0], half.values[:0], 70, 0, "", device)
+
+
+@pytest.mark.parametrize("form", ops.CUDA_SPARSE_FORMATS)
+def test_what_a_compiler_sees_of_packing(form: str) -> None:
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env):
+        mask, values = torch.empty(64, 9, dtype=torch.uint8, device="cuda"), torch.empty(100, device="cuda")
+        packed = ops.sparse_pack(mask, values, 70, 0, form)
+        assert (packed.dtype, packed.device.type, packed.shape[-2]) == (torch.uint8, "cuda", 70)
+        assert packed.dim() == {"bitmap": 2, "structured": 3}.get(form, 4)
+        with pytest.raises(NotImplementedError, match="format is '' on a CUDA device, where it depends on the mask"):
+            ops.sparse_pack(mask, values, 70)
+
+
+def test_the_form_stands_in_the_shape() -> None:
+    forms = {cuda_sparse.format_of(torch.empty(shape, device="meta")) for shape in ((8, 3), (1, 8, 4))}
+    assert forms == {"bitmap", "structured"}
+    blocks = [cuda_sparse.format_of(torch.empty(1, 1, 8, 32 + code, device="meta")) for code in range(11)]
+    assert blocks == [f"blocks{size}" for size in (64, 64, 64, 64, 32, 32, 32, 32, 16, 16, 16)]
+    with pytest.raises(ValueError, match=r"\[1, 1, 8, 44\] is none that sparse_pack returns"):
+        cuda_sparse.format_of(torch.empty(1, 1, 8, 44, device="meta"))
+
+
+# --- what holds the values: without a device -----------------------------------------------------------------------------
 
 
 def packed_with(monkeypatch: pytest.MonkeyPatch, values: Tensor) -> tuple[Tensor, torch.dtype]:
-    """What :func:`cuda_sparse.pack` returns for a weight [1, 8] of these, its native part replaced, and the type of its values."""
+    """A bitmap of a weight [1, 8] with these values, its native part replaced, and their type."""
     seen: list[Any] = []
 
     def sparse_pack(*operands: int) -> bytes:
@@ -71,7 +183,8 @@ def packed_with(monkeypatch: pytest.MonkeyPatch, values: Tensor) -> tuple[Tensor
         return bytes(range(16))
 
     monkeypatch.setattr(cuda, "native", lambda *_: SimpleNamespace(sparse_pack=sparse_pack))
-    packed = cuda_sparse.pack(torch.tensor([[(1 << values.numel()) - 1]], dtype=torch.uint8), values, 8)
+    mask = torch.tensor([[(1 << values.numel()) - 1]], dtype=torch.uint8)
+    packed = cuda_sparse.pack(mask, values, 8, 0, "bitmap", mask.device)
     count, kind, n, k = seen[0][2:]
     assert (count, n, k) == (values.numel(), 1, 8)
     return packed, {code: dtype for dtype, code in ops.native.FLOATS.items()}[kind]
@@ -129,7 +242,8 @@ def test_the_kernels_are_listed_without_a_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cuda, "native", lambda _: module)  # packing runs on the host
     assert {row["type"] for row in module.sparse_kernels()} == {ops.native.FLOATS[dtype] for dtype in HALVES}
     made = layer(64, 128)
-    packed = cuda_sparse.pack(*(made.state_dict()[name] for name in ("weight_mask", "weight_values")), 128)
+    weight = made.canonical()
+    packed = cuda_sparse.pack(weight.mask, weight.values, 128, 0, "bitmap", weight.mask.device)
     name, splits = module.sparse_chosen_kernel(packed.numel(), 64, 128, 8, 132)
     assert name.startswith("sparse_bf16")
     assert 1 <= splits <= 2
@@ -279,7 +393,9 @@ def test_errors_say_what_came() -> None:
         ops.sparse_linear(torch.randn(3, 80, dtype=torch.bfloat16, device="cuda"), made.packed, 5000)
     with pytest.raises(ValueError, match="expected bfloat16 or float16 numbers on a CUDA device"):
         layer(96, 80, dtype=torch.float32).cuda()
-    with pytest.raises(ValueError, match="it has no kernels for sparse int8 weights"):
+    with pytest.raises(
+        ValueError, match="more than two non-zeros in four consecutive input features, and of the blocks 100 %"
+    ):
         SparseLinear.from_dense(nn.Linear(80, 96), Sparse(0.3, bits=8)).cuda()
     conv = SparseConv2d.from_dense(nn.Conv2d(2, 4, 3)).cuda()
     with pytest.raises(RuntimeError, match="this layer has CPU kernels only"):

@@ -22,6 +22,16 @@ from pycompress.methods.masks import BLOCKS, N_OF_M
 from pycompress.methods.sparse import Sparse, SparseWeight
 
 SHAPES = [(1, 1), (1, 40), (3, 5), (17, 33), (16, 64), (50, 47), (33, 3)]
+SQUARES = {"16x16": 16, "32x32": 32, "64x64": 64}
+# Each pattern with each shape; square blocks with the shapes around one and two of them too.
+GRIDS = [
+    *((pattern, shape) for pattern in BLOCKS for shape in SHAPES),
+    *(
+        (pattern, shape)
+        for pattern, b in SQUARES.items()
+        for shape in [(b - 1, b + 1), (b, 2 * b), (2 * b + 3, 5 * b + 1)]
+    ),
+]
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -56,8 +66,7 @@ def by_sorting(weight: Tensor, pattern: str, density: float, scope: str) -> Tens
 
 @pytest.mark.parametrize("scope", ["layer", "row"])
 @pytest.mark.parametrize("density", [0, 0.05, 0.2, 0.5, 0.77, 1.0])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("pattern", BLOCKS)
+@pytest.mark.parametrize(("pattern", "shape"), GRIDS)
 def test_the_largest_blocks_stay(pattern: str, shape: tuple[int, int], density: float, scope: str) -> None:
     # Multiples of 1/8: all sums of squares are exact, so that the order of addition decides no tie.
     w = (torch.randn(shape) * 8).round() / 8
@@ -66,8 +75,7 @@ def test_the_largest_blocks_stay(pattern: str, shape: tuple[int, int], density: 
     assert torch.equal(mask, by_sorting(w, pattern, density, scope))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("pattern", BLOCKS)
+@pytest.mark.parametrize(("pattern", "shape"), GRIDS)
 def test_exact_counts_whatever_the_ties(pattern: str, shape: tuple[int, int]) -> None:
     """Of equal weights the first stay."""
     grid = blocks_of(shape, BLOCKS[pattern])
@@ -87,19 +95,27 @@ def _is_full(place: tuple[slice, slice], pattern: str) -> bool:
 
 @pytest.mark.parametrize("pattern", BLOCKS)
 def test_ties_between_rows_are_broken_in_each_row(pattern: str) -> None:
-    w = torch.ones(32, 16)
-    w[:16] = 2.0
-    rows = BLOCKS[pattern][0]
+    rows, columns = (max(least, size) for least, size in zip((16, 4), BLOCKS[pattern], strict=True))
+    w = torch.ones(2 * rows, 4 * columns)
+    w[:rows] = 2.0
     mask = Sparse(0.25, pattern, scope="row").prune(w)
-    assert mask[:, :4].all() and not mask[:, 4:].any()
-    whole = Sparse(0.25, pattern).prune(w)
-    assert int(whole.sum()) == 128
-    assert not whole[16:].any(), "the larger rows first"
-    assert whole[: 128 // 16 if rows == 1 else 16].sum() == 128
+    assert mask[:, :columns].all() and not mask[:, columns:].any()
+    whole, count = Sparse(0.25, pattern).prune(w), w.numel() // 4
+    assert int(whole.sum()) == count
+    assert not whole[rows:].any(), "the larger rows first"
+    assert whole[: rows // 2 if BLOCKS[pattern][0] == 1 else rows].sum() == count
 
 
 @pytest.mark.parametrize(
-    ("pattern", "shape", "count"), [("16x1", (17, 3), 3), ("16x4", (18, 10), 3), ("1x4", (3, 9), 4), ("1x4", (2, 7), 2)]
+    ("pattern", "shape", "count"),
+    [
+        ("16x1", (17, 3), 3),
+        ("16x4", (18, 10), 3),
+        ("1x4", (3, 9), 4),
+        ("1x4", (2, 7), 2),
+        ("16x16", (33, 40), 4),
+        ("64x64", (65, 140), 2),
+    ],
 )
 def test_no_other_blocks_hold_more(pattern: str, shape: tuple[int, int], count: int) -> None:
     """Brute force over every choice of as many blocks, edge blocks included: their plain sums count."""
@@ -188,7 +204,7 @@ def test_squares_neither_overflow_nor_vanish() -> None:
 
 @pytest.mark.parametrize("pattern", [*BLOCKS, *N_OF_M])
 def test_importance_ranks_instead_of_magnitude(pattern: str) -> None:
-    w, importance = torch.randn(20, 30), torch.rand(20, 30)
+    w, importance = torch.randn(150, 200), torch.rand(150, 200)
     method = Sparse(0.4 if pattern in BLOCKS else None, pattern)
     mask = method.prune(w, importance)
     assert torch.equal(mask, method.prune(importance))

@@ -661,7 +661,8 @@ def sparse_pieces(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 METHODS = [
     Sparse(), Sparse(0.3, bits=8), Sparse(0.3, bits=8, activation_bits=8), Sparse(0.5, "16x1"), Sparse(0.5, "16x4", bits=8),
-    Sparse(None, "2:4"), Sparse(0.0), Sparse(0.0, bits=8), Sparse(0.2, scope="model"),
+    Sparse(None, "2:4"), Sparse(0.0), Sparse(0.0, bits=8), Sparse(0.2, scope="model"), Sparse(0.5, "16x16"),
+    Sparse(0.5, "32x32", bits=8), Sparse(1.0, "64x64"),
 ]  # fmt: skip
 
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
 
+import pycompress as pc  # noqa: E402
 import pycompress.onnx  # noqa: E402
 from pycompress import ops  # noqa: E402
 from pycompress.methods.int4 import Int4Weight, pack_nibbles  # noqa: E402
 from pycompress.methods.int8 import Int8  # noqa: E402
-from pycompress.methods.sparse import SparseWeight  # noqa: E402
+from pycompress.methods.sparse import Sparse, SparseWeight  # noqa: E402
 from pycompress.nn.int4 import Int4Linear  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
 from pycompress.nn.linear import CompressedLinear  # noqa: E402
@@ -592,6 +593,16 @@ def test_sparse_layers_without_weights_or_without_zeros(bits: int) -> None:
     for density in (0.0, 1.0):
         report = validate(nn.Sequential(sparse(48, 33, "relu", bits, density)), torch.randn(9, 48))
         assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("pattern", ["16x16", "32x32", "64x64", "2:4"])
+def test_square_blocks_and_two_of_four_pass(pattern: str, bits: int) -> None:
+    method = Sparse(0.5, pattern, bits=bits)
+    model = pc.compress(nn.Sequential(nn.Linear(130, 200), nn.ReLU(), nn.Linear(200, 65)), method)
+    report = validate(model, torch.randn(9, 130))
+    assert report.ok, str(report)
+    assert [record.integers_equal for record in report.layers] == [None if bits == 32 else True] * 2
 
 
 @pytest.mark.parametrize("name", ["0", "1", "3"])

@@ -3,7 +3,7 @@
 #include "../int8/cuda.h"
 #include "../common/check.h"
 #include "../cuda/devices.h"
-#include "python.h"
+#include "cuda_rows.h"
 
 namespace pycompress {
 namespace {
@@ -12,14 +12,8 @@ namespace cuda8 = int8::cuda;
 
 cuda8::Stream stream_of(uintptr_t stream) { return pointer<CUstream_st>(stream); }
 
-// The workspace of a call: s [m][k_pad], scale [m], zero_point [m].
-int64_t int8_workspace(int64_t m, int64_t k) { return m * (cuda8::PackedShape{1, k}.k_pad() + 8); }
-
-cuda8::Rows rows_in(uintptr_t workspace, int64_t m, int64_t k) {
-  auto* s = pointer<int8_t>(workspace);
-  auto* scale = reinterpret_cast<float*>(s + m * cuda8::PackedShape{1, k}.k_pad());
-  return {s, scale, reinterpret_cast<int32_t*>(scale + m)};
-}
+// The bytes that a call's workspace needs.
+int64_t int8_workspace(int64_t m, int64_t k) { return rows_bytes(m, k); }
 
 void check_packed(const char* op, int64_t m, int64_t k, uintptr_t packed, int64_t packed_bytes, int64_t n) {
   check(packed % 16 == 0, op, ": the packed weight is not aligned to 16 bytes, expected what int8_pack returns");
@@ -144,8 +138,11 @@ int compute_capability(int device) {
 
 PYBIND11_MODULE(_cuda, m) {
   using namespace pycompress;
+  bind_cuda_blocks(m);
   bind_cuda_low_rank(m);
+  bind_cuda_side_branch(m);
   bind_cuda_sparse(m);
+  bind_cuda_structured(m);
   bind_cuda_weight_only(m);
   m.def("compute_capability", &compute_capability);
   m.def("int8_workspace", &int8_workspace);

@@ -6,14 +6,14 @@
 namespace pycompress {
 namespace {
 
-namespace few = low_rank::cuda;
+namespace factors = low_rank::cuda;
 
-few::Plans plans_of(const few::Factors& shape, int type, int64_t m, const std::string& kernel, int splits) {
-  if (kernel.empty()) return few::plans(shape, static_cast<int8::Type>(type), m, gpu::device().multiprocessors);
-  int count = 0;
-  const few::Kernel* all = few::cuda_kernels(&count);
-  for (int i = 0; i < count; ++i)
-    if (kernel == all[i].name) return few::plans(all[i], shape, m, splits);
+factors::Plan plan_of(const factors::Factors& shape, int type, int64_t m, const std::string& kernel, int splits) {
+  const gpu::Device device = gpu::device();
+  if (kernel.empty())
+    return factors::plan(shape, static_cast<int8::Type>(type), m, device.arch, device.multiprocessors);
+  for (const factors::Kernel* each : factors::cuda_kernels())
+    if (kernel == each->name) return factors::plan(*each, shape, m, splits);
   throw std::invalid_argument("no low-rank kernel for CUDA is named '" + kernel + "'");
 }
 
@@ -21,33 +21,31 @@ few::Plans plans_of(const few::Factors& shape, int type, int64_t m, const std::s
 int64_t low_rank_workspace(int device, int64_t n, int64_t k, int64_t rank, int type, int64_t m,
                            const std::string& kernel, int splits) {
   const gpu::DeviceGuard guard(device);
-  return plans_of({n, k, rank}, type, m, kernel, splits).workspace;
+  return plan_of({n, k, rank}, type, m, kernel, splits).workspace;
 }
 
 void low_rank_linear(int device, uintptr_t stream, uintptr_t x, int type, int64_t m, int64_t k, int64_t ldx,
                      uintptr_t packed, int64_t n, int64_t rank, uintptr_t bias, int activation, uintptr_t y,
                      uintptr_t workspace, const std::string& kernel, int splits) {
   const gpu::DeviceGuard guard(device);
-  const few::Factors shape{n, k, rank};
-  few::linear({pointer<const void>(x), static_cast<int8::Type>(type), m, ldx, pointer<const uint16_t>(packed), shape,
-               pointer<const float>(bias), static_cast<int8::Activation>(activation), pointer<void>(y),
-               pointer<void>(workspace), pointer<CUstream_st>(stream)},
-              plans_of(shape, type, m, kernel, splits));
+  const factors::Factors shape{n, k, rank};
+  factors::linear({pointer<const void>(x), static_cast<int8::Type>(type), m, ldx, pointer<const uint16_t>(packed),
+                   shape, pointer<const float>(bias), static_cast<int8::Activation>(activation), pointer<void>(y),
+                   pointer<void>(workspace), pointer<CUstream_st>(stream)},
+                  plan_of(shape, type, m, kernel, splits));
 }
 
 py::list low_rank_kernels() {
   py::list rows;
-  int count = 0;
-  const few::Kernel* kernels = few::cuda_kernels(&count);
-  for (int i = 0; i < count; ++i) {
+  for (const factors::Kernel* kernel : factors::cuda_kernels()) {
     py::dict row;
     row["op"] = "low_rank";
-    row["name"] = kernels[i].name;
-    row["type"] = static_cast<int>(kernels[i].type);
-    row["channels"] = kernels[i].tiles * 16;
-    row["rows"] = kernels[i].columns * 8;
-    row["warps"] = kernels[i].warps;
-    row["stages"] = kernels[i].stages;
+    row["name"] = kernel->name;
+    row["type"] = static_cast<int>(kernel->type);
+    row["channels"] = kernel->channels;
+    row["rows"] = kernel->rows;
+    row["warps"] = kernel->warps;
+    row["stages"] = kernel->stages;
     rows.append(row);
   }
   return rows;

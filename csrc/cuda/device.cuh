@@ -90,6 +90,44 @@ __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with a 2:4 sparse a (9.7.14.6): of each four k two are stored, in ascending k, so that its registers are
+// those of mma_f16 (mma_s8), half as wide as k. `metadata` has 4 bits a group of four k: the position of the first
+// stored one, and << 2 the second's, which is larger. Groups of ascending k follow each other from the lowest bits. g,
+// t as above.
+
+// c[16, 8] += a[16, 32] b[32, 8]; b[i]: column g, k 8i + 2t and the next. Metadata of lanes t = 2 kSelector + c (the
+// others' is not looked at): bits 0 to 15 are row g, k 16c to 16c + 15; bits 16 to 31 row g + 8, the same k.
+template <int kSelector>
+__device__ inline void mma_sp_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  static_assert(kSelector == 0 || kSelector == 1);
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+        "n"(kSelector));
+}
+template <int kSelector>
+__device__ inline void mma_sp_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  static_assert(kSelector == 0 || kSelector == 1);
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
+        "n"(kSelector));
+}
+
+// c[16, 8] += a[16, 64] b[64, 8]; b[i]: column g, k 16i + 4t to 16i + 4t + 3. Metadata of lane t = 2c + h: row g + 8h,
+// k 32c to 32c + 31.
+__device__ inline void mma_sp_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata));
+}
+
 // --- within a warp
 // ------------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,13 @@
 #pragma once
 
 #include "../int8/activation.h"
+#include "convert.cuh"
 #include "device.cuh"
 
 namespace pycompress::gpu {
 namespace {
 
 using int8::Activation;
-using int8::Type;
 
 constexpr int kStep = 64;               // positions that a warp takes at once
 constexpr int kInputPitch = 2 * kStep;  // bytes of one row of x in a stage
@@ -73,22 +73,6 @@ struct Output {
   const float *scale, *bias;  // [n] or null
   Activation activation;
 };
-
-template <Type kType>
-__device__ inline uint16_t rounded(float v) {
-  if constexpr (kType == Type::float16)
-    return __half_as_ushort(__float2half_rn(v));
-  else
-    return __bfloat16_as_ushort(__float2bfloat16_rn(v));
-}
-
-template <Type kType>
-__device__ inline float widened(uint16_t bits) {
-  if constexpr (kType == Type::float16)
-    return __half2float(__ushort_as_half(bits));
-  else
-    return __bfloat162float(__ushort_as_bfloat16(bits));
-}
 
 template <Type kType>
 __device__ inline void store(const Output& to, int64_t row, int64_t channel, float v) {
@@ -166,12 +150,6 @@ __device__ inline void finish(const float (&c)[T::kTiles][T::kColumns][4], uint8
     for (int other = 1; other < parts.count; ++other) sum += __ldcg(parts.workspace + other * kTile + i);
     store<T::kType>(to, row + i / T::kChannels, channel + i % T::kChannels, sum);
   }
-}
-
-constexpr int kClearThreads = 256;
-__global__ void clear_counters(uint32_t* counters, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kClearThreads + threadIdx.x;
-  if (i < count) counters[i] = 0;
 }
 
 }  // namespace

@@ -4,6 +4,13 @@
 //   acc[m, n] = sum_k s[m, k] w[n, k] + (128 - zp[m]) * column_sum[n]  with s = q - 128, which is int8 as the tensor
 //                                                                      cores want it; every sum fits int32 (kMaxK)
 //
+// With a branch (struct Branch) of rank r,
+//   y[m, n] = act(b[m, n] + bias[n]),   b[m, n] = (float(acc[m, n]) * sx[m]) * sw[n] + sum_r t[m, r] up[n, r]
+// where up is bfloat16, converted where t is float16, and the tensor cores add steps of 16 products to the scaled
+// integers in float32. With v = 2^-23 * 17 (r / 16 + 1), after csrc/weight_only/cuda.h, and s the first term of b,
+//     |b - b64| <= v (|s| + sum_r |t up|)
+// Where t is zero b is s, so y has the bits that it has without a branch.
+//
 // Two launches on the caller's stream, nothing waits: quantize() writes s, sx and zp into a workspace, linear() reads
 // them. The packed weight is one byte vector, the same for all kernels:
 //   Header (kHeaderBytes); int32 column_sum[n_pad]; int8 weights[n_pad][k_pad], zeros behind n and k; filler
@@ -91,6 +98,18 @@ struct Input {
 };
 void quantize(const Input& input, const Rows& rows, Stream stream);
 
+// A product of halves that is added before the bias and the activation: the up-projection of a branch of low rank
+// beside the integers (SVDQuant, Li et al. 2024), whose t = x down^T comes with the quantized rows
+// (csrc/low_rank/branch.h).
+struct Branch {
+  const void* t = nullptr;     // [m][rank_pad], aligned to 16 bytes; null: no branch
+  const void* up = nullptr;    // bfloat16 [n][rank_pad], aligned to 16 bytes
+  int64_t rank_pad = 0;        // a multiple of kPadRank
+  int64_t rank = 0;            // of both; behind it they are zeros, of which most are left out
+  Type type = Type::bfloat16;  // of t, bfloat16 or float16
+};
+constexpr int kPadRank = 64;
+
 struct Problem {
   Rows rows;
   int64_t m, n, k;
@@ -101,6 +120,7 @@ struct Problem {
   void* y;  // [m, n], dense
   Type y_type;
   Stream stream;
+  Branch branch = {};
 };
 
 // Tiles bm x bn of y, bk bytes of k a stage. `arch` is the compute capability that the code needs, times ten:

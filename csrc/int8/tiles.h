@@ -50,11 +50,16 @@ PYCOMPRESS_HOST_DEVICE inline Position tile_at(int64_t index, int64_t tiles_m, i
 // --- which kernel
 // ------------------------------------------------------------------------------------------------------- Code for 9.0a
 // runs on 9.0 alone.
-inline bool runs_on(const Kernel& kernel, int arch) { return kernel.arch == 90 ? arch == 90 : arch >= kernel.arch; }
+template <class Kernel>
+inline bool runs_on(const Kernel& kernel, int arch) {
+  return kernel.arch == 90 ? arch == 90 : arch >= kernel.arch;
+}
 
 // A rough count of cycles. A multiprocessor computes its tiles one after the other, and a part of a tile costs as much
 // as a whole one, so small tiles win where large ones would leave multiprocessors idle. Each block of k is bound by the
-// tensor cores or by what the L2 delivers: some 32 bytes a cycle while all are reading, up to 64 for one of few.
+// tensor cores or by what the L2 delivers: some 32 bytes a cycle while all are reading, up to 64 for one of few. k in
+// bytes: halves are multiplied at half the rate of int8.
+template <class Kernel>
 inline double cycles(const Kernel& kernel, int64_t m, int64_t n, int64_t k, int multiprocessors) {
   const int64_t tiles = divide_up(m, kernel.bm * kernel.cluster) * divide_up(n, kernel.bn);  // of clusters
   const int64_t clusters = multiprocessors / kernel.cluster, busy = tiles < clusters ? tiles : clusters;

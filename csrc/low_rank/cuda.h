@@ -1,4 +1,4 @@
-// Low-rank linear on CUDA, for few rows: the contract of the op there.
+// Low-rank linear on CUDA: the contract of the op there.
 //
 //   t[m, r] = sum_k x[m, k] down[r, k], rounded to the type of x and y, float16 or bfloat16
 //   y[m, n] = act(sum_r t[m, r] up[n, r] + bias[n])
@@ -12,15 +12,23 @@
 // of the result for the rounded factors, in a fixed order: the same bits at every call on one kind of device. float16:
 // a t beyond 65504 is Inf.
 //
-// Any m runs: rows beyond kMaxRows come in slabs that read the factors again.
+// Three ways, of which plan() takes the one that it expects to be the fastest; any m runs on each:
+//   few.cu     two thin products, k split among blocks; rows beyond kMaxRows come in slabs that read the factors again
+//   fused.cu   one launch for ranks up to kFusedRank: t stays in the shared memory of the block that computed it
+//   wide.cu    two products by csrc/cuda/halves.h, t between them in the workspace
+// The latter two want x aligned to 16 bytes with rows a multiple of 8 elements apart, and convert the factors for
+// float16 by a launch of their own.
 //
-// The floor of the op: 16 bits a value of the factors at the memory's bandwidth, and two launches.
+// The floor of the op: at few rows 16 bits a value of the factors at the memory's bandwidth, and two launches; at many
+// 2 m rank (k + n) operations at the tensor cores' peak, or 2 m (k + n) bytes of x and y at the memory's bandwidth,
+// which is the greater one up to a rank of about 150 on an A100, 300 on an H100.
 //
 // No CUDA header is needed here: the bindings are compiled by the host compiler alone.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "../common/round.h"
 #include "../int8/gemm.h"
@@ -34,23 +42,28 @@ using int8::Activation;
 using int8::Type;
 
 constexpr int64_t kMaxK = int8::kMaxK;
-constexpr int kMaxRows = 32;  // in one pass over the factors
+constexpr int kMaxRows = 32;     // in one pass of few.cu over the factors
+constexpr int kFusedRank = 128;  // the greatest of fused.cu
 constexpr int kMaxSplits = 16;
-constexpr int kTile = 16, kStep = 64;
+constexpr int kTile = 16, kStep = 64, kPadN = 128;
 
-// A matrix [n, k], n up to a multiple of kTile, k up to one of kStep, zero filled: tiles of 16 x 16, those of the same
-// channels one after the other. In a tile each lane of a warp has the 8 values of its A fragment of mma.m16n8k16: with
-// channel = 8 i + g and position = 8 j + 2 t + e, value [g][t][j][i][e] (pycompress/ops/cuda_low_rank.py makes it).
+// Some rows of a factor: [n, k] of which k is a multiple of kTile where it is a rank, zeros up to the row stride.
 struct Matrix {
-  int64_t n, k;
-  int64_t size() const { return round_up<int64_t>(n, kTile) * round_up<int64_t>(k, kStep); }
+  int64_t n, k, stride;
 };
 
-// The packed weight: down, then up; the rank is a multiple of kTile, zeros behind what it was.
+// The packed weight: bfloat16 down [rank_pad][k_pad], then up [n_pad][rank_pad], zero filled; behind them the lower 16
+// bits of the same float32 values, which no kernel reads (pycompress/ops/cuda_low_rank.py makes it). The rank is a
+// multiple of kTile, with zeros behind what it was.
 struct Factors {
   int64_t n, k, rank;
-  Matrix down() const { return {rank, k}; }
-  Matrix up() const { return {n, rank}; }
+  int64_t n_pad() const { return round_up<int64_t>(n, kPadN); }
+  int64_t k_pad() const { return round_up<int64_t>(k, kStep); }
+  int64_t rank_pad() const { return round_up<int64_t>(rank, kStep); }
+  int64_t up_begin() const { return rank_pad() * k_pad(); }
+  int64_t size() const { return rank_pad() * (k_pad() + n_pad()); }
+  Matrix down() const { return {rank, k, k_pad()}; }
+  Matrix up() const { return {n, rank, rank_pad()}; }
 };
 
 struct Problem {
@@ -66,33 +79,33 @@ struct Problem {
   Stream stream;
 };
 
-// `tiles` x 16 channels and `columns` x 8 rows of x a block, whose `warps` share its part of k.
-struct Product;
+struct Plan;
+
+// `rows` of x and `channels` a block of `warps`. few.cu: the warps share k, each with a ring of `stages`. fused.cu:
+// `channels` is also the padded rank. wide.cu: zeros, csrc/cuda/halves.h has what runs.
 struct Kernel {
   const char* name;
   Type type;
-  int tiles, columns, warps, stages;
-  void (*run)(const Product& product, int splits);
+  int rows, channels, warps, stages;
+  Plan (*plan)(const Kernel& kernel, const Factors& shape, int64_t m, int splits);
+  void (*run)(const Problem& problem, const Plan& plan);
 };
-const Kernel* cuda_kernels(int* count);
+const std::vector<const Kernel*>& cuda_kernels();
 
-// How one of the two products runs.
-struct Plan {
+// few.cu: one part for each product, `splits` of its k. fused.cu: one part, `splits` of n. wide.cu: one part.
+struct Part {
   const Kernel* kernel;
   int splits;
-  int64_t blocks;     // of one part of k
+  int64_t blocks;  // of one split
+};
+struct Plan {
+  Part down, up;      // the same but for few.cu
   int64_t workspace;  // bytes
 };
-Plan plan(const Matrix& matrix, Type type, int64_t m, int multiprocessors);
-Plan plan(const Kernel& kernel, const Matrix& matrix, int64_t m, int splits);
 
-struct Plans {
-  Plan down, up;
-  int64_t workspace;  // bytes
-};
-Plans plans(const Factors& shape, Type type, int64_t m, int multiprocessors);
-Plans plans(const Kernel& kernel, const Factors& shape, int64_t m, int splits);
+Plan plan(const Factors& shape, Type type, int64_t m, int arch, int multiprocessors);
+Plan plan(const Kernel& kernel, const Factors& shape, int64_t m, int splits);  // forced
 
-void linear(const Problem& problem, const Plans& plans);
+void linear(const Problem& problem, const Plan& plan);
 
 }  // namespace pycompress::low_rank::cuda

@@ -1,13 +1,18 @@
 // Two thin products, one launch each, whose weights are read once, at the speed of memory, for few rows of x
-// (few_rows.cuh). Tiles of the factors arrive by asynchronous copies as the fragments that they become.
+// (few_rows.cuh). Rows of the factors arrive by asynchronous copies, swizzled as those of x are, and leave by ldmatrix.
+//
+// Floor of a product: 2 n k bytes of its factor at the memory's bandwidth; the 2 m n k operations are a tenth of that
+// at kMaxRows.
 #include <algorithm>
 
 #include "../common/check.h"
+#include "../cuda/counters.cuh"
 #include "../cuda/few_rows.cuh"
 #include "../cuda/launch.h"
-#include "cuda.h"
+#include "cuda_kernel_list.h"
 
 namespace pycompress::low_rank::cuda {
+namespace {
 
 // y[m, n] = act(x w^T + bias)
 struct Product {
@@ -21,16 +26,19 @@ struct Product {
   Stream stream;
 };
 
-namespace {
+struct Thin : Kernel {
+  void (*product)(const Product& product, int splits);
+};
 
-constexpr int kMaxShared = 96 * 1024;                                             // a block of sm_89 has 99 KiB
-constexpr int kTileBytes = kTile * kTile * 2, kRun = kStep / kTile * kTileBytes;  // of 16 channels in one step
-static_assert(kStep == gpu::kStep);
+constexpr int kMaxShared = 96 * 1024;    // a block of sm_89 has 99 KiB
+constexpr int kRun = kTile * 2 * kStep;  // bytes of 16 channels in one step
+static_assert(kStep == gpu::kStep && kRun == kTile * gpu::kInputPitch);
 
 struct Arguments {
   gpu::Input input;  // all rows of x
   int64_t m;
-  const uint8_t* weights;
+  const uint16_t* weights;
+  int64_t stride;
   int steps, tiles, slabs, splits;  // tiles: of 16 channels
   gpu::Output output;
   float* workspace;
@@ -46,48 +54,46 @@ struct Config : gpu::Tile<kType, kTiles, kColumns, 4> {
   static constexpr int kShared = std::max(Base::kWarps * kStages * kStageBytes, Base::kExchange);
 };
 
-// Two bfloat16 as two of kType.
-template <Type kType>
-__device__ inline uint32_t converted(uint32_t pair) {
-  if constexpr (kType == Type::bfloat16) return pair;
-  const uint32_t low = gpu::rounded<Type::float16>(gpu::float_of(pair << 16));
-  return low | static_cast<uint32_t>(gpu::rounded<Type::float16>(gpu::float_of(pair & 0xffff0000u))) << 16;
-}
-
 template <class C>
 struct Warp {
   const Arguments& of;
   int lane;
-  gpu::Input input;        // of this slab
-  const uint8_t* weights;  // of its first tile
-  int tiles;               // those that are there
+  gpu::Input input;         // of this slab
+  const uint16_t* weights;  // of its first tile
+  int tiles;                // those that are there
   uint8_t* ring;
   uint64_t policy;
 
   __device__ uint8_t* stage(int i) const { return ring + i % C::kStages * C::kStageBytes; }
 
+  // Positions of a step up to the end of k, in whole tiles: weights behind it are neither read nor multiplied.
+  __device__ int positions(int step) const { return (input.k + kTile - 1) / kTile * kTile - step * kStep; }
+
   __device__ void load(uint8_t* to, int step) const {
-    for (int tile = 0; tile < tiles; ++tile)
-      for (int i = lane * 16; i < kRun; i += 512)
-        gpu::copy_async_once(to + tile * kRun + i, weights + (static_cast<int64_t>(tile) * of.steps + step) * kRun + i,
+    const int chunk = lane % 8;
+    if (chunk * 8 < positions(step))
+      for (int row = lane / 8; row < tiles * kTile; row += 4)
+        gpu::copy_async_once(to + gpu::input_offset(row, chunk), weights + row * of.stride + step * kStep + chunk * 8,
                              policy);
     gpu::load_input(to + C::kInputBegin, input, step, lane);
   }
 
-  __device__ void multiply_step(float (&c)[C::kTiles][C::kColumns][4], const uint8_t* from) const {
+  __device__ void multiply_step(float (&c)[C::kTiles][C::kColumns][4], const uint8_t* from, int positions) const {
     for (int half = 0; half < 2; ++half) {
       uint32_t b[C::kColumns][4];
       for (int column = 0; column < C::kColumns; ++column)
         gpu::load_fragments(b[column], from + C::kInputBegin, input.rows, half, column, lane);
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {
+        const int position = half * 2 * kTile + i * kTile;
+        if (position >= positions) return;
         for (int tile = 0; tile < C::kTiles; ++tile) {
-          const uint4 word =
-              *reinterpret_cast<const uint4*>(from + tile * kRun + (half * 2 + i) * kTileBytes + lane * 16);
-          const uint32_t a[4] = {converted<C::kType>(word.x), converted<C::kType>(word.y), converted<C::kType>(word.z),
-                                 converted<C::kType>(word.w)};
+          uint32_t a[4];
+          gpu::load_matrices(a, from + gpu::input_offset(tile * kTile + lane % 16, position / 8 + lane / 16));
+          for (uint32_t& pair : a) pair = gpu::converted<C::kType>(pair);
           for (int column = 0; column < C::kColumns; ++column)
             gpu::multiply<C::kType>(c[tile][column], a, b[column][2 * i], b[column][2 * i + 1]);
         }
+      }
     }
   }
 
@@ -103,7 +109,7 @@ struct Warp {
       const int next = i + C::kStages - 1;
       if (next < count) load(stage(next), first + next * C::kWarps);
       gpu::commit_copies();
-      multiply_step(c, stage(i));
+      multiply_step(c, stage(i), positions(first + i * C::kWarps));
     }
   }
 };
@@ -122,7 +128,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) thin(const __grid_constant__ A
   const Warp<C> mine{of,
                      static_cast<int>(threadIdx.x % 32),
                      input,
-                     of.weights + static_cast<int64_t>(tile) * of.steps * kRun,
+                     of.weights + tile * kTile * of.stride,
                      min(C::kTiles, of.tiles - tile),
                      shared + warp * C::kStages * C::kStageBytes,
                      gpu::evict_first()};
@@ -134,14 +140,15 @@ __global__ void __launch_bounds__(C::kThreads, 2) thin(const __grid_constant__ A
 }
 
 template <class C>
-void run(const Product& p, int splits) {
+void launch(const Product& p, int splits) {
   const int64_t slabs = divide_up(p.m, C::kRows), tiles = divide_up(p.shape.n, C::kChannels);
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.ldx % 8 == 0;
   auto* counters = reinterpret_cast<uint32_t*>(static_cast<float*>(p.workspace) +
                                                slabs * tiles * splits * (C::kRows * C::kChannels));
   const Arguments arguments{{static_cast<const uint16_t*>(p.x), p.ldx, 0, static_cast<int>(p.shape.k), aligned},
                             p.m,
-                            reinterpret_cast<const uint8_t*>(p.weights),
+                            p.weights,
+                            p.shape.stride,
                             static_cast<int>(divide_up(p.shape.k, kStep)),
                             static_cast<int>(divide_up(p.shape.n, kTile)),
                             static_cast<int>(slabs),
@@ -158,92 +165,91 @@ void run(const Product& p, int splits) {
   gpu::launch<thin<C>>("low_rank", {grid, dim3(C::kThreads), C::kShared, p.stream}, arguments);
 }
 
-template <Type kType, int kTiles, int kColumns>
-constexpr Kernel row(const char* name) {
-  using C = Config<kType, kTiles, kColumns>;
-  return {name, kType, kTiles, kColumns, C::kWarps, C::kStages, run<C>};
+// `kernel` for one product.
+int64_t workspace_bytes(const Kernel& kernel, const Part& part) {
+  return part.splits == 1 ? 0 : 4 * part.blocks * (part.splits * kernel.rows * kernel.channels + 1);
 }
-
-#define KERNELS(type, prefix)                                                                          \
-  row<type, 2, 1>(prefix "_32x8"), row<type, 2, 2>(prefix "_32x16"), row<type, 2, 4>(prefix "_32x32"), \
-      row<type, 4, 4>(prefix "_64x32")
-constexpr Kernel kTable[] = {KERNELS(Type::bfloat16, "thin_bf16"), KERNELS(Type::float16, "thin_f16")};
-#undef KERNELS
-
-// The bytes that the busiest multiprocessor reads; those of x come from the L2, at about half the price. Handing sums
-// over costs as much as 64 KiB (csrc/weight_only/dispatch.cu).
-int64_t cost(const Plan& plan, const Matrix& matrix, int64_t m, int multiprocessors) {
-  const int64_t rows = std::min<int64_t>(m, plan.kernel->columns * 8);
-  const int64_t step = plan.kernel->tiles * kRun + rows * kStep;
-  const int64_t steps = divide_up(divide_up(matrix.k, kStep), plan.splits);
-  return divide_up(plan.blocks * plan.splits, multiprocessors) * steps * step + (plan.splits > 1 ? 64 * 1024 : 0);
+Part part_of(const Kernel& kernel, const Matrix& matrix, int64_t m, int splits) {
+  return {&kernel, splits, divide_up(m, kernel.rows) * divide_up(matrix.n, kernel.channels)};
 }
 
 // Of the sums between the products, [m, rank].
 int64_t between_bytes(const Factors& shape, int64_t m) { return m * shape.rank * 2; }
 
-Plans both(const Factors& shape, int64_t m, const Plan& down, const Plan& up) {
-  return {down, up, between_bytes(shape, m) + std::max(down.workspace, up.workspace)};
+Plan both(const Factors& shape, int64_t m, const Part& down, const Part& up) {
+  return {down, up,
+          between_bytes(shape, m) + std::max(workspace_bytes(*down.kernel, down), workspace_bytes(*up.kernel, up))};
 }
 
-}  // namespace
-
-const Kernel* cuda_kernels(int* count) {
-  *count = static_cast<int>(std::size(kTable));
-  return kTable;
+Plan forced(const Kernel& kernel, const Factors& shape, int64_t m, int splits) {
+  return both(shape, m, part_of(kernel, shape.down(), m, splits), part_of(kernel, shape.up(), m, splits));
 }
 
-Plan plan(const Kernel& kernel, const Matrix& matrix, int64_t m, int splits) {
-  const int64_t rows = kernel.columns * 8, channels = kernel.tiles * kTile;
-  const int64_t blocks = divide_up(m, rows) * divide_up(matrix.n, channels);
-  return {&kernel, splits, blocks, splits == 1 ? 0 : 4 * blocks * (splits * rows * channels + 1)};
+void run(const Problem& p, const Plan& plan) {
+  check(std::max(plan.down.blocks, plan.up.blocks) < INT32_MAX, "low_rank_linear: ", p.m, " rows and ", p.shape.n,
+        " channels are too many");
+  void* rest = static_cast<uint8_t*>(p.workspace) + between_bytes(p.shape, p.m);
+  static_cast<const Thin*>(plan.down.kernel)
+      ->product({p.x, p.m, p.ldx, p.packed, p.shape.down(), nullptr, Activation::none, p.workspace, rest, p.stream},
+                plan.down.splits);
+  static_cast<const Thin*>(plan.up.kernel)
+      ->product({p.workspace, p.m, p.shape.rank, p.packed + p.shape.up_begin(), p.shape.up(), p.bias, p.activation, p.y,
+                 rest, p.stream},
+                plan.up.splits);
 }
 
-Plan plan(const Matrix& matrix, Type type, int64_t m, int multiprocessors) {
-  const int columns = m <= 8 ? 1 : m <= 16 ? 2 : 4;
-  Plan best{};
-  int64_t least = INT64_MAX;
-  for (const Kernel& kernel : kTable) {
-    if (kernel.type != type || kernel.columns != columns) continue;
+template <Type kType, int kTiles, int kColumns>
+constexpr Thin row(const char* name) {
+  using C = Config<kType, kTiles, kColumns>;
+  return {{name, kType, C::kRows, C::kChannels, C::kWarps, C::kStages, forced, run}, launch<C>};
+}
+
+#define KERNELS(type, prefix)                                                                          \
+  row<type, 2, 1>(prefix "_32x8"), row<type, 2, 2>(prefix "_32x16"), row<type, 2, 4>(prefix "_32x32"), \
+      row<type, 4, 4>(prefix "_64x32")
+constexpr Thin kTable[kFewKernels] = {KERNELS(Type::bfloat16, "thin_bf16"), KERNELS(Type::float16, "thin_f16")};
+#undef KERNELS
+
+// The bytes that the busiest multiprocessor reads; those of x come from the L2, at about half the price. Handing sums
+// over costs as much as 64 KiB (csrc/weight_only/dispatch.cu).
+int64_t cost(const Part& part, const Matrix& matrix, int64_t m, int multiprocessors) {
+  const int64_t rows = std::min<int64_t>(m, part.kernel->rows);
+  const int64_t step = part.kernel->channels * kStep * 2 + rows * kStep;
+  const int64_t steps = divide_up(divide_up(matrix.k, kStep), part.splits);
+  return divide_up(part.blocks * part.splits, multiprocessors) * steps * step + (part.splits > 1 ? 64 * 1024 : 0);
+}
+
+struct Cheapest {
+  Part part;
+  int64_t bytes;
+};
+Cheapest cheapest(const Matrix& matrix, Type type, int64_t m, int multiprocessors) {
+  const int rows = m <= 8 ? 8 : m <= 16 ? 16 : kMaxRows;
+  Cheapest best{{}, INT64_MAX};
+  for (const Thin& kernel : kTable) {
+    if (kernel.type != type || kernel.rows != rows) continue;
     for (int splits = 1; splits <= std::min<int64_t>(kMaxSplits, divide_up(matrix.k, kStep)); ++splits) {
-      const Plan here = plan(kernel, matrix, m, splits);
-      const int64_t costs = cost(here, matrix, m, multiprocessors);
-      if (costs >= least) continue;
-      least = costs;
-      best = here;
+      const Part here = part_of(kernel, matrix, m, splits);
+      const int64_t bytes = cost(here, matrix, m, multiprocessors);
+      if (bytes < best.bytes) best = {here, bytes};
     }
   }
   return best;
 }
 
-Plans plans(const Factors& shape, Type type, int64_t m, int multiprocessors) {
-  check(type == Type::float16 || type == Type::bfloat16, "low_rank_linear: x is of type ", static_cast<int>(type),
-        ", expected float16 or bfloat16");
-  return both(shape, m, plan(shape.down(), type, m, multiprocessors), plan(shape.up(), type, m, multiprocessors));
+}  // namespace
+
+std::array<const Kernel*, kFewKernels> kernels_few() {
+  std::array<const Kernel*, kFewKernels> all{};
+  for (int i = 0; i < kFewKernels; ++i) all[i] = &kTable[i];
+  return all;
 }
 
-Plans plans(const Kernel& kernel, const Factors& shape, int64_t m, int splits) {
-  return both(shape, m, plan(kernel, shape.down(), m, splits), plan(kernel, shape.up(), m, splits));
-}
-
-void linear(const Problem& p, const Plans& plans) {
-  const Factors& shape = p.shape;
-  check(shape.n >= 1 && shape.k >= 1 && shape.k <= kMaxK && shape.rank >= kTile && shape.rank % kTile == 0,
-        "low_rank_linear: the packed weight is ", shape.n, "x", shape.k, " of rank ", shape.rank,
-        ", expected n >= 1, k from 1 to ", kMaxK, " and a multiple of ", kTile);
-  check(plans.down.kernel->type == p.type && plans.up.kernel->type == p.type, "low_rank_linear: kernels ",
-        plans.down.kernel->name, " and ", plans.up.kernel->name, " for x of type ", static_cast<int>(p.type));
-  check(std::max(plans.down.blocks, plans.up.blocks) < INT32_MAX, "low_rank_linear: ", p.m, " rows and ", shape.n,
-        " channels are too many");
-  if (p.m == 0) return;
-  check(p.workspace != nullptr, "low_rank_linear: no workspace, expected ", plans.workspace, " bytes");
-  void* rest = static_cast<uint8_t*>(p.workspace) + between_bytes(shape, p.m);
-  plans.down.kernel->run(
-      {p.x, p.m, p.ldx, p.packed, shape.down(), nullptr, Activation::none, p.workspace, rest, p.stream},
-      plans.down.splits);
-  plans.up.kernel->run({p.workspace, p.m, shape.rank, p.packed + shape.down().size(), shape.up(), p.bias, p.activation,
-                        p.y, rest, p.stream},
-                       plans.up.splits);
+Priced price_few(const Factors& shape, Type type, int64_t m, int multiprocessors) {
+  const Cheapest down = cheapest(shape.down(), type, m, multiprocessors);
+  const Cheapest up = cheapest(shape.up(), type, m, multiprocessors);
+  return {both(shape, m, down.part, up.part),
+          2 * kLaunch + memory_cycles(static_cast<double>(down.bytes + up.bytes), 1)};
 }
 
 }  // namespace pycompress::low_rank::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../common/check.h"
+#include "../cuda/counters.cuh"
 #include "../cuda/few_rows.cuh"
 #include "../cuda/launch.h"
 #include "cuda.h"

@@ -2,6 +2,7 @@
 // asynchronous copies and become fragments in registers. As many bytes are under way as the warps' rings hold.
 #include <algorithm>
 
+#include "../cuda/counters.cuh"
 #include "../cuda/few_rows.cuh"
 #include "../cuda/launch.h"
 #include "cuda.h"

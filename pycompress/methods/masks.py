@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Output channels x consecutive input features that stay or go together.
-BLOCKS = {"unstructured": (1, 1), "16x1": (16, 1), "16x4": (16, 4), "1x4": (1, 4)}
+BLOCKS = {
+    "unstructured": (1, 1), "16x1": (16, 1), "16x4": (16, 4), "1x4": (1, 4),
+    "16x16": (16, 16), "32x32": (32, 32), "64x64": (64, 64),
+}  # fmt: skip
 # N of M consecutive input features stay.
 N_OF_M = {"2:4": (2, 4), "4:8": (4, 8), "4:16": (4, 16)}
 PATTERNS = (*BLOCKS, *N_OF_M)

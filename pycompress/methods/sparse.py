@@ -33,12 +33,12 @@ class Sparse:
             lowest position. None: the zeros that are there stay, no others come (what ``torch.nn.utils.prune`` left, say).
             N:M patterns fix it: N / M or None.
         pattern: what stays or goes together: ``unstructured`` single weights; blocks of output channels x consecutive input
-            features, ``16x1``, ``16x4``, ``1x4``, ranked by their sum of squares (smaller ones at the edge too: of a given
-            number of blocks, these hold most); ``2:4``, ``4:8``, ``4:16``: N of M consecutive input features, of a shorter
-            last group min(N, its size).
+            features, ``16x1``, ``16x4``, ``1x4``, ``16x16``, ``32x32``, ``64x64``, ranked by their sum of squares (smaller
+            ones at the edge too: of a given number of blocks, these hold most); ``2:4``, ``4:8``, ``4:16``: N of M
+            consecutive input features, of a shorter last group min(N, its size).
         bits: 32 (default: float32 values) or 8: what stays is quantized as :class:`Int8` does it.
         activation_bits: 7 (default) or 8, for 8-bit weights: the range in which the layer quantizes its input.
-        scope: where the density holds: over the ``layer``, in each ``row`` (in each panel of 16 for 16x1 and 16x4), or over all
+        scope: where the density holds: over the ``layer``, in each ``row`` (of blocks, where blocks are ranked), or over all
             layers of the ``model`` together, by one threshold (see :meth:`for_layers`).
         mask: bool [n, k], True where the weight stays; instead of density and pattern (see :meth:`from_mask`).
     Raises:

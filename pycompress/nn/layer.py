@@ -217,14 +217,16 @@ class CompressedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
         # `.to(dtype)`, `.half()` and the like are meant for activations: scale and bias follow the device, not the dtype.
+        moved: dict[str, Tensor] = {}  # all of them or, where packing refuses, none
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
             if name == "packed" and self._packs_anew(buffer.device, there := fn(buffer.new_empty(0)).device):
-                self._buffers[name] = self._pack({key: tensor.to(there) for key, tensor in self._unpack().items()})
+                moved[name] = self._pack({key: tensor.to(there) for key, tensor in self._unpack().items()})
                 continue
-            moved = fn(buffer)
-            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+            applied = fn(buffer)
+            moved[name] = applied if applied.dtype == buffer.dtype else buffer.to(applied.device)
+        self._buffers.update(moved)
         return self
 
     def _packs_anew(self, old: torch.device, new: torch.device) -> bool:

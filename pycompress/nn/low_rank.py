@@ -19,8 +19,8 @@ class LowRankLinear(CompressedLinear):
     int8 factors, or a residual R in int8 or int4, quantize activations per row as they come; a row of x with NaN or Inf then gives
     a row of NaN. With float32 alone it gives NaN or Inf wherever it meets a weight.
 
-    On a CUDA device float32 factors without a residual run, rounded to bfloat16 for the product alone, on x in bfloat16 or float16.
-    Moving others there raises ValueError.
+    On a CUDA device float32 factors run, rounded to bfloat16 for the product alone, on x in bfloat16 or float16: without a
+    residual or, up to rank 128, beside an int8 one. Moving others there raises ValueError.
 
     State: ``down`` float32 or int8 [r, k] and ``up`` [n, r]; for int8 ``down_scale`` float32 [r] and ``up_scale`` float32 [n]; the
     tensors of the residual behind ``residual_``. A state dict may bring another rank, and a sparse residual of another size, than
@@ -28,7 +28,7 @@ class LowRankLinear(CompressedLinear):
     """
 
     weight_type = LowRankWeight
-    has_cuda_kernels = True  # for float32 factors alone; packing refuses others there
+    has_cuda_kernels = True  # for float32 factors, alone or beside int8; packing refuses others there
     default_method = LowRank(energy=1.0, rank_guard=False)  # keeps all of the weight
 
     @property
@@ -85,7 +85,8 @@ class LowRankLinear(CompressedLinear):
         return tensors.get("residual_weight")  # dense, or none at all
 
     def _unpack(self) -> dict[str, Tensor]:
-        sizes = ops.LowRankSizes(self.n, self.k, self.rank, 32, "", 0, False) if self.packed.is_cuda else None
+        on_cuda = self.packed.is_cuda
+        sizes = ops.cuda_low_rank_sizes(self.n, self.k, self.rank, self.residual) if on_cuda else None
         found = ops.low_rank_unpack(self.packed, sizes)
         own = {"down": found.down, "up": found.up, "down_scale": found.down_scale, "up_scale": found.up_scale}
         residual = {"weight_scale": found.residual_scale, **self._unpack_residual(found.residual)}

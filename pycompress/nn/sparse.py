@@ -49,8 +49,11 @@ class SparseLayer(CompressedLayer):
 
     @property
     def format(self) -> str:
-        """One of ``ops.SPARSE_FORMATS``, the one that packing chose; '' elsewhere than on the CPU."""
-        return str(ops.sparse_header(self.packed)["format"]) if self.packed.is_cpu else ""
+        """One of ``ops.SPARSE_FORMATS``, or of ``ops.CUDA_SPARSE_FORMATS`` on a CUDA device: the one that packing chose; '' on the
+        meta device, and where the layer was moved to a device that has no kernels for it.
+        """
+        packed_here = self.packed.is_cpu or (self.packed.is_cuda and self.has_cuda_kernels)
+        return ops.sparse_format(self.packed) if packed_here else ""
 
     @property
     def weight(self) -> Tensor:
@@ -96,7 +99,9 @@ class SparseLinear(SparseLayer, CompressedLinear):
     float32: NaN or Inf in x shows in those outputs whose row has a weight for it. int8: it gives a row of NaN.
 
     On a CUDA device float32 weights run whose values are all bfloat16 or all float16 numbers, on x of that type: those of a model
-    in that type. Moving others there raises ValueError; nothing is rounded on the way. NaN or Inf shows in all of its row.
+    in that type; and int8 weights that are 2:4 or in square blocks, on x of any type. Tensor cores take 2:4 and square blocks
+    (``Sparse(pattern=...)``) at any number of rows; other float32 patterns are for few rows. Moving a weight there that does not
+    run raises ValueError; nothing is rounded on the way. float32: NaN or Inf may show in all of its row.
     """
 
     has_cuda_kernels = True

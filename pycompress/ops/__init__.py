@@ -12,6 +12,7 @@ from pycompress.ops.low_rank import (
     RESIDUALS,
     LowRankSizes,
     LowRankTensors,
+    cuda_low_rank_sizes,
     low_rank_dense,
     low_rank_header,
     low_rank_intermediate,
@@ -29,11 +30,13 @@ from pycompress.ops.native import (
     peak,
 )
 from pycompress.ops.sparse import (
+    CUDA_SPARSE_FORMATS,
     MAX_STEP,
     SPARSE_FORMATS,
     sparse_accumulate,
     sparse_conv2d,
     sparse_dense,
+    sparse_format,
     sparse_header,
     sparse_linear,
     sparse_pack,
@@ -42,6 +45,7 @@ from pycompress.ops.sparse import (
 
 __all__ = [
     "ACTIVATIONS",
+    "CUDA_SPARSE_FORMATS",
     "MAX_IN_FEATURES",
     "MAX_STEP",
     "RESIDUALS",
@@ -51,6 +55,7 @@ __all__ = [
     "bandwidth",
     "cuda_error",
     "cuda_kernels",
+    "cuda_low_rank_sizes",
     "extension_error",
     "instruction_sets",
     "int4_dense",
@@ -76,6 +81,7 @@ __all__ = [
     "sparse_accumulate",
     "sparse_conv2d",
     "sparse_dense",
+    "sparse_format",
     "sparse_header",
     "sparse_linear",
     "sparse_pack",

@@ -96,6 +96,17 @@ def check_vector(op: str, name: str, tensor: Tensor, dtype: torch.dtype, size: i
     raise ValueError(f"{op}: {name} is {tensor.dtype} {list(tensor.shape)}, expected a dense {dtype} vector{expected}")
 
 
+def aligned_rows(x: Tensor, ldx: int) -> tuple[Tensor, int]:
+    """What ``rows_of`` gave, with rows of 16 bit values that begin at multiples of 16 bytes: a copy where they do not."""
+    if ldx % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x, ldx
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    padded = x.new_zeros((rows.shape[0], -(-k // 8) * 8))
+    padded[:, :k] = rows
+    return padded, padded.shape[1]
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

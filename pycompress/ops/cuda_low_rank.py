@@ -1,7 +1,7 @@
 """The low-rank CUDA kernels (``csrc/low_rank/cuda.h``): float32 factors, rounded to bfloat16 for the product alone.
 
 A packed value is in two halves: the bfloat16 nearest to it, ties away from zero, which the kernels read, and the low 16 bits of the
-float32, with which it is restored exactly. Made for 1 to 32 rows; more run too, 32 at a time.
+float32, with which it is restored exactly. Both halves are matrices of whole blocks, zero filled: down, then up.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from pycompress.ops import cuda
 from pycompress.ops.native import FLOATS, activation_code, check, rows_of
 
 _TYPES = (torch.bfloat16, torch.float16)
-_TILE, _STEP = 16, 64  # kTile, kStep
+_TILE, _STEP, _PAD_N, _FEW = 16, 64, 128, 32  # kTile, kStep, kPadN, kMaxRows
 
 
 def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _sizes(n: int, k: int, rank: int) -> tuple[int, int]:
-    """How many values the packed down [rank, k] and up [n, rank] have."""
-    return _up(rank, _TILE) * _up(k, _STEP), _up(n, _TILE) * _up(rank, _STEP)
+def _shapes(n: int, k: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the packed down and up."""
+    across = _up(rank, _STEP)
+    return (across, _up(k, _STEP)), (_up(n, _PAD_N), across)
 
 
 def _row(n: int, k: int, rank: int) -> int:
-    """Bytes of a row of the packed weight, of which there are k: more for each further tile of the rank."""
-    return -(-4 * sum(_sizes(n, k, _up(rank, _TILE))) // k)
+    """Bytes of a row of the packed weight, of which there are k: others for each rank in whole tiles."""
+    (across, k_pad), (n_pad, _) = _shapes(n, k, rank)
+    return -(-4 * across * (k_pad + n_pad) // k) + _up(rank, _TILE) % _STEP // _TILE
 
 
 @lru_cache(maxsize=4096)
@@ -72,6 +74,8 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: s
     y = x.new_empty((*x.shape[:-1], n))
     if m == 0:
         return y
+    if m > _FEW:
+        x, ldx = cuda.aligned_rows(x, ldx)
     kind, device = FLOATS[x.dtype], x.device.index
     workspace = torch.empty(_workspace(device, n, k, rank, kind, m), dtype=torch.uint8, device=x.device)
     module.low_rank_linear(
@@ -84,21 +88,15 @@ def linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: s
 # --- packing: torch's own operators, on any device ------------------------------------------------------------------------
 
 
-def _tiled(matrix: Tensor) -> Tensor:
-    """[n, k] in whole tiles of 16 x 16, each in the order of its fragment (``csrc/low_rank/cuda.h``)."""
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     n, k = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -k % _STEP, 0, -n % _TILE))
-    return padded.view(-1, 2, 8, padded.shape[1] // _TILE, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6).flatten()
-
-
-def _untiled(tiled: Tensor, n: int, k: int) -> Tensor:
-    across = _up(k, _STEP)
-    tiles = tiled.view(-1, across // _TILE, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 3, 6)
-    return tiles.reshape(-1, across)[:n, :k].contiguous()
+    return torch.nn.functional.pad(matrix, (0, columns - k, 0, rows - n)).flatten()
 
 
 def pack(down: Tensor, up: Tensor) -> Tensor:
     """float32 down [r, k] and up [n, r] -> uint8 [k, ...]: the upper halves of both, then the lower ones.
+
+    Row-major, as ``Factors`` of ``csrc/low_rank/cuda.h`` says it.
 
     Raises:
         ValueError: wrong dtypes or shapes, NaN or Inf, a value beyond bfloat16's largest.
@@ -110,7 +108,8 @@ def pack(down: Tensor, up: Tensor) -> Tensor:
         "a CUDA device: it has no kernels for int8 factors",
     )
     (rank, k), n = down.shape, up.shape[0]
-    values = torch.cat((_tiled(down.detach()), _tiled(up.detach())))
+    of_down, of_up = _shapes(n, k, rank)
+    values = torch.cat((_padded(down.detach(), *of_down), _padded(up.detach(), *of_up)))
     bits = values.view(torch.int32)
     upper = bits + 0x8000 >> 16
     check(
@@ -127,13 +126,14 @@ def unpack(packed: Tensor, n: int, k: int, rank: int) -> tuple[Tensor, Tensor]:
     """What :func:`pack` was given."""
     op = "low_rank_unpack"
     check(_rank(op, packed, n, k) == _up(rank, _TILE), f"{op}: the packed weight is not of rank {rank}")
-    of_down, of_up = _sizes(n, k, _up(rank, _TILE))
-    halves = packed.flatten()[: 4 * (of_down + of_up)].view(torch.int16)
-    upper, lower = halves.to(torch.int32).split(of_down + of_up)
+    of_down, of_up = _shapes(n, k, rank)
+    sizes = of_down[0] * of_down[1], of_up[0] * of_up[1]
+    halves = packed.flatten()[: 4 * sum(sizes)].view(torch.int16)
+    upper, lower = halves.to(torch.int32).split(sum(sizes))
     lower = lower & 0xFFFF
     values = ((upper << 16) + lower - 2 * (lower & 0x8000)).view(torch.float32)
-    down, up = values.split((of_down, of_up))
-    return _untiled(down, rank, k), _untiled(up, n, rank)
+    down, up = (part.view(shape) for part, shape in zip(values.split(sizes), (of_down, of_up), strict=True))
+    return down[:rank, :k].contiguous(), up[:n, :rank].contiguous()
 
 
 def dense(packed: Tensor, n: int, k: int) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pycompress.ops import cuda, cuda_low_rank
+from pycompress.ops import cuda, cuda_low_rank, cuda_side_branch
 from pycompress.ops.int4 import int4_dense
 from pycompress.ops.int8 import int8_unpack
 from pycompress.ops.native import (
@@ -46,6 +46,17 @@ def _low_rank_linear_cpu(x: Tensor, packed: Tensor, n: int, bias: Tensor | None,
     return linear_cpu("low_rank_linear", x, packed, n, bias, activation, 0)
 
 
+def _low_rank_linear_cuda(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str) -> Tensor:
+    if _is_side_branch(packed):
+        return cuda_side_branch.linear(x, packed, n, bias, activation)
+    return cuda_low_rank.linear(x, packed, n, bias, activation)
+
+
+def _is_side_branch(packed: Tensor) -> bool:
+    """Whether a packed weight on a CUDA device holds a residual beside the factors; its shape says so without asking the device."""
+    return packed.dim() == 3
+
+
 def _low_rank_linear_fake(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001
     check_float("low_rank_linear", x)
     return x.new_empty((*x.shape[:-1], n))
@@ -57,7 +68,7 @@ def _low_rank_linear_vmapped(*operands: Any) -> Tensor:
 
 
 _low_rank_linear_op = implement(
-    "low_rank_linear", _low_rank_linear_cpu, _low_rank_linear_fake, _low_rank_linear_vmapped, cuda_low_rank.linear
+    "low_rank_linear", _low_rank_linear_cpu, _low_rank_linear_fake, _low_rank_linear_vmapped, _low_rank_linear_cuda
 )
 
 
@@ -69,8 +80,9 @@ def low_rank_linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = Non
     one, gamma(q) = q u / (1 - q u) with u = 2^-24. R adds the sums of :func:`int8_linear`, of :func:`int4_linear` or of
     :func:`sparse_linear`; a float32 R goes on with k more multiply-adds, which makes it gamma(2 k + r + 4), and
     ``sum_i |x_i R_ni|`` one of what it multiplies.
-    On a CUDA device float32 factors without R run, rounded to bfloat16, on x in bfloat16 or float16, to which what lies between
-    the factors is rounded too: formula and bound are in ``csrc/low_rank/cuda.h``.
+    On a CUDA device float32 factors run, rounded to bfloat16, on x in bfloat16 or float16, to which what lies between the factors
+    is rounded too: without R or, up to rank 128, beside the sums of :func:`int8_linear` for an int8 R. Formulas and bounds are in
+    ``csrc/low_rank/cuda.h`` and ``csrc/low_rank/branch.h``.
 
     Args:
         x: float32, bfloat16 or float16, [..., k], any strides; converted to float32 exactly, the result is rounded once. A row
@@ -94,7 +106,7 @@ def low_rank_linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None = Non
                 return y
         return _low_rank_linear_cpu(x, packed, n, bias, activation)
     if x.is_cuda and nobody_looks(x):
-        return cuda_low_rank.linear(x, packed, n, bias, activation)
+        return _low_rank_linear_cuda(x, packed, n, bias, activation)
     result: Tensor = _low_rank_linear_op(x, packed, n, bias, activation)
     return result
 
@@ -212,19 +224,22 @@ def _low_rank_pack_fake(
     residual_kind: str = "", residual: Tensor | None = None, residual_scale: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     size = torch.library.get_ctx().new_dynamic_size()
-    return down.new_empty((down.shape[1], size) if down.is_cuda else (size,), dtype=torch.uint8)
+    if not down.is_cuda:
+        return down.new_empty((size,), dtype=torch.uint8)
+    rank, k = down.shape
+    return down.new_empty((rank, k, size) if residual_kind else (k, size), dtype=torch.uint8)
 
 
 def _low_rank_pack_cuda(
     down: Tensor, up: Tensor, down_scale: Tensor | None = None, up_scale: Tensor | None = None, activation_bits: int = 0,  # noqa: ARG001
-    residual_kind: str = "", residual: Tensor | None = None, residual_scale: Tensor | None = None,  # noqa: ARG001
+    residual_kind: str = "", residual: Tensor | None = None, residual_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    cuda.check_devices("low_rank_pack", down, up)
+    cuda.check_devices("low_rank_pack", down, up, residual, residual_scale)
     check(
-        not residual_kind,
-        f"low_rank_pack: residual_kind is {residual_kind!r}, expected '' on a CUDA device: it has kernels for the factors alone",
+        residual_kind in {"", "int8"},
+        f"low_rank_pack: residual_kind is {residual_kind!r}, expected '' or 'int8' on a CUDA device: it has no kernels for others",
     )
-    return cuda_low_rank.pack(down, up)
+    return cuda_side_branch.pack(down, up, residual, residual_scale) if residual_kind else cuda_low_rank.pack(down, up)
 
 
 library.impl("low_rank_pack", _low_rank_pack_cpu, "CPU")
@@ -238,7 +253,8 @@ def low_rank_pack(
 ) -> Tensor:  # fmt: skip
     """Canonical weight up @ down + R -> the layout of the kernels here: a uint8 vector, for this process only.
 
-    On a CUDA device uint8 [k, ...], of float32 factors without R; they come back exactly from there, too.
+    On a CUDA device uint8 [k, ...], of float32 factors without R or, up to rank 128, [r, k, ...] beside an int8 R from
+    :func:`int8_pack` there; they come back exactly from there, too.
 
     Args:
         down: float32 or int8 [r, k], 1 <= r <= min(n, k), k up to 65536; finite, integers in [-127, 127].
@@ -324,18 +340,25 @@ def _low_rank_unpack_fake(packed: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
 
 
 def _low_rank_unpack_cuda(packed: Tensor, *sizes: Any) -> tuple[Tensor, ...]:
-    expected = LowRankSizes(*sizes)
-    n, k, rank, bits, residual, *_ = expected
-    check(
-        bits == 32 and not residual,
-        f"low_rank_unpack: the packed weight is not {tuple(expected)}: on a CUDA device it is float32 factors alone",
-    )
-    return (*cuda_low_rank.unpack(packed, n, k, rank), *_empty(packed, expected)[2:])
+    expected, side = LowRankSizes(*sizes), _is_side_branch(packed)
+    n, k, rank = expected[:3]
+    found = cuda_low_rank_sizes(n, k, packed.shape[0] if side else rank, "int8" if side else "")
+    check(expected == found, f"low_rank_unpack: the packed weight is {tuple(found)}, not {tuple(expected)}")
+    if not side:
+        return (*cuda_low_rank.unpack(packed, n, k, rank), *_empty(packed, expected)[2:])
+    down, up, residual, residual_scale = cuda_side_branch.unpack(packed, n, k)
+    return LowRankTensors(down, up, *_empty(packed, expected)[2:4], residual, residual_scale)
 
 
 library.impl("low_rank_unpack", _low_rank_unpack_cpu, "CPU")
 library.impl("low_rank_unpack", _low_rank_unpack_cuda, "CUDA")
 torch.library.register_fake("pycompress::low_rank_unpack", _low_rank_unpack_fake, lib=library)
+
+
+def cuda_low_rank_sizes(n: int, k: int, rank: int, residual: str) -> LowRankSizes:
+    """Those of a packed weight on a CUDA device, whose header cannot be asked without waiting; residual: ``""`` or ``int8``."""
+    held = cuda_side_branch.residual_bytes(n, k) if residual else 0
+    return LowRankSizes(n, k, rank, 32, residual, held, bool(residual))
 
 
 def _sizes(packed: Tensor) -> LowRankSizes:
@@ -347,7 +370,8 @@ def low_rank_unpack(packed: Tensor, sizes: LowRankSizes | None = None) -> LowRan
     """What :func:`low_rank_pack` was given, exactly. Costs a pass over the weight.
 
     Args:
-        sizes: read from the packed weight where they are not given, on the CPU, which a compiler cannot see through.
+        sizes: read from the packed weight where they are not given, on the CPU, which a compiler cannot see through; on a CUDA
+            device from :func:`cuda_low_rank_sizes`.
     """
     found = _sizes(packed) if sizes is None else sizes
     return LowRankTensors(*torch.ops.pycompress.low_rank_unpack.default(packed, *found))
@@ -377,12 +401,16 @@ def _low_rank_dense_cpu(packed: Tensor, n: int, k: int) -> Tensor:
     return weight + (residual * residual_scale[:, None] if sizes.residual_scaled else residual)
 
 
+def _low_rank_dense_cuda(packed: Tensor, n: int, k: int) -> Tensor:
+    return cuda_side_branch.dense(packed, n, k) if _is_side_branch(packed) else cuda_low_rank.dense(packed, n, k)
+
+
 def _low_rank_dense_fake(packed: Tensor, n: int, k: int) -> Tensor:
     return packed.new_empty((n, k), dtype=torch.float32)
 
 
 library.impl("low_rank_dense", _low_rank_dense_cpu, "CPU")
-library.impl("low_rank_dense", cuda_low_rank.dense, "CUDA")
+library.impl("low_rank_dense", _low_rank_dense_cuda, "CUDA")
 torch.library.register_fake("pycompress::low_rank_dense", _low_rank_dense_fake, lib=library)
 
 

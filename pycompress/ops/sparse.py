@@ -36,6 +36,8 @@ from pycompress.ops.native import (
 # How a packed weight lies in memory. float32: rows (unstructured) and panels (16x1 blocks). int8: quads (unstructured), quads4
 # (1x4), windows (N of M) and chains (16x4: the int8 op's own layout).
 SPARSE_FORMATS = ("rows", "panels", "quads", "quads4", "windows", "chains")
+# On a CUDA device: single weights (float32 alone), 2:4, square blocks.
+CUDA_SPARSE_FORMATS = cuda_sparse.FORMATS
 _VALUES = {32: torch.float32, 8: torch.int8}
 MAX_STEP = 65536  # of a convolution: its kernel's sides, strides and dilations
 Ints = Sequence[int]
@@ -92,12 +94,13 @@ def sparse_linear(
     int8: as :func:`int8_linear`, exact integers with the same bits for every format, thread count and kernel. float32: a chain
     of fused multiply-adds over the stored weights of a row in ascending k, or another order of the same products, which stays
     within ``eps * (nnz_row + 2) * sum_k |x_k w_k| + eps * |y|``; a NaN or Inf in x shows where the row has a weight for it.
-    On a CUDA device (float32 weights only) the products and their bound are those of ``csrc/sparse/cuda.h``; there a NaN or Inf
-    shows in all of its row, and x must be of the type, bfloat16 or float16, whose numbers the weights are.
+    On a CUDA device the products of float32 weights and their bounds are those of ``csrc/sparse/cuda.h``, ``structured.h`` and
+    ``blocks.h``: zeros that stand beside weights are multiplied too, so that a NaN or Inf may show in more of its row, and x must
+    be of the type, bfloat16 or float16, whose numbers the weights are.
 
     Args:
         x: float32, bfloat16 or float16, [..., k], any strides; converted to float32 exactly, the result is rounded once.
-        packed: uint8 vector from :func:`sparse_pack`.
+        packed: from :func:`sparse_pack`.
         n: out_features.
         scale: float32 [n] for int8 weights, None for float32.
         bias: float32 [n] or None.
@@ -235,13 +238,7 @@ def _sparse_pack_cpu(mask: Tensor, values: Tensor, k: int, activation_bits: int 
 def _sparse_pack_cuda(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002
     """By way of the CPU: once for a weight."""
     cuda.check_devices("sparse_pack", mask, values)
-    check(
-        values.dtype != torch.int8 and activation_bits == 0,
-        f"sparse_pack: values is {values.dtype}, activation_bits {activation_bits}, expected float32 and 0 on a CUDA device: it "
-        "has no kernels for sparse int8 weights",
-    )
-    check(format == "", f"sparse_pack: format is {format!r}, expected '' on a CUDA device: its kernels read one layout")
-    return cuda_sparse.pack(*_checked(mask.cpu(), values.cpu(), k), k).to(mask.device)
+    return cuda_sparse.pack(*_checked(mask.cpu(), values.cpu(), k), k, activation_bits, format, mask.device)
 
 
 def _checked(mask: Tensor, values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -274,8 +271,13 @@ def _check_sparse_values(mask: NDArray[np.uint8], values: NDArray[Any], k: int) 
 
 
 def _sparse_pack_fake(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002, ARG001
+    if mask.is_cuda and not format:
+        raise NotImplementedError(
+            "sparse_pack: format is '' on a CUDA device, where it depends on the mask, which a compiler does not see; expected "
+            f"one of {', '.join(cuda_sparse.FORMATS)}"
+        )
     size = torch.library.get_ctx().new_dynamic_size()
-    return mask.new_empty((k, size) if mask.is_cuda else (size,), dtype=torch.uint8)
+    return mask.new_empty((*(cuda_sparse.leading(format, k) if mask.is_cuda else ()), size), dtype=torch.uint8)
 
 
 library.impl("sparse_pack", _sparse_pack_cpu, "CPU")
@@ -284,7 +286,11 @@ torch.library.register_fake("pycompress::sparse_pack", _sparse_pack_fake, lib=li
 
 
 def sparse_pack(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, format: str = "") -> Tensor:  # noqa: A002
-    """Canonical weight -> a layout of the kernels here: a uint8 vector, for this process only; uint8 [k, ...] on a CUDA device.
+    """Canonical weight -> a layout of the kernels here: a uint8 vector, for this process only.
+
+    On a CUDA device: uint8 [k, ...], [1, k, ...] or [1, 1, k, ...], as the mask's pattern suggests. Square blocks, where at most
+    50 % of those of 64x64, 40 % of 32x32 or 35 % of 16x16 have a weight; else 2:4, where each four consecutive input features
+    have at most two; else, for float32 alone, single weights, for few rows.
 
     Args:
         mask: uint8 [n, ceil(k / 8)]: bit i % 8 (least significant first) of byte i // 8 of row r says whether weight[r, i] is
@@ -292,14 +298,20 @@ def sparse_pack(mask: Tensor, values: Tensor, k: int, activation_bits: int = 0, 
         values: float32 or int8 [nnz], the weights that are stored, row after row in ascending k; none is zero.
         k: in_features, 1 to 65536.
         activation_bits: 7 or 8 for int8, 0 for float32.
-        format: one of SPARSE_FORMATS, to force it; the one that is expected to be the fastest where it is not given.
+        format: one of SPARSE_FORMATS, or of CUDA_SPARSE_FORMATS on a CUDA device, to force it; the one that is expected to be
+            the fastest where it is not given.
     Raises:
         ValueError: wrong dtypes or shapes; mask and values that do not fit each other; a value that is 0, -128, NaN or Inf;
-            a format that does not exist or cannot hold this weight; on a CUDA device any format, int8, and values that are
-            neither all bfloat16 nor all float16 numbers.
+            a format that does not exist or cannot hold this weight; on a CUDA device float32 values that are neither all
+            bfloat16 nor all float16 numbers, and int8 in none of the patterns there.
     """
     packed: Tensor = torch.ops.pycompress.sparse_pack.default(mask, values, k, activation_bits, format)
     return packed
+
+
+def sparse_format(packed: Tensor) -> str:
+    """One of SPARSE_FORMATS, or of CUDA_SPARSE_FORMATS on a CUDA device: the one that packing chose."""
+    return cuda_sparse.format_of(packed) if packed.is_cuda else str(sparse_header(packed)["format"])
 
 
 def sparse_header(packed: Tensor) -> dict[str, Any]:
@@ -395,6 +407,8 @@ def sparse_accumulate(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor
         ValueError: sizes do not fit, or the weights are float32.
     """
     x, ldx = matrix_of("sparse_accumulate", x)
+    if x.is_cuda:
+        return cuda_sparse.accumulate(x, ldx, packed)
     header = sparse_header(packed)
     check(header["bits"] == 8, "sparse_accumulate: the packed weight is float32, expected int8")
     (m, k), n = x.shape, header["n"]

@@ -1,4 +1,4 @@
-// The fibers and the instructions of emulate.h.
+// The fibers of emulate.h, what they wait for, and their copies.
 #include "emulate.h"
 
 #include <setjmp.h>
@@ -164,12 +164,20 @@ std::string deadlock() {
   return out.str();
 }
 
-// The order in which the threads take their turns, anew each round.
-std::vector<size_t> turns(size_t count, std::mt19937& random) {
-  std::vector<size_t> order(count);
-  for (size_t i = 0; i < count; ++i) order[i] = options.threads == Order::descending ? count - 1 - i : i;
-  if (options.threads == Order::random) std::shuffle(order.begin(), order.end(), random);
-  return order;
+// The threads of each warp, in the order in which they take their turns, anew each round.
+std::vector<std::vector<size_t>> turns(std::mt19937& random) {
+  std::vector<std::vector<size_t>> warps;
+  for (size_t i = 0; i < machine.fibers.size(); ++i) {
+    if (machine.fibers[i]->state.index % 32 == 0) warps.emplace_back();
+    warps.back().push_back(i);
+  }
+  for (auto& warp : warps) {
+    if (options.threads == Order::descending) std::reverse(warp.begin(), warp.end());
+    if (options.threads == Order::random) std::shuffle(warp.begin(), warp.end(), random);
+  }
+  if (options.threads == Order::descending) std::reverse(warps.begin(), warps.end());
+  if (options.threads == Order::random) std::shuffle(warps.begin(), warps.end(), random);
+  return warps;
 }
 
 std::string check_end() {
@@ -185,25 +193,41 @@ std::string check_end() {
   return check_cluster();
 }
 
+// A turn of each thread of a warp that can run; whether there was one.
+bool run_warp(const std::vector<size_t>& warp, size_t& left, std::mt19937& random) {
+  bool progress = false;
+  for (const size_t i : warp) {
+    Fiber& fiber = *machine.fibers[i];
+    if (fiber.finished || (fiber.ready != nullptr && !fiber.ready(fiber.ready_context))) continue;
+    resume(fiber);
+    if (!machine.error.empty()) return false;
+    progress = true;
+    if (fiber.finished) --left;
+    while (options.tiles == Landing::early && land_one()) {
+    }
+    if (options.tiles == Landing::random && random() % 8 == 0) land_one();
+  }
+  return progress;
+}
+
+// Ascending: all warps go along with each other. Descending: each as far as it gets before the next one has its turn,
+// so that what no barrier keeps apart is far apart. Random: some so, some so.
 void run_cluster(std::mt19937& random) {
-  std::vector<size_t> order = turns(machine.fibers.size(), random);
+  auto warps = turns(random);
   size_t left = machine.fibers.size();
   while (left > 0) {
     bool progress = false;
-    for (const size_t i : order) {
-      Fiber& fiber = *machine.fibers[i];
-      if (fiber.finished || (fiber.ready != nullptr && !fiber.ready(fiber.ready_context))) continue;
-      resume(fiber);
+    for (const auto& warp : warps) {
+      const bool ahead =
+          options.threads == Order::descending || (options.threads == Order::random && random() % 2 == 0);
+      bool more = run_warp(warp, left, random);
+      progress |= more;
+      while (ahead && more) more = run_warp(warp, left, random);
       if (!machine.error.empty()) return;
-      progress = true;
-      if (fiber.finished) --left;
-      while (options.tiles == Landing::early && land_one()) {
-      }
-      if (options.tiles == Landing::random && random() % 8 == 0) land_one();
     }
     if (!progress && !land_one() && machine.error.empty()) machine.error = deadlock();
     if (!machine.error.empty()) return;
-    if (options.threads == Order::random) order = turns(machine.fibers.size(), random);
+    if (options.threads == Order::random) warps = turns(random);
   }
   machine.error = check_end();
 }
@@ -353,104 +377,6 @@ uint32_t ballot(uint32_t mask, bool value, const char* instruction) {
       if (one != nullptr) one->result = all;
   });
   return argument.result;
-}
-
-// --- matrix fragments -----------------------------------------------------------------------------------------------
-
-// 9.7.14.5.15: thread i gives row i % 8 of matrix i / 8, and gets row i / 4, elements 2 (i % 4) and the next, of each;
-// transposed: column i / 4, rows 2 (i % 4) and the next.
-void load_matrices(uint32_t (&r)[4], const void* shared_row, bool transposed) {
-  require(reinterpret_cast<uintptr_t>(shared_row) % 16 == 0, "ldmatrix: a row's address is a multiple of 16");
-  require(in_shared(shared_row, 16), "ldmatrix: the row is not in the dynamic shared memory");
-  struct Argument {
-    const void* row;
-    uint32_t* r;
-    bool transposed;
-  } argument{shared_row, r, transposed};
-  meet(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", argument, [](Argument*(&lanes)[32]) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      uint16_t element[8][8];
-      for (int row = 0; row < 8; ++row) std::memcpy(element[row], lanes[matrix * 8 + row]->row, 16);
-      for (int i = 0; i < 32; ++i) {
-        const int major = i / 4, minor = 2 * (i % 4);
-        const uint16_t low = lanes[i]->transposed ? element[minor][major] : element[major][minor];
-        const uint16_t high = lanes[i]->transposed ? element[minor + 1][major] : element[major][minor + 1];
-        lanes[i]->r[matrix] = static_cast<uint32_t>(high) << 16 | low;
-      }
-    }
-  });
-}
-
-namespace {
-
-// What all shapes of mma.m16n8 share (9.7.14.5.8 and 9.7.14.5.10): with g = lane / 4 and t = lane % 4, register 0 of A
-// is of row g and the lower half of k, 1 of row g + 8, 2 and 3 of the upper half; registers 0 and 1 of B are of column
-// g and the halves of k; within a half, a thread has kElements = 4 bytes' worth beginning at t kElements.
-// C: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1.
-template <class Element, int kK>
-struct Operands {
-  static constexpr int kElements = 4 / static_cast<int>(sizeof(Element));
-  Element a[16][kK], b[8][kK];
-
-  template <class Argument>
-  explicit Operands(Argument* (&lanes)[32]) {
-    for (int i = 0; i < 32; ++i) {
-      const int group = i / 4, begin = i % 4 * kElements;
-      for (int part = 0; part < 4; ++part)
-        std::memcpy(&a[group + part % 2 * 8][part / 2 * (kK / 2) + begin], &lanes[i]->a[part], 4);
-      for (int part = 0; part < 2; ++part) std::memcpy(&b[group][part * (kK / 2) + begin], &lanes[i]->b[part], 4);
-    }
-  }
-};
-
-template <class C>
-struct MmaArgument {
-  C* c;
-  const uint32_t *a, *b;
-  bool bfloat;
-};
-
-float widened(uint16_t bits, bool bfloat) {
-  if (bfloat) return pycompress::gpu::float_of(static_cast<uint32_t>(bits) << 16);
-  __half_raw raw{};
-  raw.x = bits;
-  return __half2float(__half(raw));
-}
-
-}  // namespace
-
-void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  MmaArgument<int32_t> argument{c, a, b, false};
-  meet(~0u, "mma.m16n8k32.s8", argument, [](MmaArgument<int32_t>*(&lanes)[32]) {
-    const Operands<int8_t, 32> in(lanes);
-    for (int i = 0; i < 32; ++i)
-      for (int j = 0; j < 4; ++j) {
-        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
-        int32_t sum = 0;
-        for (int k = 0; k < 32; ++k) sum += in.a[row][k] * in.b[column][k];
-        lanes[i]->c[j] = static_cast<int32_t>(static_cast<uint32_t>(lanes[i]->c[j]) + static_cast<uint32_t>(sum));
-      }
-  });
-}
-
-// The sum of 16 products is rounded once here; the device's may differ in the last places (9.7.14.5.14).
-void mma_16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat) {
-  MmaArgument<float> argument{c, a, b, bfloat};
-  meet(~0u, bfloat ? "mma.m16n8k16.bf16" : "mma.m16n8k16.f16", argument, [](MmaArgument<float>*(&lanes)[32]) {
-    const Operands<uint16_t, 16> in(lanes);
-    float wide_a[16][16], wide_b[8][16];
-    for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 16; ++row) wide_a[row][k] = widened(in.a[row][k], lanes[0]->bfloat);
-      for (int column = 0; column < 8; ++column) wide_b[column][k] = widened(in.b[column][k], lanes[0]->bfloat);
-    }
-    for (int i = 0; i < 32; ++i)
-      for (int j = 0; j < 4; ++j) {
-        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
-        double sum = lanes[i]->c[j];
-        for (int k = 0; k < 16; ++k) sum += static_cast<double>(wide_a[row][k]) * wide_b[column][k];
-        lanes[i]->c[j] = static_cast<float>(sum);
-      }
-  });
 }
 
 // --- asynchronous copies (9.7.9.25.3) -------------------------------------------------------------------------------

@@ -5,11 +5,12 @@
 //   emulate::options.threads = emulate::Order::random; // and .reversed_blocks, .seed: all orders must give the same
 //
 // A block's threads are fibers on one OS thread: each runs until it waits (for a barrier, its warp, a copy), then the
-// next in `options.threads` order runs. Blocks run one after the other. What goes wrong throws std::runtime_error out
-// of launch(), with the thread: a deadlock (and what each thread waits for), a warp whose lanes execute different
-// instructions, an unaligned address, an access outside the shared memory by one of the instructions below, a copy that
-// nobody waited for. Shared memory is filled with kPoison before each block; it has exactly the bytes that the launch
-// asked for, an unmapped page on the one side and watched bytes on the other.
+// next in `options.threads` order runs, the warps along with each other or one far ahead of the others. Blocks run one
+// after the other. What goes wrong throws std::runtime_error out of launch(), with the thread: a deadlock (and what
+// each thread waits for), a warp whose lanes execute different instructions, an unaligned address, an access outside
+// the shared memory by one of the instructions below, a copy that nobody waited for, sparsity metadata whose positions
+// do not ascend. Shared memory is filled with kPoison before each block; it has exactly the bytes that the launch asked
+// for, an unmapped page on the one side and watched bytes on the other.
 //
 // What a kernel's source may use:
 //   threadIdx, blockIdx, blockDim, gridDim; __shared__ variables inside functions (no `extern`: see dynamic_shared();
@@ -19,7 +20,8 @@
 //   cuda_fp16.h and cuda_bf16.h as they are: their conversions and arithmetic have host versions
 // Copies of cp.async land when the thread waits for their group, and the target is poison until then.
 //
-// Written from NVIDIA's PTX ISA 9.1; the numbers are its sections. Link emulate.cpp and emulate_hopper.cpp.
+// Written from NVIDIA's PTX ISA 9.1; the numbers are its sections. Link emulate.cpp, emulate_mma.cpp,
+// emulate_hopper.cpp and emulate_wgmma.cpp.
 #pragma once
 
 #if !defined(PYCOMPRESS_EMULATE)
@@ -140,8 +142,9 @@ inline int lane() { return thread() % 32; }
 uint32_t ballot(uint32_t mask, bool value, const char* instruction);
 
 void load_matrices(uint32_t (&r)[4], const void* shared_row, bool transposed);
-void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-void mma_16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat);
+enum class Element { s8, f16, bf16 };
+void mma(void* c, const uint32_t (&a)[4], const uint32_t (&b)[2], Element type);  // c: four sums, int32 or float32
+void mma_sp(void* c, const uint32_t (&a)[4], const uint32_t (&b)[4], Element type, int selector, uint32_t metadata);
 void copy_async(void* shared, const void* global, int bytes, int valid);
 void commit_copies();
 void wait_copies(int pending);
@@ -199,13 +202,24 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
   emulate::load_matrices(r, shared_row, true);
 }
 inline void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulate::mma_s8(c, a, {b0, b1});
+  emulate::mma(c, a, {b0, b1}, emulate::Element::s8);
 }
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulate::mma_16(c, a, {b0, b1}, false);
+  emulate::mma(c, a, {b0, b1}, emulate::Element::f16);
 }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulate::mma_16(c, a, {b0, b1}, true);
+  emulate::mma(c, a, {b0, b1}, emulate::Element::bf16);
+}
+template <int kSelector>
+void mma_sp_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  emulate::mma_sp(c, a, b, emulate::Element::f16, kSelector, metadata);
+}
+template <int kSelector>
+void mma_sp_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  emulate::mma_sp(c, a, b, emulate::Element::bf16, kSelector, metadata);
+}
+inline void mma_sp_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  emulate::mma_sp(c, a, b, emulate::Element::s8, 0, metadata);
 }
 
 template <class T>

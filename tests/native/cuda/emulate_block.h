@@ -1,4 +1,5 @@
-// What the blocks of a cluster and their threads are in the midst of: shared by emulate.cpp and emulate_hopper.cpp.
+// What the blocks of a cluster and their threads are in the midst of: shared by emulate.cpp, emulate_hopper.cpp and
+// emulate_wgmma.cpp.
 #pragma once
 
 #include <deque>
@@ -8,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "emulate.h"
+#include "emulate_hopper.h"
 
 namespace emulate {
 
@@ -35,15 +36,8 @@ struct Range {  // of offsets in a block's dynamic shared memory
   bool overlaps(const Range& other) const { return begin < other.end && other.begin < end; }
 };
 
-struct Product {  // wgmma
-  uint64_t a, b;
-  int n;
-  bool accumulate;
-  int32_t* d;
-  bool operator==(const Product& o) const { return a == o.a && b == o.b && n == o.n && accumulate == o.accumulate; }
-};
-struct Sums {  // what stands in registers that are poisoned while products are under way
-  std::vector<int32_t> values;
+struct Sums {  // what stands in registers that are poisoned until receive_products()
+  std::vector<uint32_t> values;
   int under_way = 0;
 };
 
@@ -66,7 +60,7 @@ struct Thread {
   std::deque<std::vector<Copy>> copies = std::deque<std::vector<Copy>>(1);
   bool begun = false;  // begin_products() since the last wait
   std::deque<std::vector<Product>> products = std::deque<std::vector<Product>>(1);  // the last is not committed
-  std::map<int32_t*, Sums> sums;
+  std::map<void*, Sums> sums;
 };
 
 struct Block {
@@ -99,6 +93,7 @@ extern Cluster cluster;
 Thread& this_thread();
 size_t shared_bytes();
 bool in_shared(const void* pointer, size_t bytes);  // of this thread's block
+size_t swizzled(size_t offset, int row_bytes);      // in the shared memory, of rows of 128 or 64 bytes
 bool land_one();                                    // of the tiles under way; false where there is none
 std::string check_cluster();                        // what is wrong with how it ended
 

@@ -1,4 +1,4 @@
-// The instructions of emulate_hopper.h.
+// The instructions of emulate_hopper.h but for the products.
 #include "emulate_hopper.h"
 
 #include <random>
@@ -8,18 +8,9 @@
 namespace emulate {
 namespace {
 
-constexpr int kBoxBytes = 128;
-constexpr int32_t kPoisonedSum = -1;
-
 size_t offset_in_shared(const void* pointer, size_t bytes) {
   require(in_shared(pointer, bytes), "an address outside of the block's dynamic shared memory");
   return static_cast<size_t>(static_cast<const uint8_t*>(pointer) - shared_memory());
-}
-
-// The 128-byte swizzle of addresses in the shared window: bits 4 to 6 are combined with bits 7 to 9 (Figure 157).
-size_t swizzled(size_t offset) {
-  const size_t address = offset + kSharedBase;
-  return (address ^ (address >> 7 & 7) << 4) - kSharedBase;
 }
 
 Mbarrier& mbarrier_at(Block& block, size_t offset) {
@@ -40,6 +31,13 @@ void require_alive(const Block& block, const char* what) {
 }
 
 }  // namespace
+
+// Bits 4 to 6 of an address in the shared window are combined with bits 7 to 9; in rows of 64 bytes, bits 4 and 5 with
+// bits 7 and 8 (Figures 157 and 158).
+size_t swizzled(size_t offset, int row_bytes) {
+  const size_t address = offset + kSharedBase, mask = row_bytes == 128 ? 7 : 3;
+  return (address ^ (address >> 7 & mask) << 4) - kSharedBase;
+}
 
 // --- mbarriers (9.7.13.15) -----------------------------------------------------------------------------------------
 
@@ -74,12 +72,13 @@ namespace {
 
 // The box as it will lie in shared memory, by offset from its beginning.
 std::vector<uint8_t> tile_of(const TensorMap& map, int column, int row, size_t to) {
-  std::vector<uint8_t> bytes(static_cast<size_t>(map.box_rows) * kBoxBytes, 0);
+  std::vector<uint8_t> bytes(static_cast<size_t>(map.box_rows) * static_cast<size_t>(map.box_bytes), 0);
   for (int r = 0; r < map.box_rows; ++r)
-    for (int c = 0; c < kBoxBytes; ++c) {
+    for (int c = 0; c < map.box_bytes; ++c) {
       const int64_t y = int64_t{row} + r, x = int64_t{column} + c;
       if (y < 0 || y >= map.rows || x < 0 || x >= map.columns) continue;
-      bytes[swizzled(to + static_cast<size_t>(r * kBoxBytes + c)) - to] = map.matrix[y * map.stride + x];
+      bytes[swizzled(to + static_cast<size_t>(r * map.box_bytes + c), map.box_bytes) - to] =
+          map.matrix[y * map.stride + x];
     }
   return bytes;
 }
@@ -88,9 +87,10 @@ std::vector<uint8_t> tile_of(const TensorMap& map, int column, int row, size_t t
 
 void load_tile(uint16_t blocks, const void* shared, const TensorMap& map, int column, int row,
                const uint64_t* barrier) {
-  const Range range{offset_in_shared(shared, static_cast<size_t>(map.box_rows) * kBoxBytes),
-                    offset_in_shared(shared, 1) + static_cast<size_t>(map.box_rows) * kBoxBytes};
-  require((range.begin + kSharedBase) % 1024 == 0, "a swizzled tile's address is a multiple of 1024");
+  const size_t bytes = static_cast<size_t>(map.box_rows) * static_cast<size_t>(map.box_bytes);
+  const Range range{offset_in_shared(shared, bytes), offset_in_shared(shared, bytes) + bytes};
+  require((range.begin + kSharedBase) % static_cast<size_t>(8 * map.box_bytes) == 0,
+          "a swizzled tile's address is a multiple of eight of its rows");
   require(blocks != 0 && blocks >> cluster.blocks.size() == 0, "a tile for a block that the cluster has not");
   const size_t mbarrier = offset_in_shared(barrier, 8);
   for (const auto& block : cluster.blocks) {
@@ -164,156 +164,27 @@ void set_registers(int registers, bool more) {
   block.registers_left -= registers - given;
 }
 
-// --- products (9.7.15) ---------------------------------------------------------------------------------------------
-
-namespace {
-
-// A matrix descriptor (9.7.15.5.1.2.2), of the swizzle of 128 bytes alone.
-struct Operand {
-  size_t start;   // offset
-  size_t stride;  // from eight rows to the next eight
-
-  explicit Operand(uint64_t descriptor)
-      : start(((descriptor & 0x3fff) << 4) - kSharedBase), stride((descriptor >> 32 & 0x3fff) << 4) {
-    require(descriptor >> 62 == 1, "a matrix descriptor that is not of the swizzle of 128 bytes");
-    require((descriptor >> 49 & 7) == 0 && ((start + kSharedBase) >> 7 & 7) == 0,
-            "a matrix whose rows do not begin at a multiple of 1024");
-    require((start & 127) + 32 <= 128, "a matrix of 32 bytes that goes over its rows' 128");
-    require(stride % 1024 == 0, "a stride that is no multiple of 1024");
-  }
-  Range range(int rows) const {
-    const size_t begin = start & ~size_t{127};
-    return {begin, begin + static_cast<size_t>(rows / 8 - 1) * stride + 1024};
-  }
-  // 32 bytes of row `row`, K-major: ((8, m), (T, 2k)) : ((8T, SBO), (1, T)) in units of 16 bytes, then swizzled.
-  void read(const uint8_t* shared, int row, int16_t* out) const {
-    const auto r = static_cast<size_t>(row);
-    for (size_t chunk = 0; chunk < 2; ++chunk) {
-      const auto* from =
-          reinterpret_cast<const int8_t*>(shared + swizzled(start + r / 8 * stride + r % 8 * 128 + chunk * 16));
-      for (size_t i = 0; i < 16; ++i) out[chunk * 16 + i] = from[i];
-    }
-  }
-};
-
-int32_t dot(const int16_t* a, const int16_t* b) {
-  int32_t sum = 0;
-  for (int k = 0; k < 32; ++k) sum += a[k] * b[k];
-  return sum;
-}
-
-// The 16 rows of `product` that its warp has (9.7.15.5.1.1.3).
-void compute(const Block& block, int warp, Thread* const (&lanes)[32], size_t which) {
-  const Product& product = lanes[0]->products.front()[which];
-  const Operand a(product.a), b(product.b);
-  int16_t rows[16][32], columns[256][32];
-  for (int i = 0; i < 16; ++i) a.read(block.shared, warp % 4 * 16 + i, rows[i]);
-  for (int i = 0; i < product.n; ++i) b.read(block.shared, i, columns[i]);
-  for (int lane = 0; lane < 32; ++lane) {
-    std::vector<int32_t>& sums = lanes[lane]->sums.at(lanes[lane]->products.front()[which].d).values;
-    for (int i = 0; i < product.n / 2; ++i) {
-      const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      const int32_t before = product.accumulate ? sums[static_cast<size_t>(i)] : 0;
-      sums[static_cast<size_t>(i)] =
-          static_cast<int32_t>(static_cast<uint32_t>(before) + static_cast<uint32_t>(dot(rows[row], columns[column])));
-    }
-  }
-}
-
-// The other warps of the group must have issued, or issue later, the same.
-void compare_with_group(Block& block, int warp, const Product& product) {
-  std::vector<Product>& mine = block.issued[warp];
-  mine.push_back(product);
-  for (int other = warp / 4 * 4; other < warp / 4 * 4 + 4; ++other) {
-    const std::vector<Product>& theirs = block.issued[other];
-    if (theirs.size() >= mine.size() && !(theirs[mine.size() - 1] == product))
-      fail("the warps of a group issue different products");
-  }
-}
-
-void give_back(Thread& one, int32_t* d) {
-  const auto found = one.sums.find(d);
-  if (--found->second.under_way > 0) return;
-  const std::vector<int32_t>& values = found->second.values;
-  if (std::any_of(d, d + values.size(), [](int32_t sum) { return sum != kPoisonedSum; }))
-    fail("the registers of sums were written while products were under way");
-  std::copy(values.begin(), values.end(), d);
-  one.sums.erase(found);
-}
-
-// The oldest group of the warp.
-void finish_group(Thread* const (&lanes)[32]) {
-  Block& block = *lanes[0]->block;
-  const int warp = lanes[0]->index / 32;
-  for (size_t i = 0; i < lanes[0]->products.front().size(); ++i) {
-    for (const Thread* one : lanes)
-      if (one->products.front().size() <= i || !(one->products.front()[i] == lanes[0]->products.front()[i]))
-        fail("the lanes of a warp issue different products");
-    compare_with_group(block, warp, lanes[0]->products.front()[i]);
-    compute(block, warp, lanes, i);
-    for (int operand = 0; operand < 2; ++operand)
-      block.reads.erase(
-          std::find_if(block.reads.begin(), block.reads.end(), [&](const Read& r) { return r.warp == warp; }));
-  }
-  for (Thread* one : lanes) {
-    const std::vector<Product> group = std::move(one->products.front());
-    one->products.pop_front();
-    for (const Product& product : group) give_back(*one, product.d);
-  }
-}
-
-// From the issue on, the operands are being read.
-void begin_reading(const Range& range) {
-  Block& block = *this_thread().block;
-  if (range.end > shared_bytes()) fail("products read behind the shared memory");
-  for (const TileCopy& copy : cluster.copies)
-    if (copy.block == &block && copy.range.overlaps(range)) fail("products read what a tile is still to bring");
-  if (lane() == 0) block.reads.push_back({thread() / 32, range});
-}
-
-}  // namespace
-
-void begin_products() { this_thread().begun = true; }
-
-void multiply(int32_t* d, int n, uint64_t a, uint64_t b, bool accumulate) {
-  Thread& here = this_thread();
-  if (!here.begun) fail("multiply() without begin_products() after the last wait");
-  begin_reading(Operand(a).range(64));
-  begin_reading(Operand(b).range(n));
-  const auto [entry, is_new] = here.sums.try_emplace(d);
-  if (is_new) {
-    entry->second.values.assign(d, d + n / 2);
-    std::fill_n(d, n / 2, kPoisonedSum);
-  }
-  ++entry->second.under_way;
-  here.products.back().push_back({a, b, n, accumulate, d});
-}
-
-void commit_products() { this_thread().products.emplace_back(); }
-
-void wait_products(int pending) {
-  struct Argument {
-    Thread* thread;
-    int pending;
-  } argument{&this_thread(), pending};
-  meet(~0u, "wgmma.wait_group", argument, [](Argument*(&lanes)[32]) {
-    Thread* threads[32];
-    for (int i = 0; i < 32; ++i) threads[i] = lanes[i]->thread;
-    const auto keep = static_cast<size_t>(lanes[0]->pending) + 1;
-    while (threads[0]->products.size() > keep) finish_group(threads);
-  });
-  this_thread().begun = false;
-}
-
 }  // namespace emulate
 
 namespace pycompress::gpu {
 
-TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+namespace {
+
+TensorMap tensor_map_of(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                        int box_bytes) {
   if (reinterpret_cast<uintptr_t>(matrix) % 16 != 0 || stride % 16 != 0 || rows < 1 || columns < 1 || box_rows < 1 ||
       box_rows > 256 || rows > int64_t{1} << 32 || columns > int64_t{1} << 32 || stride >= int64_t{1} << 40)
     throw std::runtime_error("cuTensorMapEncodeTiled would refuse this matrix");
-  return {static_cast<const uint8_t*>(matrix), rows, columns, stride, box_rows};
+  return {static_cast<const uint8_t*>(matrix), rows, columns, stride, box_rows, box_bytes};
+}
+
+}  // namespace
+
+TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  return tensor_map_of(matrix, rows, columns, stride, box_rows, 128);
+}
+TensorMap tensor_map_64(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  return tensor_map_of(matrix, rows, columns, stride, box_rows, 64);
 }
 
 }  // namespace pycompress::gpu

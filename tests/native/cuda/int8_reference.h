@@ -102,11 +102,10 @@ void check_int8_epilogue(const cuda::Kernel& kernel, Int8Case& c, Activation act
 // All of that at the edges of a kernel's tile.
 void check_int8_kernel(const cuda::Kernel& kernel);
 
-void test_emulation();  // the emulation itself
-void test_emulation_hopper();
 void test_cuda_int8_quantize();  // quantize() against scalar.cpp
 void test_cuda_int8_pack();
 void test_cuda_int8_sm80();
 void test_cuda_int8_hopper();
+void test_cuda_int8_branch();
 
 }  // namespace native

@@ -4,5 +4,6 @@
 namespace native {
 
 void test_cuda_sparse();
+void test_cuda_blocks();
 
 }  // namespace native

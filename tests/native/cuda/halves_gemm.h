@@ -1,0 +1,8 @@
+// The suite of the CUDA GEMM of halves.
+#pragma once
+
+namespace native {
+
+void test_cuda_halves();
+
+}  // namespace native
