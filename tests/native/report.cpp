@@ -31,7 +31,7 @@ void expect(bool holds, const std::string& what) {
   std::printf("FAILED %s: %s\n", what.c_str(), current.c_str());
 }
 
-int run(std::initializer_list<Suite> suites) {
+int run(const std::vector<Suite>& suites) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   struct sigaction action{};
   action.sa_handler = on_fault;

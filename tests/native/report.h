@@ -1,9 +1,9 @@
 // What the suites count, and the suites themselves. A failure prints one line that says which case it was.
 #pragma once
 
-#include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace native {
 
@@ -39,7 +39,7 @@ struct Suite {
   const char* name;
   void (*run)();
 };
-int run(std::initializer_list<Suite> suites);  // what main() returns: 0 when all agree
+int run(const std::vector<Suite>& suites);  // what main() returns: 0 when all agree
 
 void test_int8();            // the kernels of int8_linear, end to end
 void test_sparse_kernels();  // load, tile and finish of each sparse kernel against the specification
