@@ -29,7 +29,7 @@ cuda8::Input input_of(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx
   const auto& [kind, weight, bias, eps, gate, ldg] = before;
   cuda8::Input input{};
   input.x = pointer<const void>(x);
-  input.type = static_cast<int8::Type>(x_type);
+  input.type = static_cast<Type>(x_type);
   input.m = m, input.k = k, input.ldx = ldx;
   input.before = static_cast<cuda8::Before>(kind);
   input.weight = pointer<const void>(weight), input.bias = pointer<const void>(bias), input.eps = eps;
@@ -53,9 +53,9 @@ void int8_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t 
                                pointer<const uint8_t>(packed),
                                pointer<const float>(weight_scale),
                                pointer<const float>(bias),
-                               static_cast<int8::Activation>(activation),
+                               static_cast<Activation>(activation),
                                pointer<void>(y),
-                               static_cast<int8::Type>(y_type),
+                               static_cast<Type>(y_type),
                                stream_of(stream)};
   const cuda8::Kernel* forced = kernel.empty() ? nullptr : &cuda8::kernel_named(kernel.c_str());
   cuda8::quantize(input, rows, problem.stream);
@@ -78,8 +78,8 @@ void int8_multiply(int device, uintptr_t stream, int64_t m, int64_t k, uintptr_t
   const gpu::DeviceGuard guard(device);
   const cuda8::Kernel* forced = kernel.empty() ? nullptr : &cuda8::kernel_named(kernel.c_str());
   cuda8::linear({rows_in(workspace, m, k), m, n, k, pointer<const uint8_t>(packed), pointer<const float>(weight_scale),
-                 pointer<const float>(bias), static_cast<int8::Activation>(activation), pointer<void>(y),
-                 static_cast<int8::Type>(y_type), stream_of(stream)},
+                 pointer<const float>(bias), static_cast<Activation>(activation), pointer<void>(y),
+                 static_cast<Type>(y_type), stream_of(stream)},
                 forced);
 }
 

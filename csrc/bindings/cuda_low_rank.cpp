@@ -10,8 +10,7 @@ namespace factors = low_rank::cuda;
 
 factors::Plan plan_of(const factors::Factors& shape, int type, int64_t m, const std::string& kernel, int splits) {
   const gpu::Device device = gpu::device();
-  if (kernel.empty())
-    return factors::plan(shape, static_cast<int8::Type>(type), m, device.arch, device.multiprocessors);
+  if (kernel.empty()) return factors::plan(shape, static_cast<Type>(type), m, device.arch, device.multiprocessors);
   for (const factors::Kernel* each : factors::cuda_kernels())
     if (kernel == each->name) return factors::plan(*each, shape, m, splits);
   throw std::invalid_argument("no low-rank kernel for CUDA is named '" + kernel + "'");
@@ -29,8 +28,8 @@ void low_rank_linear(int device, uintptr_t stream, uintptr_t x, int type, int64_
                      uintptr_t workspace, const std::string& kernel, int splits) {
   const gpu::DeviceGuard guard(device);
   const factors::Factors shape{n, k, rank};
-  factors::linear({pointer<const void>(x), static_cast<int8::Type>(type), m, ldx, pointer<const uint16_t>(packed),
-                   shape, pointer<const float>(bias), static_cast<int8::Activation>(activation), pointer<void>(y),
+  factors::linear({pointer<const void>(x), static_cast<Type>(type), m, ldx, pointer<const uint16_t>(packed), shape,
+                   pointer<const float>(bias), static_cast<Activation>(activation), pointer<void>(y),
                    pointer<void>(workspace), pointer<CUstream_st>(stream)},
                   plan_of(shape, type, m, kernel, splits));
 }

@@ -20,7 +20,7 @@ inline int8::cuda::Rows quantized_rows(uintptr_t x, int x_type, int64_t m, int64
                                        uintptr_t workspace, int8::cuda::Stream stream) {
   int8::cuda::Input input{};
   input.x = pointer<const void>(x);
-  input.type = static_cast<int8::Type>(x_type);
+  input.type = static_cast<Type>(x_type);
   input.m = m, input.k = k, input.ldx = ldx;
   input.header = pointer<const int8::cuda::Header>(packed);
   const int8::cuda::Rows rows = rows_in(workspace, m, k);

@@ -19,7 +19,7 @@ branch::Problem problem_of(uintptr_t stream, uintptr_t x, int x_type, int64_t m,
   check((factors | residual) % 16 == 0 && workspace % branch::kAlign == 0,
         "low_rank_linear: the packed weight is not aligned to 16 bytes or the workspace to ", branch::kAlign);
   branch::Problem problem{};
-  problem.x = pointer<const void>(x), problem.type = static_cast<int8::Type>(x_type);
+  problem.x = pointer<const void>(x), problem.type = static_cast<Type>(x_type);
   problem.m = m, problem.ldx = ldx;
   problem.shape = {n, k, rank};
   problem.factors = pointer<const uint16_t>(factors), problem.residual = pointer<const uint8_t>(residual);
@@ -34,7 +34,7 @@ void side_branch_linear(int device, uintptr_t stream, uintptr_t x, int x_type, i
   const gpu::DeviceGuard guard(device);
   branch::Problem problem = problem_of(stream, x, x_type, m, k, ldx, factors, residual, n, rank, workspace);
   problem.weight_scale = pointer<const float>(weight_scale), problem.bias = pointer<const float>(bias);
-  problem.activation = static_cast<int8::Activation>(activation);
+  problem.activation = static_cast<Activation>(activation);
   problem.y = pointer<void>(y);
   branch::linear(problem, kernel.empty() ? nullptr : &int8::cuda::kernel_named(kernel.c_str()));
 }

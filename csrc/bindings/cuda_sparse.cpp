@@ -32,9 +32,9 @@ void sparse_linear(int device, uintptr_t stream, uintptr_t x, int type, int64_t 
   check(packed % few::kChunk == 0, "sparse_linear: the packed weight is not aligned to ", few::kChunk,
         " bytes, expected what sparse_pack returns");
   const gpu::DeviceGuard guard(device);
-  few::linear({pointer<const void>(x), static_cast<sparse::Type>(type), m, k, ldx, pointer<const uint8_t>(packed),
-               packed_bytes, n, pointer<const float>(bias), static_cast<sparse::Activation>(activation),
-               pointer<void>(y), pointer<void>(workspace), pointer<CUstream_st>(stream)},
+  few::linear({pointer<const void>(x), static_cast<Type>(type), m, k, ldx, pointer<const uint8_t>(packed), packed_bytes,
+               n, pointer<const float>(bias), static_cast<Activation>(activation), pointer<void>(y),
+               pointer<void>(workspace), pointer<CUstream_st>(stream)},
               plan_of(packed_bytes, n, k, m, kernel, splits));
 }
 
@@ -46,7 +46,7 @@ py::bytes sparse_pack(uintptr_t mask, uintptr_t values, int64_t count, int type,
   {
     py::gil_scoped_release release;
     packed = few::pack_bitmap(pointer<const uint8_t>(mask), pointer<const uint16_t>(values), count,
-                              static_cast<sparse::Type>(type), n, k);
+                              static_cast<Type>(type), n, k);
   }
   return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
 }

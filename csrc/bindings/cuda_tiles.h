@@ -23,8 +23,8 @@ void tiles_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t
   problem.x = pointer<const void>(x), problem.ldx = ldx, problem.m = m;
   problem.packed = pointer<const uint8_t>(packed);
   problem.scale = pointer<const float>(scale), problem.bias = pointer<const float>(bias);
-  problem.activation = static_cast<int8::Activation>(activation);
-  problem.y = pointer<void>(y), problem.y_type = static_cast<int8::Type>(y_type);
+  problem.activation = static_cast<Activation>(activation);
+  problem.y = pointer<void>(y), problem.y_type = static_cast<Type>(y_type);
   problem.stream = pointer<CUstream_st>(stream);
   const auto* forced = kernel.empty() ? nullptr : &kKernelNamed(kernel.c_str());
   if (problem.shape.element == sparse::cuda::Element::int8)

@@ -24,7 +24,7 @@ few::Packed packed_in(const char* op, int bits, int64_t packed_bytes, int64_t n,
 }
 
 few::Plan plan_of(const few::Packed& shape, int type, int64_t m, const std::string& kernel, int splits) {
-  if (kernel.empty()) return few::plan(shape, static_cast<int8::Type>(type), m, gpu::device().multiprocessors);
+  if (kernel.empty()) return few::plan(shape, static_cast<Type>(type), m, gpu::device().multiprocessors);
   int count = 0;
   const few::Kernel* all = few::kernels(&count);
   for (int i = 0; i < count; ++i)
@@ -46,11 +46,10 @@ void weight_only_linear(int device, uintptr_t stream, int bits, uintptr_t x, int
   const gpu::DeviceGuard guard(device);
   const few::Packed shape = packed_in("weight_only", bits, packed_bytes, n, k);
   if (m == 0) return;
-  few::linear(
-      {pointer<const void>(x), static_cast<int8::Type>(type), m, ldx, pointer<const uint8_t>(packed), shape,
-       pointer<const float>(weight_scale), pointer<const float>(bias), static_cast<int8::Activation>(activation),
-       pointer<void>(y), pointer<void>(workspace), pointer<CUstream_st>(stream)},
-      plan_of(shape, type, m, kernel, splits));
+  few::linear({pointer<const void>(x), static_cast<Type>(type), m, ldx, pointer<const uint8_t>(packed), shape,
+               pointer<const float>(weight_scale), pointer<const float>(bias), static_cast<Activation>(activation),
+               pointer<void>(y), pointer<void>(workspace), pointer<CUstream_st>(stream)},
+              plan_of(shape, type, m, kernel, splits));
 }
 
 int64_t weight_only_packed_bytes(int bits, int64_t n, int64_t k, int group, bool symmetric) {
@@ -104,8 +103,7 @@ py::list weight_only_kernels() {
 // (kernel, parts of k) that would run for m rows on a device with so many multiprocessors.
 std::pair<std::string, int> weight_only_chosen_kernel(int bits, int64_t n, int64_t k, int group, bool symmetric,
                                                       int type, int64_t m, int multiprocessors) {
-  const few::Plan plan =
-      few::plan(shape_of(bits, n, k, group, symmetric), static_cast<int8::Type>(type), m, multiprocessors);
+  const few::Plan plan = few::plan(shape_of(bits, n, k, group, symmetric), static_cast<Type>(type), m, multiprocessors);
   return {plan.kernel->name, plan.splits};
 }
 

@@ -18,17 +18,17 @@ void run(const int4::Problem& p) {
 void int4_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uintptr_t packed, int64_t packed_bytes,
                  int64_t n, uintptr_t bias, int activation, uintptr_t y, int y_type, int threads) {
   const MaybeReleaseGil gil(m * n * k > kReleaseGil);
-  run({pointer<const void>(x), static_cast<int4::Type>(x_type), m, k, ldx, pointer<const uint8_t>(packed), packed_bytes,
-       n, pointer<const float>(bias), static_cast<int4::Activation>(activation), pointer<void>(y),
-       static_cast<int4::Type>(y_type), threads});
+  run({pointer<const void>(x), static_cast<Type>(x_type), m, k, ldx, pointer<const uint8_t>(packed), packed_bytes, n,
+       pointer<const float>(bias), static_cast<Activation>(activation), pointer<void>(y), static_cast<Type>(y_type),
+       threads});
 }
 
 bool int4_linear_tensors(py::handle x, py::handle packed, py::handle bias, int activation, py::handle y, int threads) {
   LinearTensors t;
   if (!t.read(x, packed, py::none(), bias, y)) return false;
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
-  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.bias, static_cast<int4::Activation>(activation),
-       t.y, t.type, threads});
+  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.bias, static_cast<Activation>(activation), t.y,
+       t.type, threads});
   return true;
 }
 

@@ -20,7 +20,7 @@ void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
                  int64_t n, uintptr_t weight_scale, uintptr_t bias, int activation, uintptr_t y, int y_type,
                  uintptr_t row_scale, uintptr_t zero_point, int threads) {
   const int8::Problem problem{pointer<const void>(x),
-                              static_cast<int8::Type>(x_type),
+                              static_cast<Type>(x_type),
                               m,
                               k,
                               ldx,
@@ -29,9 +29,9 @@ void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
                               n,
                               pointer<const float>(weight_scale),
                               pointer<const float>(bias),
-                              static_cast<int8::Activation>(activation),
+                              static_cast<Activation>(activation),
                               pointer<void>(y),
-                              static_cast<int8::Type>(y_type),
+                              static_cast<Type>(y_type),
                               pointer<float>(row_scale),
                               pointer<int32_t>(zero_point),
                               threads};
@@ -44,8 +44,8 @@ bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::hand
   LinearTensors t;
   if (scale_object.is_none() || !t.read(x_object, packed_object, scale_object, bias_object, y_object)) return false;
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
-  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias,
-       static_cast<int8::Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
+  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias, static_cast<Activation>(activation),
+       t.y, t.type, nullptr, nullptr, threads});
   return true;
 }
 
@@ -99,7 +99,7 @@ void bind_int8(py::module_& m) {
   m.def("int8_header", &int8_header);
   m.def("int8_quantize", [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, uintptr_t q,
                             uintptr_t scale, uintptr_t zero_point) {
-    int8::quantize(int8::best_kernel(), pointer<const void>(x), static_cast<int8::Type>(type), rows, k, ldx, bits,
+    int8::quantize(int8::best_kernel(), pointer<const void>(x), static_cast<Type>(type), rows, k, ldx, bits,
                    pointer<uint8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point));
   });
 }

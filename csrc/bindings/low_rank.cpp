@@ -16,7 +16,7 @@ void low_rank_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
                      int64_t n, uintptr_t bias, int activation, uintptr_t y, int y_type, uintptr_t intermediate,
                      int threads) {
   const low_rank::Problem problem{pointer<const void>(x),
-                                  static_cast<low_rank::Type>(x_type),
+                                  static_cast<Type>(x_type),
                                   m,
                                   k,
                                   ldx,
@@ -24,9 +24,9 @@ void low_rank_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
                                   packed_bytes,
                                   n,
                                   pointer<const float>(bias),
-                                  static_cast<low_rank::Activation>(activation),
+                                  static_cast<Activation>(activation),
                                   pointer<void>(y),
-                                  static_cast<low_rank::Type>(y_type),
+                                  static_cast<Type>(y_type),
                                   pointer<float>(intermediate),
                                   threads};
   const MaybeReleaseGil gil(multiply_adds(m, low_rank::header_of(problem.packed, packed_bytes)) > kReleaseGil);
@@ -39,7 +39,7 @@ bool low_rank_linear_tensors(py::handle x, py::handle packed, py::handle bias, i
   if (!t.read(x, packed, py::none(), bias, y)) return false;
   const MaybeReleaseGil gil(multiply_adds(t.m, low_rank::header_of(t.packed, t.packed_bytes)) > kReleaseGil);
   low_rank::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.bias,
-                    static_cast<low_rank::Activation>(activation), t.y, t.type, nullptr, threads});
+                    static_cast<Activation>(activation), t.y, t.type, nullptr, threads});
   return true;
 }
 

@@ -11,7 +11,7 @@ void sparse_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, u
                    int64_t n, uintptr_t weight_scale, uintptr_t bias, int activation, uintptr_t y, int y_type,
                    uintptr_t row_scale, uintptr_t zero_point, int threads) {
   const sparse::Problem problem{pointer<const void>(x),
-                                static_cast<sparse::Type>(x_type),
+                                static_cast<Type>(x_type),
                                 m,
                                 k,
                                 ldx,
@@ -20,9 +20,9 @@ void sparse_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, u
                                 n,
                                 pointer<const float>(weight_scale),
                                 pointer<const float>(bias),
-                                static_cast<sparse::Activation>(activation),
+                                static_cast<Activation>(activation),
                                 pointer<void>(y),
-                                static_cast<sparse::Type>(y_type),
+                                static_cast<Type>(y_type),
                                 pointer<float>(row_scale),
                                 pointer<int32_t>(zero_point),
                                 threads};
@@ -36,7 +36,7 @@ bool sparse_linear_tensors(py::handle x, py::handle packed, py::handle scale, py
   if (!t.read(x, packed, scale, bias, y)) return false;
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
   sparse::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias,
-                  static_cast<sparse::Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
+                  static_cast<Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
   return true;
 }
 
@@ -70,7 +70,7 @@ void sparse_conv2d(uintptr_t x, int type, int64_t images, int64_t channels, int6
                    int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_left,
                    int64_t dilation_h, int64_t dilation_w, int64_t out_h, int64_t out_w, uintptr_t y, int threads) {
   const sparse::Convolution problem{pointer<const void>(x),
-                                    static_cast<sparse::Type>(type),
+                                    static_cast<Type>(type),
                                     images,
                                     channels,
                                     height,
@@ -79,7 +79,7 @@ void sparse_conv2d(uintptr_t x, int type, int64_t images, int64_t channels, int6
                                     packed_bytes,
                                     n,
                                     pointer<const float>(bias),
-                                    static_cast<sparse::Activation>(activation),
+                                    static_cast<Activation>(activation),
                                     kernel_h,
                                     kernel_w,
                                     stride_h,

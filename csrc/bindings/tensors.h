@@ -27,17 +27,17 @@ inline bool read(py::handle object, dlpack::Tensor* tensor) {
   return tensor->device_type == dlpack::kCpu && tensor->dense();
 }
 
-inline int8::Type type_of(const dlpack::Tensor& tensor) {
-  if (tensor.is(dlpack::kFloat, 32)) return int8::Type::float32;
-  if (tensor.is(dlpack::kBfloat, 16)) return int8::Type::bfloat16;
-  return tensor.is(dlpack::kFloat, 16) ? int8::Type::float16 : int8::Type::int32;
+inline Type type_of(const dlpack::Tensor& tensor) {
+  if (tensor.is(dlpack::kFloat, 32)) return Type::float32;
+  if (tensor.is(dlpack::kBfloat, 16)) return Type::bfloat16;
+  return tensor.is(dlpack::kFloat, 16) ? Type::float16 : Type::int32;
 }
 
 // The short way for what is usual: dense float x, y of its dtype, operands of the right kind. Anything else is left
 // alone (read() gives false), for ops/ to handle or to refuse.
 struct LinearTensors {
   const void* x;
-  int8::Type type;
+  Type type;
   int64_t m, k, packed_bytes, n;
   const uint8_t* packed;
   const float *scale, *bias;  // or null
@@ -51,7 +51,7 @@ struct LinearTensors {
         !pycompress::read(y_object, &to))
       return false;
     type = type_of(from);
-    if (!weight.is(dlpack::kUInt, 8) || weight.ndim != 1 || type == int8::Type::int32 || type_of(to) != type ||
+    if (!weight.is(dlpack::kUInt, 8) || weight.ndim != 1 || type == Type::int32 || type_of(to) != type ||
         from.ndim == 0 || to.ndim != from.ndim)
       return false;
     m = 1;

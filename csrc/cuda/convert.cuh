@@ -1,13 +1,11 @@
 // 16-bit floats of a type that the compiler knows, as bits.
 #pragma once
 
-#include "../int8/gemm.h"
+#include "../common/types.h"
 #include "device.cuh"
 
 namespace pycompress::gpu {
 namespace {
-
-using int8::Type;
 
 template <Type kType>
 __device__ inline uint16_t rounded(float v) {

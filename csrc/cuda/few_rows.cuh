@@ -3,14 +3,12 @@
 // the main loop has no barrier; at the end the warps' sums are added, and, where k is split among blocks, the blocks'.
 #pragma once
 
-#include "../int8/activation.h"
+#include "../common/activation.h"
 #include "convert.cuh"
 #include "device.cuh"
 
 namespace pycompress::gpu {
 namespace {
-
-using int8::Activation;
 
 constexpr int kStep = 64;               // positions that a warp takes at once
 constexpr int kInputPitch = 2 * kStep;  // bytes of one row of x in a stage
@@ -79,7 +77,7 @@ __device__ inline void store(const Output& to, int64_t row, int64_t channel, flo
   if (channel >= to.n) return;
   if (to.scale != nullptr) v = v * to.scale[channel];
   if (to.bias != nullptr) v = v + to.bias[channel];
-  to.y[row * to.n + channel] = rounded<kType>(int8::activate(to.activation, int8::Scalar{v}).value);
+  to.y[row * to.n + channel] = rounded<kType>(activate(to.activation, Scalar{v}).value);
 }
 
 // sums[row][channel] of one warp, row stride kPitch, (+)= c.

@@ -14,7 +14,6 @@
 namespace pycompress::gpu {
 namespace {
 
-using int8::Activation;
 using int8::cuda::Floats;
 using int8::cuda::kLanes;
 
@@ -38,7 +37,7 @@ struct FloatOutput {
 inline FloatOutput float_output(const float* bias, void* y, int64_t m, int64_t n, int64_t ldy, Activation activation,
                                 Type type) {
   const bool vectors = n % kLanes == 0 && ldy % kLanes == 0 &&
-                       reinterpret_cast<uintptr_t>(y) % (kLanes * int8::size_of(type)) == 0 &&
+                       reinterpret_cast<uintptr_t>(y) % (kLanes * size_of(type)) == 0 &&
                        reinterpret_cast<uintptr_t>(bias) % 16 == 0;
   return {bias, y, m, n, ldy, activation, type, vectors};
 }
@@ -70,7 +69,7 @@ __device__ inline Floats biased(const FloatOutput& out, const float (&sums)[kLan
 __device__ inline void finish(const FloatOutput& out, const float (&sums)[kLanes], const FloatColumns& columns,
                               const FloatRow&, int64_t m, int64_t n) {
   const int count = out.n - n < kLanes ? static_cast<int>(out.n - n) : kLanes;
-  const Floats v = int8::activate(out.activation, biased(out, sums, columns));
+  const Floats v = activate(out.activation, biased(out, sums, columns));
   store_values(out.y, out.type, out.vectors, m * out.ldy + n, v, count);
 }
 

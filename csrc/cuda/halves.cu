@@ -26,9 +26,8 @@ const std::vector<Kernel>& table() {
 
 void check_problem(const Problem& p) {
   const auto misaligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 != 0; };
-  check(p.n >= 1 && p.k >= 1 && p.k <= int8::kMaxK && p.k_pad >= p.k && p.k_pad % kPadK == 0, "halves: w is ", p.n, "x",
-        p.k, " with ", p.k_pad, " values a row, expected n >= 1, k from 1 to ", int8::kMaxK, ", rows of a multiple of ",
-        kPadK);
+  check(p.n >= 1 && p.k >= 1 && p.k <= kMaxK && p.k_pad >= p.k && p.k_pad % kPadK == 0, "halves: w is ", p.n, "x", p.k,
+        " with ", p.k_pad, " values a row, expected n >= 1, k from 1 to ", kMaxK, ", rows of a multiple of ", kPadK);
   check(p.ldx >= p.k && p.ldx % 8 == 0 && !misaligned(p.x) && !misaligned(p.w), "halves: x at ", p.x, " with ", p.ldx,
         " values a row, w at ", p.w, ", expected both aligned to 16 bytes, rows of a multiple of 8 from ", p.k);
   check(p.ldy >= p.n, "halves: y has ", p.ldy, " values a row, expected at least ", p.n);

@@ -15,15 +15,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../int8/gemm.h"
+#include "../common/types.h"
 
 struct CUstream_st;
 
 namespace pycompress::halves {
 
 using Stream = CUstream_st*;  // cudaStream_t
-using int8::Activation;
-using int8::Type;
 
 constexpr int kPadK = 64;  // w's rows are whole lines of 128 bytes
 

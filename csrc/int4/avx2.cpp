@@ -8,8 +8,6 @@
 namespace pycompress::int4 {
 namespace {
 
-using int8::store256;
-
 constexpr int kMr = 4;
 
 // sum[row][half] (+)= the products of the four positions of a set.
@@ -114,17 +112,17 @@ void finish_as(const float* v, int rows, int columns, const Epilogue& e, uint8_t
   constexpr int size = kType == Type::float32 ? 4 : 2;
   for (int n = 0; n < columns; n += 8) {
     const __m256 offset = _mm256_loadu_ps(e.offset + n);
-    const int8::Vector bias{int8::load_floats_up_to(e.bias == nullptr ? nullptr : e.bias + n, columns - n)};
+    const Vector bias{load_floats_up_to(e.bias == nullptr ? nullptr : e.bias + n, columns - n)};
     for (int m = 0; m < rows; ++m) {
       const __m256 zero_point = _mm256_set1_ps(static_cast<float>(e.zero_point[m]));
       const __m256 u = _mm256_fnmadd_ps(zero_point, offset, _mm256_loadu_ps(v + m * kPanel + n));
-      int8::Vector r{_mm256_mul_ps(u, _mm256_set1_ps(e.row_scale[m]))};
+      Vector r{_mm256_mul_ps(u, _mm256_set1_ps(e.row_scale[m]))};
       if (e.bias_stride != 0)
-        r = r + int8::Vector{_mm256_loadu_ps(e.bias + m * e.bias_stride + n)};
+        r = r + Vector{_mm256_loadu_ps(e.bias + m * e.bias_stride + n)};
       else if (e.bias != nullptr)
         r = r + bias;
-      if (e.activation != Activation::none) r = int8::activate(e.activation, r);
-      const auto result = int8::converted<kType>(__m256i{}, r.value);
+      if (e.activation != Activation::none) r = activate(e.activation, r);
+      const auto result = converted<kType>(__m256i{}, r.value);
       uint8_t* at = y + (m * ldy + n) * size;
       if (columns - n >= 8)
         __builtin_memcpy(at, &result, sizeof(result));

@@ -3,13 +3,11 @@
 // them.
 #pragma once
 
-#include "../int8/avx2_vector.h"
+#include "../common/avx2_vector.h"
 #include "gemm.h"
 
 namespace pycompress::int4 {
 namespace {
-
-using int8::load256;
 
 constexpr int kSets = kUnit / 4, kSetBytes = 4 * kPanel;
 

@@ -58,7 +58,7 @@ class Worker {
       zero_point_ = p_.quantized->zero_point + row;
       return;
     }
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * int8::size_of(p_.x_type);
+    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
     int8::best_kernel().quantize(x, p_.x_type, p_.ldx, rows, shape_, (1 << kActivationBits) - 1, q_room_, own_scale_,
                                  own_zero_point_);
   }
@@ -88,8 +88,7 @@ class Worker {
 
  private:
   uint8_t* result(int64_t panel, int row) const {
-    return static_cast<uint8_t*>(p_.y) +
-           static_cast<size_t>((row_ + row) * p_.n + panel * kPanel) * int8::size_of(p_.y_type);
+    return static_cast<uint8_t*>(p_.y) + static_cast<size_t>((row_ + row) * p_.n + panel * kPanel) * size_of(p_.y_type);
   }
 
   // A store that misses would stall the next one.

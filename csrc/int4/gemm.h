@@ -29,10 +29,6 @@
 
 namespace pycompress::int4 {
 
-using int8::Activation;
-using int8::Type;
-
-constexpr int64_t kMaxK = int8::kMaxK;
 constexpr int kUnit = 32;        // positions of k that are unpacked together
 constexpr int kPanel = 16;       // channels that lie together
 constexpr int kUnitBytes = 256;  // of one unit of one panel

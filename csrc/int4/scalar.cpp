@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../int8/activation.h"
-#include "../int8/float16.h"
+#include "../common/activation.h"
+#include "../common/float16.h"
 #include "kernel_list.h"
 #include "pack.h"
 
@@ -20,7 +20,7 @@ void expand(const Panel& panel, const Expanded& to) {
     for (int n = 0; n < kPanel; ++n) {
       const uint8_t byte = panel.nibbles[i / kUnit * kUnitBytes + nibble_byte(i % kUnit, n)];
       to.weights[byte_of(i, n)] = static_cast<int8_t>(nibble(byte, is_high(i)) - zero_of(panel, group, n));
-      to.scale[group * kPanel + n] = int8::to_float(static_cast<uint32_t>(panel.scale[group * kPanel + n]) << 16);
+      to.scale[group * kPanel + n] = to_float(static_cast<uint32_t>(panel.scale[group * kPanel + n]) << 16);
     }
   }
 }
@@ -45,9 +45,9 @@ void finish(const float* v, int rows, int columns, const Epilogue& e, void* y, p
   for (int m = 0; m < rows; ++m)
     for (int n = 0; n < columns; ++n) {
       const float u = std::fma(-static_cast<float>(e.zero_point[m]), e.offset[n], v[m * kPanel + n]);
-      int8::Scalar r{u * e.row_scale[m]};
-      if (e.bias != nullptr) r = r + int8::Scalar{e.bias[m * e.bias_stride + n]};
-      int8::store(y, e.type, m * ldy + n, int8::activate(e.activation, r).value);
+      Scalar r{u * e.row_scale[m]};
+      if (e.bias != nullptr) r = r + Scalar{e.bias[m * e.bias_stride + n]};
+      put_float(y, e.type, m * ldy + n, activate(e.activation, r).value);
     }
 }
 

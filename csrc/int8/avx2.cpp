@@ -5,7 +5,7 @@
 // other pipes.
 #include <immintrin.h>
 
-#include "avx2_vector.h"
+#include "../common/avx2_vector.h"
 #include "kernel_list.h"
 #include "pack.h"
 

@@ -1,5 +1,5 @@
 // The windows layout on AVX2: 4 rows x 16 channels.
-#include "avx2_vector.h"
+#include "../common/avx2_vector.h"
 #include "kernel_list.h"
 #include "windows.h"
 

@@ -3,8 +3,8 @@
 
 #include <cstring>
 
+#include "../common/activation.h"
 #include "../cuda/device.cuh"
-#include "activation.h"
 #include "cuda.h"
 
 namespace pycompress::int8::cuda {

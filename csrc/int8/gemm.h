@@ -18,15 +18,11 @@
 #include <cstdint>
 
 #include "../common/isa.h"
+#include "../common/types.h"
 
 namespace pycompress::int8 {
 
-constexpr int64_t kMaxK = 65536;  // 255 * 127 * 65536 < 2^31
-constexpr int kBlockK = 1024;     // positions of k whose panel stays in a 32 KiB L1 beside four rows of activations
-
-enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3 };  // int32: the accumulators as they are
-constexpr size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+constexpr int kBlockK = 1024;  // positions of k whose panel stays in a 32 KiB L1 beside four rows of activations
 
 // How the weights of one panel (nr output channels) lie in memory.
 //   rows:   int8 [nr][k]                     read by the scalar kernel

@@ -7,10 +7,10 @@
 // Floor: the bytes of x plus one byte an element, at the memory's bandwidth.
 #include <type_traits>
 
+#include "../common/activation.h"
 #include "../common/check.h"
 #include "../common/round.h"
 #include "../cuda/launch.h"
-#include "activation.h"
 #include "quantize.cuh"
 
 namespace pycompress::int8::cuda {

@@ -2,8 +2,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "activation.h"
-#include "float16.h"
+#include "../common/activation.h"
+#include "../common/float16.h"
 #include "kernel_list.h"
 
 namespace pycompress::int8 {
@@ -19,7 +19,7 @@ void quantize(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape
     float low = 0, high = 0;
     bool finite = true;
     for (int k = 0; k < shape.k; ++k) {
-      const float value = load(x, type, m * ldx + k);
+      const float value = float_at(x, type, m * ldx + k);
       finite = finite && std::isfinite(value);
       low = value < low ? value : low;
       high = value > high ? value : high;
@@ -34,7 +34,7 @@ void quantize(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape
     const int zero = clamp(static_cast<int>(rint_even(-low * inverse)), amax);
     zero_point[m] = zero;
     for (int k = 0; k < shape.k; ++k) {
-      const int q = clamp(static_cast<int>(rint_even(load(x, type, m * ldx + k) * inverse)) + zero, amax);
+      const int q = clamp(static_cast<int>(rint_even(float_at(x, type, m * ldx + k) * inverse)) + zero, amax);
       data[k] = static_cast<uint8_t>(q);  // one version only: its blocks lie end to end
     }
   }
@@ -63,7 +63,7 @@ void finish(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, 
       }
       Scalar v{(static_cast<float>(acc) * e.row_scale[m]) * e.weight_scale[n]};
       if (e.bias != nullptr) v = v + Scalar{e.bias[m * e.bias_stride + n]};
-      store(y, e.type, i, activate(e.activation, v).value);
+      put_float(y, e.type, i, activate(e.activation, v).value);
     }
 }
 

@@ -1,7 +1,7 @@
 // AVX2 and FMA: six rows x 16 channels, 12 sums in registers. Per position two loads of weights, six broadcasts of x
 // and 12 FMAs: 8 of 12 load slots, so the FMAs bind and the floor is their peak. Up to three rows the weights are read
 // once and used as often as there are rows: then their bandwidth binds, and phases hide the latency of the FMAs.
-#include "../int8/avx2_vector.h"
+#include "../common/avx2_vector.h"
 #include "kernel_list.h"
 
 namespace pycompress::low_rank {
@@ -84,10 +84,10 @@ template <Type kType>
 void load_as(const void* x, ptrdiff_t ldx, int rows, int64_t k, float* out, ptrdiff_t ldo) {
   for (int m = 0; m < rows; ++m, out += ldo) {
     int64_t i = 0;
-    for (; i + 8 <= k; i += 8) _mm256_storeu_ps(out + i, int8::load_floats<kType>(x, m * ldx + i));
+    for (; i + 8 <= k; i += 8) _mm256_storeu_ps(out + i, load_floats<kType>(x, m * ldx + i));
     if (i == k) continue;
     alignas(32) float tail[8];
-    _mm256_store_ps(tail, int8::load_tail<kType>(x, m * ldx + i, static_cast<int>(k - i)));
+    _mm256_store_ps(tail, load_tail<kType>(x, m * ldx + i, static_cast<int>(k - i)));
     for (int j = 0; i + j < k; ++j) out[i + j] = tail[j];
   }
 }
@@ -103,8 +103,8 @@ void finish_as(const float* c, ptrdiff_t ldc, int rows, int columns, Activation 
   constexpr int size = kType == Type::float32 ? 4 : 2;
   for (int m = 0; m < rows; ++m, c += ldc, y += ldy * size)
     for (int n = 0; n < columns; n += 8) {
-      const int8::Vector v{int8::load_floats_up_to(c + n, columns - n)};
-      const auto result = int8::converted<kType>(__m256i{}, int8::activate(activation, v).value);
+      const Vector v{load_floats_up_to(c + n, columns - n)};
+      const auto result = converted<kType>(__m256i{}, activate(activation, v).value);
       const size_t bytes = static_cast<size_t>(columns - n < 8 ? (columns - n) * size : 8 * size);
       __builtin_memcpy(y + n * size, &result, bytes);
     }

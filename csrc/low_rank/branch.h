@@ -29,11 +29,8 @@
 
 namespace pycompress::low_rank::branch {
 
-using int8::Activation;
-using int8::Type;
 using int8::cuda::Stream;
 
-constexpr int64_t kMaxK = int8::kMaxK;
 constexpr int kMaxRank = 128;
 
 // --- how quantize_down shares its work: kRows rows a block, whose warps take every warps(k)-th step of k

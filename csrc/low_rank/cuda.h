@@ -31,17 +31,14 @@
 #include <vector>
 
 #include "../common/round.h"
-#include "../int8/gemm.h"
+#include "../common/types.h"
 
 struct CUstream_st;
 
 namespace pycompress::low_rank::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
-using int8::Activation;
-using int8::Type;
 
-constexpr int64_t kMaxK = int8::kMaxK;
 constexpr int kMaxRows = 32;     // in one pass of few.cu over the factors
 constexpr int kFusedRank = 128;  // the greatest of fused.cu
 constexpr int kMaxSplits = 16;

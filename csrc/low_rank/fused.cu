@@ -192,7 +192,7 @@ struct Block {
           if (m >= of.m || n >= of.n) continue;
           const float4 four = *reinterpret_cast<const float4*>(at(r, column));
           const Floats v = Floats{{four.x, four.y, four.z, four.w}} + bias;
-          store<C::kType>(of, m, n, int8::activate(of.activation, v));
+          store<C::kType>(of, m, n, activate(of.activation, v));
         }
         __syncwarp();
       }

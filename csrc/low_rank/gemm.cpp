@@ -40,8 +40,6 @@ constexpr double kSerialOperations = 1e5;
 
 thread_local Scratch scratch;
 
-using int8::size_of;
-
 const uint8_t* part_of(const uint8_t* packed, const Part& part) {
   return part.bytes == 0 ? nullptr : packed + part.offset;
 }

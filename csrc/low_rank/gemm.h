@@ -31,14 +31,10 @@
 #include <cstdint>
 
 #include "../common/isa.h"
-#include "../int8/gemm.h"
+#include "../common/types.h"
 
 namespace pycompress::low_rank {
 
-using int8::Activation;
-using int8::Type;
-
-constexpr int64_t kMaxK = int8::kMaxK;
 constexpr int kPanel = 16;   // channels of one panel of a packed float32 matrix: float [panels][k][kPanel], zero padded
 constexpr int kFewRows = 3;  // up to here `few` runs
 

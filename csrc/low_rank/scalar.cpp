@@ -1,8 +1,8 @@
 // The specification, and what runs where no other kernel can: every result one chain of fused multiply-adds.
 #include <cmath>
 
-#include "../int8/activation.h"
-#include "../int8/float16.h"
+#include "../common/activation.h"
+#include "../common/float16.h"
 #include "kernel_list.h"
 
 namespace pycompress::low_rank {
@@ -20,14 +20,14 @@ void multiply(const Product& p) {
 
 void load(const void* x, Type type, ptrdiff_t ldx, int rows, int64_t k, float* out, ptrdiff_t ldo) {
   for (int m = 0; m < rows; ++m)
-    for (int64_t i = 0; i < k; ++i) out[m * ldo + i] = int8::load(x, type, m * ldx + i);
+    for (int64_t i = 0; i < k; ++i) out[m * ldo + i] = float_at(x, type, m * ldx + i);
 }
 
 void finish(const float* c, ptrdiff_t ldc, int rows, int columns, Activation activation, Type type, void* y,
             ptrdiff_t ldy) {
   for (int m = 0; m < rows; ++m)
     for (int n = 0; n < columns; ++n)
-      int8::store(y, type, m * ldy + n, int8::activate(activation, int8::Scalar{c[m * ldc + n]}).value);
+      put_float(y, type, m * ldy + n, activate(activation, Scalar{c[m * ldc + n]}).value);
 }
 
 }  // namespace

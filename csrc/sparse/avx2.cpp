@@ -5,15 +5,12 @@
 // on a pipe that FMA leaves free; narrow tiles take several channels at once, for eight sums in flight (FMA takes four
 // cycles, two start in each). The sums of the channel after next are prefetched: channels come in the order of their
 // length, which no hardware prefetcher foresees.
-#include "../int8/avx2_vector.h"
+#include "../common/avx2_vector.h"
 #include "../int8/kernel_list.h"
 #include "kernel_list.h"
 
 namespace pycompress::sparse {
 namespace {
-
-using int8::load256;
-using int8::store256;
 
 inline __m256 loads(const float* p) { return _mm256_loadu_ps(p); }
 
@@ -46,10 +43,10 @@ template <Type kType>
 void load_columns(const void* x, ptrdiff_t ldx, int rows, int64_t k, int width, float* out) {
   if (width == 1) {
     int64_t i = 0;
-    for (; i + 8 <= k; i += 8) _mm256_storeu_ps(out + i, int8::load_floats<kType>(x, i));
+    for (; i + 8 <= k; i += 8) _mm256_storeu_ps(out + i, load_floats<kType>(x, i));
     if (i < k) {
       alignas(32) float tail[8];
-      _mm256_store_ps(tail, int8::load_tail<kType>(x, i, static_cast<int>(k - i)));
+      _mm256_store_ps(tail, load_tail<kType>(x, i, static_cast<int>(k - i)));
       for (int j = 0; i + j < k; ++j) out[i + j] = tail[j];
     }
     return;
@@ -67,11 +64,10 @@ void load_columns(const void* x, ptrdiff_t ldx, int rows, int64_t k, int width, 
         __m256 r[8];
         if (m + 8 <= rows) {
 #pragma GCC unroll 8
-          for (int j = 0; j < 8; ++j) r[j] = int8::load_floats<kType>(x, at + j * ldx);
+          for (int j = 0; j < 8; ++j) r[j] = load_floats<kType>(x, at + j * ldx);
         } else {
 #pragma GCC unroll 8
-          for (int j = 0; j < 8; ++j)
-            r[j] = m + j < rows ? int8::load_floats<kType>(x, at + j * ldx) : _mm256_setzero_ps();
+          for (int j = 0; j < 8; ++j) r[j] = m + j < rows ? load_floats<kType>(x, at + j * ldx) : _mm256_setzero_ps();
         }
         transpose(r);
 #pragma GCC unroll 8
@@ -85,7 +81,7 @@ void load_columns(const void* x, ptrdiff_t ldx, int rows, int64_t k, int width, 
       __m256 r[8];
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j)
-        r[j] = m + j < rows ? int8::load_tail<kType>(x, (m + j) * ldx + i, left) : _mm256_setzero_ps();
+        r[j] = m + j < rows ? load_tail<kType>(x, (m + j) * ldx + i, left) : _mm256_setzero_ps();
       transpose(r);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) _mm256_store_ps(buffer[j], r[j]);
@@ -493,7 +489,7 @@ void tile_quads4(const Block& block, const void* tile, int width, void* sums, bo
 
 template <Type kType>
 inline void store_result(__m256 value, uint8_t* y, int columns) {
-  const auto result = int8::converted<kType>(_mm256_setzero_si256(), value);
+  const auto result = converted<kType>(_mm256_setzero_si256(), value);
   if (columns >= 8) {
     __builtin_memcpy(y, &result, sizeof(result));
     return;
@@ -510,13 +506,13 @@ void finish_columns(const float* sums, int width, int rows, int columns, const i
   for (int n = 0; n < columns; n += 8, sums += 8 * width, y += 8 * size) {
     const int left = columns - n;
     // To add -0 changes nothing, not even a zero.
-    const __m256 shared = e.bias == nullptr ? _mm256_set1_ps(-0.0f) : int8::load_floats_up_to(e.bias + n, left);
+    const __m256 shared = e.bias == nullptr ? _mm256_set1_ps(-0.0f) : load_floats_up_to(e.bias + n, left);
     const auto bias = [&](int m) {
       return e.bias_stride == 0 ? shared : _mm256_loadu_ps(e.bias + m * e.bias_stride + n);
     };
     if (width == 1) {
-      const int8::Vector v{_mm256_add_ps(int8::load_floats_up_to(sums, left), bias(0))};
-      store_result<kType>(int8::activate(e.activation, v).value, y, left);
+      const Vector v{_mm256_add_ps(load_floats_up_to(sums, left), bias(0))};
+      store_result<kType>(activate(e.activation, v).value, y, left);
       continue;
     }
     for (int m = 0; m < rows; m += 8) {
@@ -533,8 +529,8 @@ void finish_columns(const float* sums, int width, int rows, int columns, const i
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) _mm256_store_ps(turned[j], r[j]);
       for (int j = 0; j < 8 && m + j < rows; ++j) {
-        const int8::Vector v{_mm256_add_ps(_mm256_load_ps(turned[j]), bias(m + j))};
-        store_result<kType>(int8::activate(e.activation, v).value, y + (m + j) * ldy * size, left);
+        const Vector v{_mm256_add_ps(_mm256_load_ps(turned[j]), bias(m + j))};
+        store_result<kType>(activate(e.activation, v).value, y + (m + j) * ldy * size, left);
       }
     }
   }
@@ -547,9 +543,9 @@ void finish_rows(const float* sums, int width, int rows, int columns, const int8
   for (int n = 0; n < columns; ++n, sums += width, y += ldy * size) {
     const __m256 bias = _mm256_set1_ps(e.bias == nullptr ? -0.0f : e.bias[n]);
     for (int m = 0; m < rows; m += 8) {
-      const __m256 sum = width < 8 ? int8::load_floats_up_to(sums, width) : loads(sums + m);
-      const int8::Vector v{_mm256_add_ps(sum, bias)};
-      store_result<kType>(int8::activate(e.activation, v).value, y + m * size, rows - m);
+      const __m256 sum = width < 8 ? load_floats_up_to(sums, width) : loads(sums + m);
+      const Vector v{_mm256_add_ps(sum, bias)};
+      store_result<kType>(activate(e.activation, v).value, y + m * size, rows - m);
     }
   }
 }

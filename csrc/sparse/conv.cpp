@@ -13,8 +13,6 @@ namespace {
 
 thread_local Scratch scratch;
 
-using int8::size_of;
-
 class Worker {
  public:
   Worker(const Convolution& problem, const Header& header, const Kernel& kernel, int width, int64_t blocks)

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../common/host_device.h"
-#include "gemm.h"
+#include "../common/types.h"
 
 namespace pycompress::sparse::cuda {
 

@@ -19,8 +19,6 @@ namespace pycompress::sparse::cuda {
 namespace {
 
 using gpu::finish_plain;
-using int8::Activation;
-using int8::Type;
 using int8::cuda::finish_plain;
 using int8::cuda::kLanes;
 

@@ -22,8 +22,6 @@ const Kernel* const kKernels[] = {
 
 thread_local Scratch scratch;
 
-using int8::size_of;
-
 // One thread's share of a call.
 class Worker {
  public:

@@ -30,10 +30,6 @@
 
 namespace pycompress::sparse {
 
-using int8::Activation;
-using int8::Type;
-
-constexpr int64_t kMaxK = int8::kMaxK;
 constexpr int kMaxWidth = 64;  // rows of x in one tile, at most: 64, 32, 16, 8 or 1
 constexpr int kPanel = 16;     // channels that share their positions in the panels format
 

@@ -1,8 +1,8 @@
 // The specification: plain loops over the elements of a block, as gemm.h and pack.h describe them.
 #include <cmath>
 
-#include "../int8/activation.h"
-#include "../int8/float16.h"
+#include "../common/activation.h"
+#include "../common/float16.h"
 #include "../int8/kernel_list.h"
 #include "kernel_list.h"
 
@@ -13,7 +13,7 @@ namespace {
 void load_float(const void* x, Type type, ptrdiff_t ldx, int rows, int64_t k, int width, void* tile) {
   auto* out = static_cast<float*>(tile);
   for (int64_t i = 0; i < k; ++i)
-    for (int m = 0; m < width; ++m) out[i * width + m] = m < rows ? int8::load(x, type, m * ldx + i) : 0.0f;
+    for (int m = 0; m < width; ++m) out[i * width + m] = m < rows ? float_at(x, type, m * ldx + i) : 0.0f;
 }
 
 void load_bytes(const void* x, Type, ptrdiff_t ldx, int rows, int64_t k, int width, void* tile) {
@@ -94,9 +94,9 @@ void tile_quads4(const Block& block, const void* tile, int width, void* sums, bo
 void finish_float(const void* sums, int width, int rows, int columns, const int8::Epilogue& e, void* y, ptrdiff_t ldy) {
   for (int m = 0; m < rows; ++m)
     for (int n = 0; n < columns; ++n) {
-      int8::Scalar v{static_cast<const float*>(sums)[n * width + m]};
-      if (e.bias != nullptr) v = v + int8::Scalar{e.bias[m * e.bias_stride + n]};
-      int8::store(y, e.type, m * ldy + n, int8::activate(e.activation, v).value);
+      Scalar v{static_cast<const float*>(sums)[n * width + m]};
+      if (e.bias != nullptr) v = v + Scalar{e.bias[m * e.bias_stride + n]};
+      put_float(y, e.type, m * ldy + n, activate(e.activation, v).value);
     }
 }
 
@@ -104,9 +104,9 @@ void finish_channels(const void* sums, int width, int rows, int columns, const i
                      ptrdiff_t ldy) {
   for (int n = 0; n < columns; ++n)
     for (int m = 0; m < rows; ++m) {
-      int8::Scalar v{static_cast<const float*>(sums)[n * width + m]};
-      if (e.bias != nullptr) v = v + int8::Scalar{e.bias[n]};
-      int8::store(y, e.type, n * ldy + m, int8::activate(e.activation, v).value);
+      Scalar v{static_cast<const float*>(sums)[n * width + m]};
+      if (e.bias != nullptr) v = v + Scalar{e.bias[n]};
+      put_float(y, e.type, n * ldy + m, activate(e.activation, v).value);
     }
 }
 

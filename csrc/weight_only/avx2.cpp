@@ -29,7 +29,7 @@ void expand_int4(const int4::Panel& panel, float* to) {
     for (int pair = 0; pair < pairs; ++pair, from += 4 * kPanel, to += 8 * kPanel)
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        const __m256i bytes = int8::load256(from + 32 * j);
+        const __m256i bytes = load256(from + 32 * j);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
           const __m256i value = _mm256_and_si256(_mm256_srli_epi32(bytes, 8 * (i % 4) + 4 * (i / 4)), mask);

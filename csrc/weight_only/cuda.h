@@ -26,7 +26,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../int8/gemm.h"
+#include "../common/types.h"
 #include "shuffle.h"
 
 struct CUstream_st;
@@ -34,10 +34,7 @@ struct CUstream_st;
 namespace pycompress::weight_only::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t
-using int8::Activation;
-using int8::Type;
 
-constexpr int64_t kMaxK = int8::kMaxK;
 constexpr int kMaxRows = 64;    // in one pass over the weights
 constexpr int kMaxSplits = 16;  // parts of k in different blocks
 

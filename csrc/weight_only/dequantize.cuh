@@ -9,8 +9,6 @@
 namespace pycompress::weight_only::cuda {
 namespace {
 
-using int8::Type;
-
 template <class To, class From>
 __device__ inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));

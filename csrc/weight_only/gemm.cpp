@@ -71,7 +71,7 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * int8::size_of(p_.x_type);
+    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
     if (p_.x_type == Type::float32) {
       x_ = reinterpret_cast<const float*>(x);
       ldx_ = p_.ldx;
@@ -103,7 +103,7 @@ class Worker {
         const float bias = p_.bias == nullptr ? 0.0f : p_.bias[n + c];
         v = p_.weight_scale == nullptr ? v + bias : v * p_.weight_scale[n + c] + bias;
       }
-    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * int8::size_of(p_.y_type);
+    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * size_of(p_.y_type);
     product_.finish(sums_, kPanel, rows_, columns, p_.activation, p_.y_type, y, p_.n);
   }
 

@@ -20,9 +20,6 @@
 
 namespace pycompress::weight_only {
 
-using int8::Activation;
-using int8::Type;
-
 constexpr int kPanel = 16;    // channels that lie together
 constexpr int kBlockK = 256;  // positions whose floats, 16 KiB, stay in the L1 while rows pass over them
 

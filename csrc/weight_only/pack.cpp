@@ -17,8 +17,8 @@ constexpr uint64_t kAlignment = 64;
 }  // namespace
 
 std::vector<uint8_t> pack(const int8_t* values, int64_t n, int64_t k) {
-  check(n >= 1 && n < (int64_t{1} << 31) && k >= 1 && k <= int8::kMaxK, "int8_pack: the weight is [", n, ", ", k,
-        "], expected at least one row and 1 to ", int8::kMaxK, " columns");
+  check(n >= 1 && n < (int64_t{1} << 31) && k >= 1 && k <= kMaxK, "int8_pack: the weight is [", n, ", ", k,
+        "], expected at least one row and 1 to ", kMaxK, " columns");
   check(std::find(values, values + n * k, int8_t{-128}) == values + n * k,
         "int8_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)");
   Header h{};

@@ -1,6 +1,6 @@
 // The specification of the two ways from integers to floats.
+#include "../common/float16.h"
 #include "../int4/pack.h"
-#include "../int8/float16.h"
 #include "kernel_list.h"
 
 namespace pycompress::weight_only {
@@ -16,7 +16,7 @@ void expand_int4(const int4::Panel& panel, float* to) {
     for (int n = 0; n < kPanel; ++n) {
       const int byte = unit * int4::kUnitBytes + int4::nibble_byte(i % int4::kUnit, n);
       const int value = int4::nibble(panel.nibbles[byte], int4::is_high(i));
-      const float scale = int8::to_float(static_cast<uint32_t>(panel.scale[group * kPanel + n]) << 16);
+      const float scale = to_float(static_cast<uint32_t>(panel.scale[group * kPanel + n]) << 16);
       to[i * kPanel + n] = static_cast<float>(value - int4::zero_of(panel, group, n)) * scale;
     }
   }

@@ -6,10 +6,10 @@
 #include <cmath>
 
 #include "addend.h"
+#include "common/activation.h"
 #include "int4/kernel_list.h"
 #include "int4/pack.h"
 #include "int4_weight.h"
-#include "int8/activation.h"
 #include "int8/kernel_list.h"
 #include "sparse_weight.h"
 
@@ -130,7 +130,7 @@ void run_finish(const int4::Kernel& kernel, int rows, int columns, Type type, Ac
   }
   const int ldy = columns + cases % 4;
   const size_t count = span(rows, ldy, columns);
-  Guarded<uint8_t> y(count * int8::size_of(type), edge), expected(y.size());
+  Guarded<uint8_t> y(count * size_of(type), edge), expected(y.size());
   y.fill(0x55), expected.fill(0x55);
   const int4::Epilogue epilogue{
       offset.data(), cases % 3 ? bias.data() : nullptr, bias_stride, row_scale.data(), zero_point.data(), activation,
@@ -234,19 +234,19 @@ std::vector<float> products(const Problem& p, const Int4Weight& w) {
 }
 
 std::vector<uint8_t> results(const Problem& p, const std::vector<float>& product) {
-  std::vector<uint8_t> y(product.size() * int8::size_of(p.y_type));
+  std::vector<uint8_t> y(product.size() * size_of(p.y_type));
   for (size_t i = 0; i < product.size(); ++i) {
-    int8::Scalar v{product[i]};
-    if (p.bias != nullptr) v = v + int8::Scalar{p.bias[i % static_cast<size_t>(p.n)]};
-    int8::store(y.data(), p.y_type, static_cast<ptrdiff_t>(i), int8::activate(p.activation, v).value);
+    Scalar v{product[i]};
+    if (p.bias != nullptr) v = v + Scalar{p.bias[i % static_cast<size_t>(p.n)]};
+    put_float(y.data(), p.y_type, static_cast<ptrdiff_t>(i), activate(p.activation, v).value);
   }
   return y;
 }
 
 struct Result : Guarded<uint8_t> {
   Result(Problem problem, const int4::Kernel& kernel, Edge edge, size_t gap)
-      : Guarded(static_cast<size_t>(problem.m * problem.n) * int8::size_of(problem.y_type), edge,
-                gap * int8::size_of(problem.y_type)) {
+      : Guarded(static_cast<size_t>(problem.m * problem.n) * size_of(problem.y_type), edge,
+                gap * size_of(problem.y_type)) {
     fill(0x55);
     problem.y = data();
     int4::linear(problem, kernel);
@@ -281,7 +281,7 @@ void check_not_finite(const Case& c, Problem problem, Input& x, const std::vecto
   for (int row = 0; row < c.m; ++row) {
     const size_t at = static_cast<size_t>(row) * row_bytes;
     if (row != bad) right = right && same(y.data() + at, before.data() + at, c.y_type, static_cast<size_t>(c.n));
-    for (int n = 0; n < c.n && row == bad; ++n) right = right && std::isnan(int8::load(y.data() + at, c.y_type, n));
+    for (int n = 0; n < c.n && row == bad; ++n) right = right && std::isnan(float_at(y.data() + at, c.y_type, n));
   }
   expect(right, text("NaN and Inf, ", kernel.name));
   x.set(bad, c.number % c.k, saved);
@@ -391,7 +391,7 @@ void check_integers(const std::string& which, int m, const Int4Weight& w, int ze
     const Result y(problem, *kernel, Edge::end, 0);
     bool right = true;
     for (size_t i = 0; i < expected.size(); ++i)
-      right = right && int8::load(y.data(), Type::float32, static_cast<ptrdiff_t>(i)) == expected[i];
+      right = right && float_at(y.data(), Type::float32, static_cast<ptrdiff_t>(i)) == expected[i];
     expect(right, kernel->name);
   }
 }

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "common/float16.h"
 #include "guarded.h"
 #include "int4/pack.h"
-#include "int8/float16.h"
 #include "report.h"
 
 namespace native {
@@ -27,7 +27,7 @@ struct PackedBytes : Guarded<uint8_t> {
   }
 };
 
-inline float float_of_bfloat16(uint16_t bits) { return pycompress::int8::to_float(static_cast<uint32_t>(bits) << 16); }
+inline float float_of_bfloat16(uint16_t bits) { return pycompress::to_float(static_cast<uint32_t>(bits) << 16); }
 
 // The canonical weight between guard pages. The nibbles behind the last value and the last zero point of a row are 0.
 class Int4Weight {

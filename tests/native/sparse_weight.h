@@ -9,16 +9,16 @@
 #include <string>
 #include <vector>
 
+#include "common/float16.h"
 #include "guarded.h"
-#include "int8/float16.h"
 #include "report.h"
 #include "sparse/gemm.h"
 #include "sparse/pack.h"
 
 namespace native {
 
+using pycompress::Type;
 using pycompress::sparse::Format;
-using pycompress::sparse::Type;
 
 // Which weights stay: blocks of `rows` x `columns`, each with probability `density`, or `keep` of each `of`
 // consecutive ones. Uneven: most channels have few weights or none, some all.
@@ -128,7 +128,7 @@ inline bool runs_here(Format format) {
 // Numbers that are hard to round or to put through an activation.
 inline float hard_value(size_t i, std::mt19937& random) {
   constexpr float kHard[] = {0.0f, -0.0f, INFINITY, -INFINITY, 1e30f, -1e30f, 65519.0f, 65520.0f, 1e-8f, -1e-40f};
-  if (i % 23 == 22) return pycompress::int8::to_float(0x7fffffff);  // a NaN that rounding up would turn into a zero
+  if (i % 23 == 22) return pycompress::to_float(0x7fffffff);  // a NaN that rounding up would turn into a zero
   return i % 3 == 0 ? kHard[i / 3 % 10] : std::normal_distribution<float>(0, 3)(random);
 }
 
@@ -151,14 +151,14 @@ class Input {
         set(row, i, value);
       }
   }
-  float at(int row, int i) const { return pycompress::int8::load(bytes_.data(), type_, ptrdiff_t{row} * ldx_ + i); }
+  float at(int row, int i) const { return pycompress::float_at(bytes_.data(), type_, ptrdiff_t{row} * ldx_ + i); }
   const void* data() const { return bytes_.data(); }
   Type type() const { return type_; }
   int ldx() const { return ldx_; }
 
  private:
   static size_t count(int m, int k, int ldx) { return m == 0 ? 0 : static_cast<size_t>((m - 1) * ldx + k); }
-  void store(size_t i, float value) { pycompress::int8::store(bytes_.data(), type_, static_cast<ptrdiff_t>(i), value); }
+  void store(size_t i, float value) { pycompress::put_float(bytes_.data(), type_, static_cast<ptrdiff_t>(i), value); }
 
   Type type_;
   int k_, ldx_;
@@ -174,7 +174,7 @@ inline bool same(const void* a, const void* b, Type type, size_t count) {
     if (std::memcmp(at, static_cast<const char*>(b) + i * size, size) == 0) continue;
     if (type == Type::int32) return false;
     const auto index = static_cast<ptrdiff_t>(i);
-    if (!std::isnan(pycompress::int8::load(a, type, index)) || !std::isnan(pycompress::int8::load(b, type, index)))
+    if (!std::isnan(pycompress::float_at(a, type, index)) || !std::isnan(pycompress::float_at(b, type, index)))
       return false;
   }
   return true;

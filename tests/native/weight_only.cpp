@@ -7,8 +7,8 @@
 #include <cmath>
 #include <cstdio>
 
+#include "common/activation.h"
 #include "int4_weight.h"
-#include "int8/activation.h"
 #include "sparse_weight.h"
 #include "weight_only/kernel_list.h"
 #include "weight_only/pack.h"
@@ -150,8 +150,8 @@ struct Layer {
 
 struct Result : Guarded<uint8_t> {
   Result(Problem problem, Edge edge, size_t gap)
-      : Guarded(static_cast<size_t>(problem.m * problem.n) * int8::size_of(problem.y_type), edge,
-                gap * int8::size_of(problem.y_type)) {
+      : Guarded(static_cast<size_t>(problem.m * problem.n) * size_of(problem.y_type), edge,
+                gap * size_of(problem.y_type)) {
     fill(0x55);
     problem.y = data();
     weight_only::linear(problem);
@@ -239,10 +239,10 @@ void check_results(const Case& c, Problem problem, const Result& sums) {
   problem.activation = c.activation;
   problem.y_type = c.y_type;
   const size_t count = area(c.m, c.n);
-  std::vector<uint8_t> expected(count * int8::size_of(c.y_type));
+  std::vector<uint8_t> expected(count * size_of(c.y_type));
   for (size_t i = 0; i < count; ++i)
-    int8::store(expected.data(), c.y_type, static_cast<ptrdiff_t>(i),
-                int8::activate(c.activation, int8::Scalar{sums.floats()[i]}).value);
+    put_float(expected.data(), c.y_type, static_cast<ptrdiff_t>(i),
+              activate(c.activation, Scalar{sums.floats()[i]}).value);
   for (const int threads : {1, 2, 3, 7}) {
     problem.threads = threads;
     const Result y(problem, c.edge(), c.gap());
@@ -290,7 +290,7 @@ void run_shapes(const Plan& plan) {
       run(case_of(plan, m, kNs[++turn % 5], k));
   run(case_of(plan, 577, 17, 128));  // on seven threads the last task has one row, on one thread many
   run(case_of(plan, 9, 300, 290));
-  run(case_of(plan, 2, 17, static_cast<int>(int8::kMaxK)));
+  run(case_of(plan, 2, 17, static_cast<int>(kMaxK)));
 }
 
 // Small integers and scales of 1: every partial sum is exact, so the order of additions does not matter.
@@ -322,7 +322,7 @@ void test_pack_refusals() {
   refuses("weight-only: pack of n over the largest",
           [&] { weight_only::pack(values.data(), int64_t{INT_MAX} + 1, 1); });
   refuses("weight-only: pack of k = 0", [&] { weight_only::pack(values.data(), 8, 0); });
-  refuses("weight-only: pack of k over the largest", [&] { weight_only::pack(values.data(), 1, int8::kMaxK + 1); });
+  refuses("weight-only: pack of k over the largest", [&] { weight_only::pack(values.data(), 1, kMaxK + 1); });
   values[63] = -128;
   refuses("weight-only: pack of a weight of -128", [&] { weight_only::pack(values.data(), 8, 8); });
 }

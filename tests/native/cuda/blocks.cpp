@@ -4,8 +4,8 @@
 #include <set>
 
 #include "blocks_case.h"
+#include "common/activation.h"
 #include "emulate_hopper.h"
-#include "int8/activation.h"
 #include "sparse.h"
 #include "sparse/blocks_schedule.h"
 
@@ -13,6 +13,7 @@ namespace native {
 namespace {
 
 namespace int8 = pycompress::int8;
+using pycompress::Scalar;
 
 constexpr Element kElements[] = {Element::bfloat16, Element::float16, Element::int8};
 
@@ -177,7 +178,7 @@ void test_schedule() {
 
 std::vector<uint8_t> run(const blocks::Kernel& kernel, BlockCase& c, Type type, const float* bias,
                          Activation activation) {
-  Guarded<uint8_t> y(size(c.m * c.weight.shape.n) * int8::size_of(type));
+  Guarded<uint8_t> y(size(c.m * c.weight.shape.n) * size_of(type));
   y.fill(emulate::kPoison);
   blocks::Problem p = c.problem(y.data(), type);
   p.bias = bias, p.activation = activation;
@@ -189,7 +190,7 @@ std::vector<uint8_t> run(const blocks::Kernel& kernel, BlockCase& c, Type type, 
 // Of integers every sum is exact, so y is known to the bit.
 std::vector<uint8_t> expected_of(const BlockCase& c, Type type, const float* bias, Activation activation) {
   const int64_t n = c.weight.shape.n;
-  std::vector<uint8_t> y(size(c.m * n) * int8::size_of(type));
+  std::vector<uint8_t> y(size(c.m * n) * size_of(type));
   if (c.is_int8()) {
     std::vector<int32_t> sums;
     for (int64_t i = 0; i < c.m * n; ++i) sums.push_back(static_cast<int32_t>(c.sum(i / n, i % n)));
@@ -202,7 +203,7 @@ std::vector<uint8_t> expected_of(const BlockCase& c, Type type, const float* bia
   }
   for (int64_t i = 0; i < c.m * n; ++i) {
     const double sum = c.sum(i / n, i % n) + (bias != nullptr ? static_cast<double>(bias[i % n]) : 0);
-    const float value = int8::activate(activation, int8::Scalar{static_cast<float>(sum)}).value;
+    const float value = activate(activation, Scalar{static_cast<float>(sum)}).value;
     const uint16_t bits = half_bits(static_cast<double>(value), type);
     std::memcpy(y.data() + i * 2, &bits, 2);
   }
@@ -216,7 +217,7 @@ void check_exact(const blocks::Kernel& kernel, BlockCase& c, Type type, bool wit
   const float* bias = with_bias ? c.bias.data() : nullptr;
   const std::vector<uint8_t> y = run(kernel, c, type, bias, activation),
                              expected = expected_of(c, type, bias, activation);
-  const size_t width = int8::size_of(type);
+  const size_t width = size_of(type);
   int64_t wrong = 0;
   for (size_t i = 0; i < y.size(); i += width) wrong += !std::equal(&y[i], &y[i] + width, &expected[i]);
   expect(wrong == 0, text(wrong, " of ", y.size() / width, " values differ"));

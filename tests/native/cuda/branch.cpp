@@ -11,8 +11,8 @@
 
 #include "../report.h"
 #include "branch.h"
+#include "common/activation.h"
 #include "halves.h"
-#include "int8/activation.h"
 
 namespace native {
 namespace {
@@ -262,7 +262,7 @@ void check_linear(const cuda8::Kernel& kernel, Type type, int64_t rank) {
 void test_branch_layout() {
   begin("branch: layout");
   for (const int64_t k : {int64_t{1}, int64_t{64}, int64_t{65}, int64_t{129}, int64_t{4000}, branch::kHeld - 63,
-                          branch::kHeld, branch::kHeld + 1, branch::kMaxK}) {
+                          branch::kHeld, branch::kHeld + 1, pycompress::kMaxK}) {
     const Factors shape{300, k, 70};
     const int64_t across = branch::warps(k) * branch::kStep;
     expect(shape.k_pad() == cuda8::PackedShape{300, k}.k_pad(), text("k_pad of k ", k));

@@ -6,13 +6,13 @@
 #include <random>
 
 #include "../guarded.h"
+#include "common/types.h"
 #include "emulate.h"
-#include "int8/gemm.h"
 
 namespace native {
 
-using pycompress::int8::Activation;
-using pycompress::int8::Type;
+using pycompress::Activation;
+using pycompress::Type;
 
 inline size_t size(int64_t count) { return static_cast<size_t>(count); }
 

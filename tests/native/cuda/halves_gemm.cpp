@@ -10,16 +10,16 @@
 #include <vector>
 
 #include "../report.h"
+#include "common/activation.h"
 #include "cuda/halves.h"
 #include "emulate_hopper.h"
 #include "halves.h"
-#include "int8/activation.h"
 
 namespace native {
 namespace {
 
 namespace halves = pycompress::halves;
-namespace int8 = pycompress::int8;
+using pycompress::Scalar;
 
 // x with row stride k + gap, w [n][k_pad] with zeros behind k, y with row stride n + 3 where that is odd.
 struct HalvesCase {
@@ -82,7 +82,7 @@ void check_exact(const halves::Kernel& kernel, const HalvesCase& c, Activation a
     for (int64_t channel = 0; channel < c.n; ++channel) {
       double sum = bias ? static_cast<double>(c.bias[size(channel)]) : 0;
       for (int64_t i = 0; i < c.k; ++i) sum += c.product(row, channel, i);
-      const float expected = int8::activate(activation, int8::Scalar{static_cast<float>(sum)}).value;
+      const float expected = activate(activation, Scalar{static_cast<float>(sum)}).value;
       wrong += y[size(row * c.ldy + channel)] != half_bits(static_cast<double>(expected), kernel.type);
     }
   expect(wrong == 0, text(wrong, " of ", c.m * c.n, " values differ"));

@@ -110,7 +110,7 @@ uint32_t bits_of(float value, Type type) {
 // Rows of x with `gap` unused elements between them, behind `gap` elements.
 std::vector<uint8_t> rows_of(Type type, int64_t m, int64_t k, int64_t gap) {
   std::mt19937 random(static_cast<uint32_t>(k));
-  const size_t size = int8::size_of(type);
+  const size_t size = size_of(type);
   std::vector<uint8_t> x((Int8Case::size(m * (k + gap) + gap)) * size, 0xff);  // NaN around the rows
   for (int64_t row = 0; row < m; ++row)
     for (int64_t i = 0; i < k; ++i) {
@@ -125,14 +125,14 @@ void test_quantize(Type type, int64_t m, int64_t k, int64_t gap, int bits) {
   const std::vector<uint8_t> bytes = rows_of(type, m, k, gap);
   Guarded<uint8_t> x(bytes.size());
   std::copy(bytes.begin(), bytes.end(), x.data());
-  const void* first = x.data() + Int8Case::size(gap) * int8::size_of(type);
+  const void* first = x.data() + Int8Case::size(gap) * size_of(type);
   Guarded<uint8_t> q(Int8Case::size(m * k));
   Guarded<float> scale(Int8Case::size(m)), expected_scale(Int8Case::size(m));
   Guarded<int32_t> zero_point(Int8Case::size(m)), expected_zero_point(Int8Case::size(m));
   const int8::ActivationShape shape{static_cast<int>(k), 1};
   std::vector<uint8_t> row(Int8Case::size(shape.stride()));
   for (int64_t i = 0; i < m; ++i) {
-    const auto* from = static_cast<const uint8_t*>(first) + Int8Case::size(i * (k + gap)) * int8::size_of(type);
+    const auto* from = static_cast<const uint8_t*>(first) + Int8Case::size(i * (k + gap)) * size_of(type);
     int8::kScalar.quantize(from, type, k + gap, 1, shape, (1 << bits) - 1, row.data(), expected_scale.data() + i,
                            expected_zero_point.data() + i);
     std::copy_n(row.data(), k, q.data() + i * k);
@@ -178,7 +178,7 @@ void test_before(cuda::Before before, Type type, int64_t k) {
   begin(text("cuda quantize before=", static_cast<int>(before), " type=", static_cast<int>(type), " k=", k));
   constexpr int64_t kRows = 5;
   std::mt19937 random(7);
-  const size_t size = int8::size_of(type);
+  const size_t size = size_of(type);
   const auto fill = [&](int64_t count, float centre) {
     std::vector<uint8_t> data(Int8Case::size(count) * size);
     for (int64_t i = 0; i < count; ++i) {

@@ -4,12 +4,14 @@
 #include <cmath>
 #include <vector>
 
+#include "common/activation.h"
 #include "emulate_hopper.h"
 #include "halves.h"
-#include "int8/activation.h"
 #include "int8_reference.h"
 
 namespace native {
+
+using pycompress::Scalar;
 namespace {
 
 constexpr double unit(Type type) { return type == Type::float32 ? 0x1p-24 : unit_roundoff(type); }
@@ -75,7 +77,7 @@ double value_of(const uint8_t* y, Type type, size_t i) {
 void check_bound(const cuda::Kernel& kernel, BranchCase& c, Type y_type, bool bias) {
   begin(text("cuda kernel=", kernel.name, " branch ", c.name(), " y type=", static_cast<int>(y_type), " bias=", bias));
   const int64_t m = c.integers.m, n = c.integers.n;
-  Guarded<uint8_t> y(size(m * n) * int8::size_of(y_type));
+  Guarded<uint8_t> y(size(m * n) * size_of(y_type));
   y.fill(emulate::kPoison);
   cuda::Problem problem = c.problem(y.data(), y_type);
   if (bias) problem.bias = c.integers.bias.data();
@@ -121,7 +123,7 @@ void check_exact(const cuda::Kernel& kernel, int64_t m, int64_t n, int64_t k, in
       c.side(row, channel, sum, magnitude);
       const double total = static_cast<double>(c.scaled(row, channel)) + sum;
       const float b = c.integers.bias[size(channel)];
-      const float expected = int8::activate(activation, int8::Scalar{static_cast<float>(total) + b}).value;
+      const float expected = activate(activation, Scalar{static_cast<float>(total) + b}).value;
       wrong += std::memcmp(&y[size(row * n + channel)], &expected, 4) != 0;
     }
   expect(wrong == 0, text(wrong, " of ", m * n, " values differ"));
@@ -132,7 +134,7 @@ void check_zero(const cuda::Kernel& kernel, int64_t n, Type y_type, Activation a
   BranchCase c(9, n, 70, 40, y_type == Type::float16 ? Type::float16 : Type::bfloat16, Side::zero);
   begin(text("cuda kernel=", kernel.name, " branch of zeros, y type=", static_cast<int>(y_type),
              " activation=", static_cast<int>(activation)));
-  const size_t bytes = size(9 * n) * int8::size_of(y_type);
+  const size_t bytes = size(9 * n) * size_of(y_type);
   Guarded<uint8_t> with(bytes), without(bytes);
   with.fill(emulate::kPoison);
   cuda::Problem problem = c.problem(with.data(), y_type);

@@ -22,7 +22,7 @@ void check_int8_sums(const cuda::Kernel& kernel, Int8Case& c) {
 void check_int8_epilogue(const cuda::Kernel& kernel, Int8Case& c, Activation activation, Type type, bool bias) {
   begin(text("cuda kernel=", kernel.name, " ", c.name(), " activation=", static_cast<int>(activation),
              " type=", static_cast<int>(type), " bias=", bias));
-  const size_t bytes = Int8Case::size(c.m * c.n) * int8::size_of(type);
+  const size_t bytes = Int8Case::size(c.m * c.n) * size_of(type);
   Guarded<uint8_t> y(bytes), expected(bytes);
   y.fill(emulate::kPoison);
   cuda::Problem problem = c.problem(y.data(), type);

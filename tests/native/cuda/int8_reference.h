@@ -18,8 +18,8 @@ namespace native {
 
 namespace int8 = pycompress::int8;
 namespace cuda = pycompress::int8::cuda;
-using int8::Activation;
-using int8::Type;
+using pycompress::Activation;
+using pycompress::Type;
 
 enum class Values { uniform, extreme };
 

@@ -10,14 +10,14 @@
 #include <vector>
 
 #include "../report.h"
+#include "common/activation.h"
 #include "halves.h"
-#include "int8/activation.h"
 #include "low_rank/cuda.h"
 
 namespace native {
 namespace {
 
-namespace int8 = pycompress::int8;
+using pycompress::Scalar;
 namespace low_rank = pycompress::low_rank::cuda;
 using low_rank::Factors;
 using low_rank::Kernel;
@@ -111,7 +111,7 @@ void check_exact(const Kernel& kernel, int64_t m, int64_t n, int64_t k, int64_t 
     for (int64_t i = 0; i < n; ++i) {
       double sum = static_cast<double>(c.bias[size(i)]);
       for (int64_t r = 0; r < rank; ++r) sum += t[size(r)] * c.up.at(i, r);
-      const float expected = int8::activate(activation, int8::Scalar{static_cast<float>(sum)}).value;
+      const float expected = activate(activation, Scalar{static_cast<float>(sum)}).value;
       wrong += y[size(row * n + i)] != half_bits(static_cast<double>(expected), kernel.type);
     }
   }

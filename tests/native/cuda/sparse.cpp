@@ -10,14 +10,14 @@
 #include <vector>
 
 #include "../report.h"
+#include "common/activation.h"
 #include "halves.h"
-#include "int8/activation.h"
 #include "sparse/cuda.h"
 
 namespace native {
 namespace {
 
-namespace int8 = pycompress::int8;
+using pycompress::Scalar;
 namespace bitmap = pycompress::sparse::cuda;
 
 // A canonical weight, its values in 16 bits, and the same packed, on guarded memory.
@@ -119,7 +119,7 @@ void check_exact(const bitmap::Kernel& kernel, int64_t m, int64_t n, int64_t k, 
     for (int64_t i = 0; i < n; ++i) {
       double magnitude;
       const double sum = exact_sum(weight, x, row, i, &magnitude) + static_cast<double>(bias[size(i)]);
-      const float expected = int8::activate(activation, int8::Scalar{static_cast<float>(sum)}).value;
+      const float expected = activate(activation, Scalar{static_cast<float>(sum)}).value;
       wrong += y[size(row * n + i)] != half_bits(static_cast<double>(expected), kernel.type);
     }
   expect(wrong == 0, text(wrong, " values differ"));

@@ -9,10 +9,12 @@
 #include <random>
 #include <set>
 
-#include "int8/activation.h"
+#include "common/activation.h"
 #include "int8/kernel_list.h"
 
 namespace native {
+
+using pycompress::Scalar;
 namespace {
 
 using pycompress::sparse::cuda::bytes_of;
@@ -314,7 +316,7 @@ void check_halves(const Kernel& kernel, const StructuredCase& c, Activation acti
   for (int64_t row = 0; row < c.m; ++row)
     for (int64_t i = 0; i < c.shape.n; ++i) {
       const float v = static_cast<float>(c.sum(row, i)) + (bias ? c.bias[size(i)] : 0.0f);
-      const float expected = int8::activate(activation, int8::Scalar{v}).value;
+      const float expected = activate(activation, Scalar{v}).value;
       wrong += y[size(row * c.shape.n + i)] != half_bits(static_cast<double>(expected), type);
     }
   expect(wrong == 0, text(wrong, " of ", y.size(), " values differ"));
@@ -337,7 +339,7 @@ void check_sums(const Kernel& kernel, const StructuredCase& c) {
 void check_int8(const Kernel& kernel, const StructuredCase& c, Activation activation, Type type, bool bias) {
   begin(text(kernel.name, " ", c.name(), " activation=", static_cast<int>(activation), " type=", static_cast<int>(type),
              " bias=", bias));
-  const size_t bytes = size(c.m * c.shape.n) * int8::size_of(type);
+  const size_t bytes = size(c.m * c.shape.n) * size_of(type);
   Guarded<uint8_t> y(bytes), expected(bytes);
   y.fill(emulate::kPoison);
   structured::Problem p = c.problem(y.data());

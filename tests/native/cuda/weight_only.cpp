@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "int8/activation.h"
+#include "common/activation.h"
 #include "int8/cuda.h"
 #include "weight_only/dequantize.cuh"
 #include "weight_only_case.h"
@@ -14,6 +14,7 @@ namespace native {
 namespace {
 
 namespace int8 = pycompress::int8;
+using pycompress::Scalar;
 using weight_only::Packed;
 using weight_only::Position;
 
@@ -173,7 +174,7 @@ void check_exact(const weight_only::Kernel& kernel, Packed shape, int64_t m, int
     for (int64_t n = 0; n < shape.n; ++n) {
       double magnitude;
       const auto v = static_cast<float>(c.exact(row, n, bias, &magnitude));
-      const float expected = int8::activate(activation, int8::Scalar{v}).value;
+      const float expected = activate(activation, Scalar{v}).value;
       wrong += y[size(row * shape.n + n)] != half_bits(static_cast<double>(expected), kernel.type);
     }
   expect(wrong == 0, text(wrong, " values differ"));

@@ -3,9 +3,9 @@
 
 #include <cstring>
 
-#include "gemm.h"
+#include "types.h"
 
-namespace pycompress::int8 {
+namespace pycompress {
 namespace {
 
 inline float to_float(uint32_t bits) {
@@ -43,17 +43,17 @@ inline uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline float load(const void* x, Type type, ptrdiff_t i) {
+inline float float_at(const void* x, Type type, ptrdiff_t i) {
   if (type == Type::bfloat16) return to_float(static_cast<uint32_t>(static_cast<const uint16_t*>(x)[i]) << 16);
   if (type == Type::float16) return from_float16(static_cast<const uint16_t*>(x)[i]);
   return static_cast<const float*>(x)[i];
 }
 
-inline void store(void* y, Type type, ptrdiff_t i, float value) {
+inline void put_float(void* y, Type type, ptrdiff_t i, float value) {
   if (type == Type::float32) static_cast<float*>(y)[i] = value;
   if (type == Type::bfloat16) static_cast<uint16_t*>(y)[i] = to_bfloat16(value);
   if (type == Type::float16) static_cast<uint16_t*>(y)[i] = to_float16(value);
 }
 
 }  // namespace
-}  // namespace pycompress::int8
+}  // namespace pycompress

@@ -10,7 +10,7 @@
 // Without this g++ reorders the sums of several rows into each other and spills the accumulators: a third of the speed.
 #define KEEP_IN_REGISTER(v) asm("" : "+x"(v))
 
-namespace pycompress::int8 {
+namespace pycompress {
 namespace {
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -77,4 +77,4 @@ inline __m256 load_floats_up_to(const float* p, int count) {
 }
 
 }  // namespace
-}  // namespace pycompress::int8
+}  // namespace pycompress

@@ -7,10 +7,10 @@
 
 #include <cstring>
 
-#include "../common/host_device.h"
-#include "gemm.h"
+#include "host_device.h"
+#include "types.h"
 
-namespace pycompress::int8 {
+namespace pycompress {
 namespace {
 
 struct Scalar {
@@ -96,4 +96,4 @@ PYCOMPRESS_HOST_DEVICE inline V activate(Activation activation, V v) {
 }
 
 }  // namespace
-}  // namespace pycompress::int8
+}  // namespace pycompress

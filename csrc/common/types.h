@@ -1,0 +1,15 @@
+// The types of what all ops read and write, and the activations of their epilogues.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pycompress {
+
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3 };  // int32: the accumulators as they are
+constexpr size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
+
+constexpr int64_t kMaxK = 65536;  // 255 * 127 * 65536 < 2^31: sums of int8 products never wrap
+
+}  // namespace pycompress
