@@ -68,17 +68,17 @@ FILES = {
     "csrc/low_rank/convert.cu": PORTABLE,
     "csrc/low_rank/few.cu": PORTABLE,
     "csrc/low_rank/fused.cu": PORTABLE,
-    "csrc/sparse/blocks_sm80.cu": PORTABLE,
-    "csrc/sparse/blocks_sm90.cu": ["sm_90a"],
-    "csrc/sparse/pack_blocks.cu": PORTABLE,
-    "csrc/sparse/stream.cu": PORTABLE,
-    "csrc/sparse/pack_structured.cu": PORTABLE,
-    "csrc/sparse/structured_sm80.cu": PORTABLE,
-    "csrc/sparse/structured_sm90.cu": ["sm_90a"],
+    "csrc/sparse/blocks/gemm_sm80.cu": PORTABLE,
+    "csrc/sparse/blocks/gemm_sm90.cu": ["sm_90a"],
+    "csrc/sparse/blocks/pack.cu": PORTABLE,
+    "csrc/sparse/bitmap/stream.cu": PORTABLE,
+    "csrc/sparse/structured/pack.cu": PORTABLE,
+    "csrc/sparse/structured/gemm_sm80.cu": PORTABLE,
+    "csrc/sparse/structured/gemm_sm90.cu": ["sm_90a"],
     "csrc/weight_only/pack.cu": PORTABLE,
     "csrc/weight_only/stream.cu": PORTABLE,
 }
-QUICK = {("csrc/cuda/halves_sm80.cu", "sm_80"), ("csrc/sparse/blocks_sm90.cu", "sm_90a")}
+QUICK = {("csrc/cuda/halves_sm80.cu", "sm_80"), ("csrc/sparse/blocks/gemm_sm90.cu", "sm_90a")}
 
 
 def resources(file: str, arch: str, folder: Path) -> dict[str, dict[str, int]]:

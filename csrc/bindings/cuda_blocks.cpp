@@ -1,6 +1,6 @@
 // The block sparse part of _cuda; what cuda.cpp says about pointers and streams holds here too, but for packing, which
 // reads the host's memory.
-#include "../sparse/blocks.h"
+#include "../sparse/blocks/cuda.h"
 
 #include "cuda_tiles.h"
 

@@ -2,7 +2,7 @@
 // the host's memory.
 #include "../common/check.h"
 #include "../cuda/devices.h"
-#include "../sparse/cuda.h"
+#include "../sparse/bitmap/cuda.h"
 #include "python.h"
 
 namespace pycompress {

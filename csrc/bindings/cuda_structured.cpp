@@ -1,5 +1,5 @@
 // The 2:4 part of _cuda; what cuda.cpp says about pointers and streams holds here too.
-#include "../sparse/structured.h"
+#include "../sparse/structured/cuda.h"
 
 #include "cuda_tiles.h"
 

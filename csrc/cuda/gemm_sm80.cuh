@@ -9,9 +9,9 @@
 // Floor: bm * bn products a byte of k at 2048 a cycle and multiprocessor (A100) beside bm + bn bytes read.
 #pragma once
 
-#include "../int8/tiles.h"
 #include "device.cuh"
 #include "gemm_epilogue.cuh"
+#include "tiles.h"
 
 namespace pycompress::gpu::sm80 {
 namespace {

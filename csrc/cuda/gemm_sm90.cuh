@@ -16,9 +16,9 @@
 
 #include "../common/check.h"
 #include "../common/round.h"
-#include "../int8/tiles.h"
 #include "gemm_epilogue.cuh"
 #include "ring.cuh"
+#include "tiles.h"
 
 namespace pycompress::gpu::sm90 {
 namespace {

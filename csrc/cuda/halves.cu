@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "../common/check.h"
-#include "../int8/tiles.h"
 #include "halves_kernel_list.h"
 #include "launch.h"
+#include "tiles.h"
 
 namespace pycompress::halves {
 namespace {

@@ -90,7 +90,7 @@ inline TensorMap tensor_map_of(const void* matrix, int64_t rows, int64_t columns
   return map;
 }
 
-// Rows of 128 bytes: a tile lies in shared memory with the swizzle of swizzled<128>() in int8/tiles.h, and is zero
+// Rows of 128 bytes: a tile lies in shared memory with the swizzle of swizzled<128>() in tiles.h, and is zero
 // outside of the matrix.
 inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
   return tensor_map_of(matrix, rows, columns, stride, box_rows, 128, CU_TENSOR_MAP_SWIZZLE_128B);

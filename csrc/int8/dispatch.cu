@@ -5,8 +5,8 @@
 
 #include "../common/check.h"
 #include "../cuda/launch.h"
+#include "../cuda/tiles.h"
 #include "cuda_kernel_list.h"
-#include "tiles.h"
 
 namespace pycompress::int8::cuda {
 namespace {

@@ -4,9 +4,9 @@
 #include "../common/check.h"
 #include "../cuda/gemm_sm80.cuh"
 #include "../cuda/launch.h"
+#include "../cuda/tiles.h"
 #include "cuda_kernel_list.h"
 #include "epilogue.cuh"
-#include "tiles.h"
 
 namespace pycompress::int8::cuda {
 namespace {

@@ -287,7 +287,7 @@ constexpr Kernel kTable[kFusedKernels] = {KERNELS(Type::bfloat16, "fused_bf16"),
 
 // A multiprocessor computes its blocks one after the other or beside each other, which costs the same. Each 64
 // positions are bound by the tensor cores (mma.sync on 9.0: less than wgmma), by what the L2 delivers
-// (csrc/int8/tiles.h) or, for a block alone, by how long x takes to come; all of them by the memory's bandwidth too.
+// (csrc/cuda/tiles.h) or, for a block alone, by how long x takes to come; all of them by the memory's bandwidth too.
 double cycles(const Plan& plan, const Factors& shape, int64_t m, int arch, int multiprocessors) {
   const Kernel& kernel = *plan.down.kernel;
   const int64_t blocks = plan.down.blocks * plan.down.splits, rows = kernel.rows, channels = kernel.channels;

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../cuda/halves.h"
-#include "../int8/tiles.h"
+#include "../cuda/tiles.h"
 #include "cuda_kernel_list.h"
 
 namespace pycompress::low_rank::cuda {

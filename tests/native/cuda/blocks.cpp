@@ -1,5 +1,5 @@
 // The CUDA block sparse kernels' own source on the host: packed and dense again, exact sums, float64 within the bound
-// of csrc/sparse/blocks.h, several orders of threads and blocks.
+// of csrc/sparse/blocks/cuda.h, several orders of threads and blocks.
 #include <algorithm>
 #include <set>
 
@@ -7,7 +7,7 @@
 #include "common/activation.h"
 #include "emulate_hopper.h"
 #include "sparse.h"
-#include "sparse/blocks_schedule.h"
+#include "sparse/blocks/schedule.h"
 
 namespace native {
 namespace {
@@ -223,7 +223,7 @@ void check_exact(const blocks::Kernel& kernel, BlockCase& c, Type type, bool wit
   expect(wrong == 0, text(wrong, " of ", y.size() / width, " values differ"));
 }
 
-// Random values: within the bound of blocks.h.
+// Random values: within the bound of csrc/sparse/blocks/cuda.h.
 void check_bound(const blocks::Kernel& kernel, const blocks::Shape& shape) {
   BlockCase c(shape, std::min(kernel.bm, 40), Present::half, Content::reals);
   begin(text(kernel.name, " ", c.name(), " against float64"));

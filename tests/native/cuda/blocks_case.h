@@ -11,7 +11,7 @@
 #include "../report.h"
 #include "halves.h"
 #include "int8/kernel_list.h"
-#include "sparse/blocks.h"
+#include "sparse/blocks/cuda.h"
 
 namespace native {
 

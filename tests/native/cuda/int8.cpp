@@ -5,9 +5,9 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/tiles.h"
 #include "int8/cuda_kernel_list.h"
 #include "int8/kernel_list.h"
-#include "int8/tiles.h"
 #include "int8_reference.h"
 
 namespace native {

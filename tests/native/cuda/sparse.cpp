@@ -1,5 +1,5 @@
 // The CUDA sparse kernels' own source on the host: packed and dense again, exact sums, float64 within the bound of
-// csrc/sparse/cuda.h, several orders of threads and blocks.
+// csrc/sparse/bitmap/cuda.h, several orders of threads and blocks.
 #include "sparse.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include "../report.h"
 #include "common/activation.h"
 #include "halves.h"
-#include "sparse/cuda.h"
+#include "sparse/bitmap/cuda.h"
 
 namespace native {
 namespace {

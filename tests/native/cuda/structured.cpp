@@ -1,6 +1,6 @@
 // The CUDA 2:4 kernels' own source on the host: the packed layout against the figures of the PTX ISA, int8 to the bit
 // against int64 and the specification's epilogue, floats to the bit where they are exact and inside the bound of
-// csrc/sparse/structured.h where they are not.
+// csrc/sparse/structured/cuda.h where they are not.
 #include "structured.h"
 
 #include <algorithm>

@@ -8,7 +8,7 @@
 #include "../guarded.h"
 #include "../report.h"
 #include "halves.h"
-#include "sparse/structured.h"
+#include "sparse/structured/cuda.h"
 
 namespace native {
 

@@ -1,7 +1,7 @@
 // The 2:4 kernels of compute capability 9.0 on the host, in what is theirs alone: blocks that compute several tiles one
 // after the other, clusters of which the last has too few channels, tiles of operands that land late, early or in any
 // order.
-#include "sparse/structured_kernel_list.h"
+#include "sparse/structured/cuda_kernel_list.h"
 #include "structured.h"
 
 namespace native {

@@ -1,12 +1,12 @@
 // The table of the 2:4 kernels, which of them takes a problem, and what is refused.
-#include "structured.h"
+#include "cuda.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "../cuda/launch.h"
-#include "structured_kernel_list.h"
+#include "../../cuda/launch.h"
+#include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::structured {
 namespace {

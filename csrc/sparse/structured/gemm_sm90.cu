@@ -25,14 +25,14 @@
 #include <array>
 #include <type_traits>
 
-#include "../common/check.h"
-#include "../common/round.h"
-#include "../cuda/launch.h"
-#include "../cuda/ring.cuh"
-#include "../int8/tiles.h"
-#include "epilogue.cuh"
-#include "structured.h"
-#include "structured_kernel_list.h"
+#include "../../common/check.h"
+#include "../../common/round.h"
+#include "../../cuda/launch.h"
+#include "../../cuda/ring.cuh"
+#include "../../cuda/tiles.h"
+#include "../epilogue.cuh"
+#include "cuda.h"
+#include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::structured {
 namespace {

@@ -17,9 +17,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/host_device.h"
-#include "../common/round.h"
-#include "gemm.h"
+#include "../../common/host_device.h"
+#include "../../common/round.h"
+#include "../gemm.h"
 
 namespace pycompress::sparse::cuda {
 

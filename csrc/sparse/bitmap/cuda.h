@@ -21,8 +21,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../gemm.h"
 #include "bitmap.h"
-#include "gemm.h"
 
 struct CUstream_st;
 

@@ -6,7 +6,7 @@
 
 #include "../common/host_device.h"
 #include "../common/round.h"
-#include "cuda.h"
+#include "../int8/cuda.h"
 
 namespace pycompress::int8::cuda {
 

@@ -15,12 +15,12 @@
 // tile of fragments has more channels than rows.
 #include <array>
 
-#include "../common/check.h"
-#include "../cuda/few_rows.cuh"
-#include "../cuda/launch.h"
-#include "../int8/tiles.h"
-#include "blocks_kernel_list.h"
-#include "epilogue.cuh"
+#include "../../common/check.h"
+#include "../../cuda/few_rows.cuh"
+#include "../../cuda/launch.h"
+#include "../../cuda/tiles.h"
+#include "../epilogue.cuh"
+#include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::blocks {
 namespace {

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../common/check.h"
+#include "../../common/check.h"
 #include "bitmap.h"
 
 namespace pycompress::sparse::cuda {

@@ -35,11 +35,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/check.h"
-#include "../common/host_device.h"
-#include "../common/round.h"
-#include "../int8/cuda.h"
-#include "element.h"
+#include "../../common/check.h"
+#include "../../common/host_device.h"
+#include "../../common/round.h"
+#include "../../int8/cuda.h"
+#include "../element.h"
 
 namespace pycompress::sparse::cuda::structured {
 
@@ -149,7 +149,7 @@ constexpr bool runs_on(const Kernel& kernel, int arch) {
   return (kernel.arch == 90 ? arch == 90 : arch >= kernel.arch) && kernel.shared <= max_shared(arch);
 }
 
-// A rough count of cycles, as in csrc/int8/tiles.h: a multiprocessor computes its tiles one after the other, each block
+// A rough count of cycles, as in csrc/cuda/tiles.h: a multiprocessor computes its tiles one after the other, each block
 // of k bound by the tensor cores, by shared memory or by what the L2 delivers (32 bytes a cycle while all are reading,
 // up to 64 for one of few).
 inline double cycles(const Kernel& kernel, const Packed& shape, int64_t m, int multiprocessors) {

@@ -1,8 +1,8 @@
-// The packed weight of structured.h, made and taken apart on the device. Once per weight: plain, not fast.
-#include "../cuda/convert.cuh"
-#include "../cuda/device.cuh"
-#include "../cuda/launch.h"
-#include "structured.h"
+// The packed weight of cuda.h, made and taken apart on the device. Once per weight: plain, not fast.
+#include "../../cuda/convert.cuh"
+#include "../../cuda/device.cuh"
+#include "../../cuda/launch.h"
+#include "cuda.h"
 
 namespace pycompress::sparse::cuda::structured {
 namespace {

@@ -39,10 +39,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/host_device.h"
-#include "../common/round.h"
-#include "../int8/cuda.h"
-#include "element.h"
+#include "../../common/host_device.h"
+#include "../../common/round.h"
+#include "../../int8/cuda.h"
+#include "../element.h"
 
 namespace pycompress::sparse::cuda::blocks {
 

@@ -2,10 +2,10 @@
 // arrive by asynchronous copies; each lane counts the bits in front of its own to find its values.
 #include <algorithm>
 
-#include "../common/check.h"
-#include "../cuda/counters.cuh"
-#include "../cuda/few_rows.cuh"
-#include "../cuda/launch.h"
+#include "../../common/check.h"
+#include "../../cuda/counters.cuh"
+#include "../../cuda/few_rows.cuh"
+#include "../../cuda/launch.h"
 #include "cuda.h"
 
 namespace pycompress::sparse::cuda {

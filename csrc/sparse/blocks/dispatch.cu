@@ -5,10 +5,10 @@
 #include <cstring>
 #include <vector>
 
-#include "../common/check.h"
-#include "../cuda/launch.h"
-#include "blocks_kernel_list.h"
-#include "structured.h"
+#include "../../common/check.h"
+#include "../../cuda/launch.h"
+#include "../structured/cuda.h"
+#include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::blocks {
 namespace {
@@ -55,7 +55,7 @@ const Kernel& kernel_named(const char* name) {
   std::abort();
 }
 
-// As in csrc/int8/tiles.h: a multiprocessor computes its tiles one after the other, each step of k bound by the tensor
+// As in csrc/cuda/tiles.h: a multiprocessor computes its tiles one after the other, each step of k bound by the tensor
 // cores or by what the L2 delivers (32 bytes a cycle while all are reading, up to 64 for one of few). A step of which a
 // tile has nothing is skipped.
 double cycles(const Kernel& kernel, const Shape& shape, double density, int64_t m, int multiprocessors) {

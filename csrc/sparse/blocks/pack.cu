@@ -1,13 +1,13 @@
-// The packed weight of blocks.h: made on the host, taken apart on the device.
+// The packed weight of cuda.h: made on the host, taken apart on the device.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 
-#include "../common/buffer.h"
-#include "../common/check.h"
-#include "../cuda/convert.cuh"
-#include "../cuda/launch.h"
-#include "blocks.h"
+#include "../../common/buffer.h"
+#include "../../common/check.h"
+#include "../../cuda/convert.cuh"
+#include "../../cuda/launch.h"
+#include "cuda.h"
 
 namespace pycompress::sparse::cuda::blocks {
 namespace {

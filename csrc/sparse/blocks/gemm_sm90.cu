@@ -2,7 +2,7 @@
 // brings. y^T = W x^T: a tile is a row of blocks (64 channels) and many rows of x, of which two warp groups have a half
 // each (csrc/cuda/ring.cuh). A stage is one block of the weight and the rows' part of x that it meets.
 //
-// A block of threads is there for the whole launch and computes one tile after the other (blocks_schedule.h).
+// A block of threads is there for the whole launch and computes one tile after the other (schedule.h).
 //
 // Floor: bm rows of a block of k take of a multiprocessor
 //   the tensor cores   2 bm cycles for halves (2048 products a cycle), bm for int8
@@ -13,14 +13,14 @@
 #include <algorithm>
 #include <array>
 
-#include "../common/check.h"
-#include "../common/round.h"
-#include "../cuda/launch.h"
-#include "../cuda/ring.cuh"
-#include "blocks.h"
-#include "blocks_kernel_list.h"
-#include "blocks_schedule.h"
-#include "epilogue.cuh"
+#include "../../common/check.h"
+#include "../../common/round.h"
+#include "../../cuda/launch.h"
+#include "../../cuda/ring.cuh"
+#include "../epilogue.cuh"
+#include "cuda.h"
+#include "cuda_kernel_list.h"
+#include "schedule.h"
 
 namespace pycompress::sparse::cuda::blocks {
 namespace {

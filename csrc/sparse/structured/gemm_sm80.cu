@@ -15,11 +15,11 @@
 #include <cstring>
 #include <utility>
 
-#include "../common/check.h"
-#include "../cuda/launch.h"
-#include "../int8/tiles.h"
-#include "epilogue.cuh"
-#include "structured_kernel_list.h"
+#include "../../common/check.h"
+#include "../../cuda/launch.h"
+#include "../../cuda/tiles.h"
+#include "../epilogue.cuh"
+#include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::structured {
 namespace {

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../common/host_device.h"
+#include "../../common/host_device.h"
 
 namespace pycompress::sparse::cuda::blocks {
 
