@@ -8,14 +8,10 @@
 // int8 sums: csrc/int8/epilogue.cuh.
 #pragma once
 
-#include "../int8/epilogue.cuh"
-#include "convert.cuh"
+#include "floats.cuh"
 
 namespace pycompress::gpu {
 namespace {
-
-using int8::cuda::Floats;
-using int8::cuda::kLanes;
 
 struct FloatColumns;
 struct FloatRow {};
@@ -76,7 +72,7 @@ __device__ inline void finish(const FloatOutput& out, const float (&sums)[kLanes
 template <Type kType>
 __device__ inline void finish_plain(const FloatOutput& out, const float (&sums)[kLanes], const FloatColumns& columns,
                                     const FloatRow&, int64_t m, int64_t n) {
-  int8::cuda::store_plain_values<kType>(out.y, m * out.ldy + n, biased(out, sums, columns));
+  store_plain_values<kType>(out.y, m * out.ldy + n, biased(out, sums, columns));
 }
 
 // Sums on their way through shared memory.

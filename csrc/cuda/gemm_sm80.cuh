@@ -9,15 +9,13 @@
 // Floor: bm * bn products a byte of k at 2048 a cycle and multiprocessor (A100) beside bm + bn bytes read.
 #pragma once
 
+#include "convert.cuh"
 #include "device.cuh"
 #include "gemm_epilogue.cuh"
 #include "tiles.h"
 
 namespace pycompress::gpu::sm80 {
 namespace {
-
-using int8::cuda::Chunk;
-using int8::cuda::Position;
 
 // An operand's rows; bytes along k.
 struct Matrix {
@@ -79,7 +77,7 @@ __device__ inline void copy(uint8_t* stage, const Matrix& operand, int64_t first
   const auto* from = static_cast<const uint8_t*>(operand.data) + (first + row) * operand.stride + k;
 #pragma unroll
   for (int i = 0; i < kEach; ++i)  // where nothing is there, nothing is read from the address
-    copy_async(stage + int8::cuda::swizzled<T::kBk>(row + i * kRowStep, chunk), from + i * kRowStep * operand.stride,
+    copy_async(stage + swizzled<T::kBk>(row + i * kRowStep, chunk), from + i * kRowStep * operand.stride,
                first + row + i * kRowStep < operand.rows ? there : 0);
 }
 template <class T, bool kWhole>
@@ -97,16 +95,14 @@ struct Fragments {
 
   __device__ void load(const uint8_t* stage, int warp_m, int warp_n, int step) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const Chunk a = int8::cuda::chunk_of_rows(lane), b = int8::cuda::chunk_of_channels(lane);
+    const Chunk a = chunk_of_rows(lane), b = chunk_of_channels(lane);
 #pragma unroll
     for (int i = 0; i < T::kMt; ++i)
-      load_matrices(rows[i],
-                    stage + int8::cuda::swizzled<T::kBk>(warp_m * T::kWm + i * 16 + a.row, 2 * step + a.chunk));
+      load_matrices(rows[i], stage + swizzled<T::kBk>(warp_m * T::kWm + i * 16 + a.row, 2 * step + a.chunk));
     const uint8_t* weights = stage + T::kBm * T::kBk;
 #pragma unroll
     for (int i = 0; i < T::kNt / 2; ++i)
-      load_matrices(channels[i],
-                    weights + int8::cuda::swizzled<T::kBk>(warp_n * T::kWn + i * 16 + b.row, 2 * step + b.chunk));
+      load_matrices(channels[i], weights + swizzled<T::kBk>(warp_n * T::kWn + i * 16 + b.row, 2 * step + b.chunk));
   }
 };
 

@@ -16,6 +16,7 @@
 
 #include "../common/check.h"
 #include "../common/round.h"
+#include "convert.cuh"
 #include "gemm_epilogue.cuh"
 #include "ring.cuh"
 #include "tiles.h"
@@ -92,7 +93,7 @@ struct Float16ByBfloat16 : Halves<Type::float16> {
 template <class T, class F>
 __device__ inline void for_each_tile(const Work& work, uint32_t rank, F&& f) {
   for (int64_t i = blockIdx.x / T::kCluster; i < work.count; i += gridDim.x / T::kCluster) {
-    const int8::cuda::Position tile = int8::cuda::tile_at(i, work.m, work.n);
+    const Position tile = tile_at(i, work.m, work.n);
     f((tile.m * T::kCluster + rank) * T::kBm, tile.n * T::kBn);
   }
 }

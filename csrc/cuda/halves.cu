@@ -48,10 +48,10 @@ const Kernel& kernel_named(const char* name) {
 }
 
 const Kernel& chosen_kernel(Type type, int64_t m, int64_t n, int64_t k, int arch, int multiprocessors) {
-  const auto cost = [&](const Kernel& kernel) { return int8::cuda::cycles(kernel, m, n, k * 2, multiprocessors); };
+  const auto cost = [&](const Kernel& kernel) { return gpu::cycles(kernel, m, n, k * 2, multiprocessors); };
   const Kernel* best = nullptr;
   for (const Kernel& kernel : table())
-    if (kernel.type == type && int8::cuda::runs_on(kernel, arch) && (best == nullptr || cost(kernel) < cost(*best)))
+    if (kernel.type == type && gpu::runs_on(kernel, arch) && (best == nullptr || cost(kernel) < cost(*best)))
       best = &kernel;
   check(best != nullptr, "halves: type ", static_cast<int>(type), " on compute capability ", arch / 10, ".", arch % 10,
         ", expected float16 or bfloat16, and 8.0 or later");
@@ -65,8 +65,8 @@ void multiply(const Problem& p, const Kernel* forced) {
   const Kernel& kernel =
       forced != nullptr ? *forced : chosen_kernel(p.type, p.m, p.n, p.k, device.arch, device.multiprocessors);
   check(kernel.type == p.type, "halves: kernel ", kernel.name, " for x of type ", static_cast<int>(p.type));
-  check(int8::cuda::runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ",
-        kernel.arch / 10, ".", kernel.arch % 10, ", this device has ", device.arch / 10, ".", device.arch % 10);
+  check(gpu::runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
+        kernel.arch % 10, ", this device has ", device.arch / 10, ".", device.arch % 10);
   kernel.run(p);
 }
 

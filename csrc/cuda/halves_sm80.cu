@@ -21,7 +21,7 @@ struct Operands {
 template <class T, Type kType>
 __global__ void __launch_bounds__(T::kThreads, 1) halves_gemm_sm80(Operands in, gpu::FloatOutput out) {
   gpu::sm80::compute<T, gpu::sm80::Halves<kType>, false>(in.rows, in.channels,
-                                                         int8::cuda::tile_at(blockIdx.x, in.tiles_m, in.tiles_n), out);
+                                                         gpu::tile_at(blockIdx.x, in.tiles_m, in.tiles_n), out);
 }
 
 template <class T, Type kType>

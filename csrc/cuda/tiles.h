@@ -6,9 +6,8 @@
 
 #include "../common/host_device.h"
 #include "../common/round.h"
-#include "../int8/cuda.h"
 
-namespace pycompress::int8::cuda {
+namespace pycompress::gpu {
 
 // --- shared memory: rows of kBk bytes, in chunks of 16
 // ------------------------------------------------------------------ ldmatrix reads a chunk from each of eight rows
@@ -55,6 +54,12 @@ inline bool runs_on(const Kernel& kernel, int arch) {
   return kernel.arch == 90 ? arch == 90 : arch >= kernel.arch;
 }
 
+// Shared memory that a block may have (CUDA C++ Programming Guide, table "Technical specifications").
+constexpr int max_shared(int arch) {
+  if (arch == 80 || arch == 87) return 163 * 1024;
+  return arch == 86 || arch == 89 || arch >= 120 ? 99 * 1024 : 227 * 1024;
+}
+
 // A rough count of cycles. A multiprocessor computes its tiles one after the other, and a part of a tile costs as much
 // as a whole one, so small tiles win where large ones would leave multiprocessors idle. Each block of k is bound by the
 // tensor cores or by what the L2 delivers: some 32 bytes a cycle while all are reading, up to 64 for one of few. k in
@@ -71,4 +76,4 @@ inline double cycles(const Kernel& kernel, int64_t m, int64_t n, int64_t k, int 
   return static_cast<double>(divide_up(tiles, clusters)) * k_pad * (compute > load ? compute : load);
 }
 
-}  // namespace pycompress::int8::cuda
+}  // namespace pycompress::gpu

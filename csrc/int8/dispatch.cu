@@ -54,8 +54,8 @@ const Kernel& kernel_named(const char* name) {
 const Kernel& chosen_kernel(int64_t m, int64_t n, int64_t k, int arch, int multiprocessors) {
   const Kernel* best = nullptr;
   for (const Kernel& kernel : table())
-    if (runs_on(kernel, arch) &&
-        (best == nullptr || cycles(kernel, m, n, k, multiprocessors) < cycles(*best, m, n, k, multiprocessors)))
+    if (gpu::runs_on(kernel, arch) && (best == nullptr || gpu::cycles(kernel, m, n, k, multiprocessors) <
+                                                              gpu::cycles(*best, m, n, k, multiprocessors)))
       best = &kernel;
   check(best != nullptr, "int8_linear: this device has compute capability ", arch / 10, ".", arch % 10,
         ", expected 8.0 or later");
@@ -68,7 +68,7 @@ void linear(const Problem& p, const Kernel* forced) {
   const gpu::Device device = gpu::device();
   const Kernel& kernel =
       forced != nullptr ? *forced : chosen_kernel(p.m, p.n, p.k, device.arch, device.multiprocessors);
-  check(runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
+  check(gpu::runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
         kernel.arch % 10, ", this device has ", device.arch / 10, ".", device.arch % 10);
   kernel.run(p);
 }

@@ -24,7 +24,7 @@ using gpu::sm80::Tile;
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) int8_gemm_sm80(Operands in, Output out) {
   const Matrix rows{in.rows, in.m, in.k_pad, in.k_pad}, channels{in.channels, in.n_pad, in.k_pad, in.k_pad};
-  gpu::sm80::compute<T, gpu::sm80::Int8, true>(rows, channels, tile_at(blockIdx.x, in.tiles_m, in.tiles_n), out);
+  gpu::sm80::compute<T, gpu::sm80::Int8, true>(rows, channels, gpu::tile_at(blockIdx.x, in.tiles_m, in.tiles_n), out);
 }
 
 // The branch's operands, and what its sums become.
@@ -62,7 +62,7 @@ template <class T, class Operand>
 __global__ void __launch_bounds__(T::kThreads, 1)
     int8_branch_sm80(const __grid_constant__ Operands in, const __grid_constant__ Output out,
                      const __grid_constant__ Side side) {
-  const Position tile = tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
+  const gpu::Position tile = gpu::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
   const int64_t m = tile.m * T::kBm, n = tile.n * T::kBn;
   const Matrix rows{in.rows, in.m, in.k_pad, in.k_pad}, channels{in.channels, in.n_pad, in.k_pad, in.k_pad};
   const int blocks = gpu::sm80::blocks_of<T>(rows);

@@ -15,15 +15,15 @@
 
 #include "../common/check.h"
 #include "../cuda/few_rows.cuh"
+#include "../cuda/floats.cuh"
 #include "../cuda/launch.h"
-#include "../int8/epilogue.cuh"
 #include "cuda_kernel_list.h"
 
 namespace pycompress::low_rank::cuda {
 namespace {
 
-using int8::cuda::Floats;
-using int8::cuda::kLanes;
+using gpu::Floats;
+using gpu::kLanes;
 
 constexpr int kLine = 2 * kStep;  // bytes of a row in a stage
 static_assert(kLine == gpu::kInputPitch);
@@ -60,7 +60,7 @@ __device__ inline Floats bias_at(const Arguments& of, int n) {
     const float4 four = *reinterpret_cast<const float4*>(of.bias + n);
     return {{four.x, four.y, four.z, four.w}};
   }
-  return int8::cuda::each([&](int i) { return n + i < of.n ? of.bias[n + i] : 0.0f; });
+  return gpu::each([&](int i) { return n + i < of.n ? of.bias[n + i] : 0.0f; });
 }
 template <Type kType>
 __device__ inline void store(const Arguments& of, int64_t row, int n, Floats v) {
@@ -72,7 +72,7 @@ __device__ inline void store(const Arguments& of, int64_t row, int n, Floats v) 
     __stcg(reinterpret_cast<uint2*>(y), make_uint2(halves[0] | static_cast<uint32_t>(halves[1]) << 16,
                                                    halves[2] | static_cast<uint32_t>(halves[3]) << 16));
   else
-    int8::cuda::store_each(y, halves, min(kLanes, of.n - n));
+    gpu::store_each(y, halves, min(kLanes, of.n - n));
 }
 
 template <class C>

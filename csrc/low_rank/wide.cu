@@ -37,8 +37,7 @@ constexpr Kernel kTable[kWideKernels] = {{"wide_bf16", Type::bfloat16, 0, 0, 0, 
 double cycles(Type type, int64_t m, int64_t n, int64_t k, int arch, int multiprocessors) {
   const halves::Kernel& kernel = halves::chosen_kernel(type, m, n, k, arch, multiprocessors);
   const double bytes = 2.0 * static_cast<double>(m * k + n * k + m * n);
-  return kLaunch +
-         std::max(int8::cuda::cycles(kernel, m, n, 2 * k, multiprocessors), memory_cycles(bytes, multiprocessors));
+  return kLaunch + std::max(gpu::cycles(kernel, m, n, 2 * k, multiprocessors), memory_cycles(bytes, multiprocessors));
 }
 
 }  // namespace

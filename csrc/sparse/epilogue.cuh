@@ -13,14 +13,15 @@
 #include <type_traits>
 
 #include "../cuda/gemm_epilogue.cuh"
+#include "../int8/epilogue.cuh"
 #include "element.h"
 
 namespace pycompress::sparse::cuda {
 namespace {
 
 using gpu::finish_plain;
+using gpu::kLanes;
 using int8::cuda::finish_plain;
-using int8::cuda::kLanes;
 
 // Rows of 16 sums, 4 words longer: a store of 8 channels x 4 of each second row meets in no bank, nor does a load of 4
 // channels x 8 rows.

@@ -19,7 +19,7 @@
 
 #include "../../common/host_device.h"
 #include "../../common/round.h"
-#include "../gemm.h"
+#include "../../common/types.h"
 
 namespace pycompress::sparse::cuda {
 

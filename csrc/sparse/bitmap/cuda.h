@@ -21,7 +21,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../gemm.h"
+#include "../../common/types.h"
 #include "bitmap.h"
 
 struct CUstream_st;

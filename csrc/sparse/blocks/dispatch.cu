@@ -7,7 +7,7 @@
 
 #include "../../common/check.h"
 #include "../../cuda/launch.h"
-#include "../structured/cuda.h"
+#include "../../cuda/tiles.h"
 #include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::blocks {
@@ -27,7 +27,7 @@ const std::vector<Kernel>& table() {
 }
 
 bool runs_on(const Kernel& kernel, int arch) {
-  return (kernel.arch == 90 ? arch == 90 : arch >= kernel.arch) && kernel.shared <= structured::max_shared(arch);
+  return gpu::runs_on(kernel, arch) && kernel.shared <= gpu::max_shared(arch);
 }
 
 bool takes(const Kernel& kernel, const Shape& shape) {
@@ -93,7 +93,7 @@ void linear(const Problem& p, const Kernel* forced) {
       forced != nullptr ? *forced : chosen_kernel(p.shape, p.packed_bytes, p.m, device.arch, device.multiprocessors);
   check(runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
         kernel.arch % 10, " and ", kernel.shared, " bytes of shared memory, this device has ", device.arch / 10, ".",
-        device.arch % 10, " and ", structured::max_shared(device.arch));
+        device.arch % 10, " and ", gpu::max_shared(device.arch));
   check(takes(kernel, p.shape), "kernel ", kernel.name, " takes no blocks of size ", p.shape.size, " and type ",
         static_cast<int>(p.shape.element));
   const bool halves = p.shape.element != Element::int8;

@@ -84,7 +84,7 @@ class Rows {
     for (int i = 0; i < kEach; ++i) {
       const int count = i * kRowStep < left_ ? inside : 0;
       const uint8_t* from = count > 0 ? from_ + i * kRowStep * in_.stride + k : from_;
-      gpu::copy_async(stage + int8::cuda::swizzled<T::kStep>(row() + i * kRowStep, chunk()), from, count);
+      gpu::copy_async(stage + gpu::swizzled<T::kStep>(row() + i * kRowStep, chunk()), from, count);
     }
   }
 
@@ -106,7 +106,7 @@ __device__ inline void load_rows(uint32_t (&b)[T::kColumns][4], const uint8_t* s
 #pragma unroll
   for (int column = 0; column < T::kColumns; ++column) {
     const int row = warp() * T::kWarpRows + column * 8 + lane() % 8;
-    gpu::load_matrices(b[column], stage + int8::cuda::swizzled<T::kStep>(row, half * 4 + lane() / 8));
+    gpu::load_matrices(b[column], stage + gpu::swizzled<T::kStep>(row, half * 4 + lane() / 8));
   }
 }
 
@@ -165,13 +165,13 @@ __device__ inline void copy_block(uint8_t* stage, const uint8_t* block) {
 #pragma unroll
   for (int i = 0; i < T::kBlockBytes / 16 / T::kThreads; ++i) {
     const int at = static_cast<int>(threadIdx.x) + i * T::kThreads;
-    gpu::copy_async(stage + int8::cuda::swizzled<T::kStep>(at / kChunks, at % kChunks), block + at * 16);
+    gpu::copy_async(stage + gpu::swizzled<T::kStep>(at / kChunks, at % kChunks), block + at * 16);
   }
 }
 
 template <class T>
 __device__ inline void multiply_block(typename T::Sums& sums, const uint8_t* stage) {
-  const int8::cuda::Chunk mine = int8::cuda::chunk_of_rows(lane());
+  const gpu::Chunk mine = gpu::chunk_of_rows(lane());
 #pragma unroll
   for (int half = 0; half < T::kStep / 64; ++half) {
     uint32_t b[T::kColumns][4];
@@ -182,7 +182,7 @@ __device__ inline void multiply_block(typename T::Sums& sums, const uint8_t* sta
       for (int fragment = 0; fragment < T::kFragments; ++fragment) {
         uint32_t a[4];
         const int row = fragment * kFragmentChannels + mine.row, chunk = (half * 2 + step) * 2 + mine.chunk;
-        gpu::load_matrices(a, stage + T::kRowBytes + int8::cuda::swizzled<T::kStep>(row, chunk));
+        gpu::load_matrices(a, stage + T::kRowBytes + gpu::swizzled<T::kStep>(row, chunk));
         multiply<T>(sums[fragment], a, b, step);
       }
   }
@@ -192,7 +192,7 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::resident(T::kShared))
     sparse_block64_sm80(const __grid_constant__ Operands in, const __grid_constant__ Output<T::kElement> out) {
   uint8_t* shared = gpu::dynamic_shared();
-  const int8::cuda::Position tile = int8::cuda::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
+  const gpu::Position tile = gpu::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
   const uint32_t part = __ldg(reinterpret_cast<const uint32_t*>(in.packed + in.shape.order()) + tile.n);
   const uint32_t first = __ldg(start_of(in) + part), count = __ldg(start_of(in) + part + 1) - first;
   const uint8_t* block = in.packed + in.shape.values() + static_cast<int64_t>(first) * T::kBlockBytes;
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(T::kThreads, T::resident(T::kShared))
     sparse_block16_sm80(const __grid_constant__ Operands in, const __grid_constant__ Output<T::kElement> out) {
   constexpr int kHalves = kEntryMasks / T::kMasks;  // tiles of a part
   uint8_t* shared = gpu::dynamic_shared();
-  const int8::cuda::Position tile = int8::cuda::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
+  const gpu::Position tile = gpu::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
   const uint32_t part = __ldg(reinterpret_cast<const uint32_t*>(in.packed + in.shape.order()) + tile.n / kHalves);
   const int half = static_cast<int>(tile.n % kHalves);
   const int64_t m = tile.m * T::kBm, n = (static_cast<int64_t>(part) * kHalves + half) * T::kBn;

@@ -38,6 +38,7 @@
 #include "../../common/check.h"
 #include "../../common/host_device.h"
 #include "../../common/round.h"
+#include "../../cuda/tiles.h"
 #include "../../int8/cuda.h"
 #include "../element.h"
 
@@ -140,13 +141,8 @@ const Kernel* kernels(int* count);             // all, best first where the tile
 const Kernel& kernel_named(const char* name);  // throws where there is none
 const Kernel& chosen_kernel(const Packed& shape, int64_t m, int arch, int multiprocessors);
 
-// Shared memory that a block may have (CUDA C++ Programming Guide, table "Technical specifications").
-constexpr int max_shared(int arch) {
-  if (arch == 80 || arch == 87) return 163 * 1024;
-  return arch == 86 || arch == 89 || arch >= 120 ? 99 * 1024 : 227 * 1024;
-}
-constexpr bool runs_on(const Kernel& kernel, int arch) {
-  return (kernel.arch == 90 ? arch == 90 : arch >= kernel.arch) && kernel.shared <= max_shared(arch);
+inline bool runs_on(const Kernel& kernel, int arch) {
+  return gpu::runs_on(kernel, arch) && kernel.shared <= gpu::max_shared(arch);
 }
 
 // A rough count of cycles, as in csrc/cuda/tiles.h: a multiprocessor computes its tiles one after the other, each block

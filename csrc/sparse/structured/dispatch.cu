@@ -77,7 +77,7 @@ void linear(const Problem& p, const Kernel* forced) {
         static_cast<int>(p.shape.element), ", which kernel ", kernel.name, " does not take");
   check(runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
         kernel.arch % 10, " and ", kernel.shared, " bytes of shared memory, this device has ", device.arch / 10, ".",
-        device.arch % 10, " and ", max_shared(device.arch));
+        device.arch % 10, " and ", gpu::max_shared(device.arch));
   kernel.run(p);
 }
 

@@ -24,7 +24,7 @@
 namespace pycompress::sparse::cuda::structured {
 namespace {
 
-using int8::cuda::swizzled;
+using gpu::swizzled;
 
 struct Operands {
   const uint8_t *x, *values, *metadata;
@@ -150,7 +150,7 @@ struct Fragments {
 
   // Tile i of channels in step `step` of a block.
   __device__ void load_channels(int i, int step, const uint8_t* stage, const uint8_t* slot) {
-    const int8::cuda::Chunk at = int8::cuda::chunk_of_rows(lane);
+    const gpu::Chunk at = gpu::chunk_of_rows(lane);
     const int tile = warp_n * T::kNt + i;
     gpu::load_matrices(values[i], stage + swizzled<T::kStored>(tile * 16 + at.row, step % T::kSteps * 2 + at.chunk));
     if (step % 2 != 0) return;
@@ -203,7 +203,7 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     structured_sm80(const __grid_constant__ Operands in, const __grid_constant__ Output<T::kElement> out) {
   uint8_t* shared = gpu::dynamic_shared();
-  const int8::cuda::Position tile = int8::cuda::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
+  const gpu::Position tile = gpu::tile_at(blockIdx.x, in.tiles_m, in.tiles_n);
   const int64_t n = tile.n * T::kBn, m = tile.m * T::kBm;
 
   Copier<T::kThreads, T::kBn, T::kStored, T::kUnroll> values(in.values, n, in.n_pad, in.value_stride,

@@ -82,7 +82,7 @@ struct Cursor {
 template <class T, class F>
 __device__ inline void for_each_tile(const Work& work, uint32_t rank, F&& f) {
   for (int64_t i = blockIdx.x / T::kCluster; i < work.count; i += gridDim.x / T::kCluster) {
-    const int8::cuda::Position tile = int8::cuda::tile_at(i, work.n, work.m);
+    const gpu::Position tile = gpu::tile_at(i, work.n, work.m);
     f((tile.m * T::kCluster + rank) * kBn, tile.n * T::kBm);
   }
 }
@@ -131,7 +131,7 @@ template <class T>
 __device__ inline void load_words(Words<T>& words, const uint8_t* metadata) {
   constexpr int kBytes = T::kWords * 4;
   const int at = static_cast<int>(threadIdx.x) % gpu::kGroupThreads * kBytes;
-  const uint8_t* from = metadata + int8::cuda::swizzled<128>(at / 128, at % 128 / 16) + at % 16;
+  const uint8_t* from = metadata + gpu::swizzled<128>(at / 128, at % 128 / 16) + at % 16;
   if constexpr (T::kWords == 2) {
     const uint2 both = *reinterpret_cast<const uint2*>(from);
     words[0] = both.x, words[1] = both.y;

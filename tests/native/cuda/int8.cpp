@@ -23,14 +23,14 @@ void test_swizzle() {
   std::array<bool, kRows * kChunks> used{};
   for (int row = 0; row < kRows; ++row)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const int at = cuda::swizzled<kBk>(row, chunk);
+      const int at = pycompress::gpu::swizzled<kBk>(row, chunk);
       expect(at % 16 == 0 && at >= 0 && at < kRows * kBk && !used[static_cast<size_t>(at / 16)], "no permutation");
       used[static_cast<size_t>(at / 16)] = true;
     }
   for (int first = 0; first < kRows; first += 8)  // ldmatrix reads eight rows at once; cp.async writes 128 bytes
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       int banks = 0;
-      for (int row = first; row < first + 8; ++row) banks |= 1 << cuda::swizzled<kBk>(row, chunk) / 16 % 8;
+      for (int row = first; row < first + 8; ++row) banks |= 1 << pycompress::gpu::swizzled<kBk>(row, chunk) / 16 % 8;
       expect(banks == 0xff, text("bank conflict at row ", first, " chunk ", chunk));
     }
 }
@@ -41,7 +41,7 @@ void test_tiles() {
       begin(text("tiles ", tiles_m, "x", tiles_n));
       std::vector<int> visits(static_cast<size_t>(tiles_m * tiles_n));
       for (int64_t i = 0; i < tiles_m * tiles_n; ++i) {
-        const cuda::Position at = cuda::tile_at(i, tiles_m, tiles_n);
+        const pycompress::gpu::Position at = pycompress::gpu::tile_at(i, tiles_m, tiles_n);
         const bool inside = at.m >= 0 && at.m < tiles_m && at.n >= 0 && at.n < tiles_n;
         expect(inside, "outside");
         if (inside) ++visits[static_cast<size_t>(at.m * tiles_n + at.n)];
