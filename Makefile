@@ -2,21 +2,45 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/.tools
 READY := $(VENV)/.ready
-CPU_READY := $(VENV)/.cpu-ready
+CUDA_READY := $(VENV)/.cuda-ready
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+PYTEST := $(BIN)/python -m pytest
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test lint format bench sanitize clean
+.PHONY: demo test test-all emulated spills gpu gpu-dry lint format bench sanitize docs clean
 
-# Where all is installed, that does; else the CPU's kernels are enough, for which nvcc need not run for minutes.
-demo: $(or $(wildcard $(READY)),$(CPU_READY))
+demo: $(READY)
 	$(BIN)/pycompress demo
 
+# The everyday loop: tests/conftest.py says what it leaves out.
 test: $(READY)
-	$(BIN)/python -m pytest
-	PYCOMPRESS_ISA=scalar $(BIN)/python -m pytest tests/test_kernels.py tests/test_ops.py tests/test_int4_ops.py tests/test_sparse_ops.py \
-		tests/test_low_rank_ops.py -k "not twin"
+	$(PYTEST) $(WORKERS)
+
+# That, and what it left out: the slow tests, all combinations of parameters, the CUDA module and the CUDA kernels' source on the host.
+test-all: test $(CUDA_READY)
+	$(PYTEST) $(WORKERS) --rest
+
+# The CUDA kernels' source alone, run on the host.
+emulated: $(READY)
+	$(PYTEST) tests/test_cuda_host.py::test_the_kernels_source_on_the_host
+
+# Compiles all CUDA kernels for 8.9, too, which runs the code of 8.0; `make test-all` fails on a spill in any other.
+spills: $(READY)
+	cmake -S . -B build/spills -DPYCOMPRESS_CUDA=ON -DPYCOMPRESS_NO_SPILLS=ON '-DCMAKE_CUDA_ARCHITECTURES=80-real;89-real;90-real' \
+		-DPython_EXECUTABLE="$$PWD/$(BIN)/python" -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	cmake --build build/spills --target _cuda
+
+# On a machine with a CUDA device, torch with CUDA, nvcc and the build's requirements, nothing of which is installed: 12 minutes at most.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+# What that would do, and one file compiled; needs no device.
+gpu-dry:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh --dry
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,24 +65,35 @@ EMULATED := build/sanitize/tests/native/cuda/cuda_kernels
 # The C++ core alone under AddressSanitizer and UBSan; and the CUDA kernels' source, where the toolkit's headers are.
 sanitize:
 	cmake -S . -B build/sanitize -DPYCOMPRESS_NATIVE_TESTS=ON -DPYCOMPRESS_SANITIZE=ON
-	cmake --build build/sanitize --parallel
+	cmake --build build/sanitize
 	build/sanitize/tests/native/kernels
 	test ! -x $(EMULATED) || $(EMULATED) --list | xargs -d '\n' -n 1 -P "$$(nproc)" $(EMULATED)
 
-# The environment is made once, and again when a source of the native modules or a dependency changes.
-# $(call install,AUTO|OFF): with the CUDA kernels where there is nvcc, or without
+# The build's requirements stay in the environment: so the build folder is kept, and one changed file is compiled alone.
+$(TOOLS): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip 'scikit-build-core>=0.11' 'pybind11>=3.0'
+	touch $@
+
+# $(call install,OFF|AUTO,ON|OFF): without the CUDA module, or with it where there is nvcc; whether a spill is an error
 define install
-test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-$(BIN)/pip install --quiet --upgrade pip
-$(BIN)/pip install --quiet --constraint constraints.txt --config-settings cmake.define.PYCOMPRESS_CUDA=$(1) --editable '.[dev]'
-touch $@
+$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --config-settings cmake.define.PYCOMPRESS_CUDA=$(1) \
+	--config-settings cmake.define.PYCOMPRESS_NO_SPILLS=$(2) --editable '.[dev]'
 endef
 
-$(READY): $(SOURCES)
-	$(call install,AUTO)
+$(READY): $(TOOLS) $(SOURCES)
+	$(call install,OFF,OFF)
+	rm -f $(CUDA_READY)
+	touch $@
 
-$(CPU_READY): $(SOURCES)
-	$(call install,OFF)
+$(CUDA_READY): $(TOOLS) $(SOURCES)
+	$(call install,AUTO,ON)
+	touch $(READY) $@
 
 clean:
 	rm -rf $(VENV) build
+
+# Warnings are errors. The pages open from the disk: build/docs/index.html. pip adds what the extra has beside what is installed.
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt 'pycompress[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -12,7 +12,7 @@ from torch import nn
 from pycompress import benchmark, cli
 from pycompress.benchmark.harness import geometric_mean
 from pycompress.methods import LowRank, Sparse
-from pycompress.methods.weight import Method
+from pycompress.methods.method import Method
 from pycompress.model import compress
 
 RESULTS = Path(__file__).parent / "results"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, unfold
 
+from pycompress.kinds import Kind, kind_of
 from pycompress.methods.inputs import InputStatistics
-from pycompress.nn import Conv2dGeometry
-from pycompress.nn.dense import geometry_of, is_conv1d, weight_shape
+from pycompress.surgery import Inputs, call_model, evaluating
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CHUNK = 1 << 24  # numbers that are held in float64, and unfolded, at a time
 
@@ -49,12 +50,12 @@ class _Input:
     """The latest input, and what it adds to the sums of those that met it."""
 
     x: Tensor  # a copy: the model may write over its own
-    geometry: Conv2dGeometry | None
+    read: tuple[str, Any]  # name of the kind, and the geometry: how it is read
     sums: _Sums
 
-    def is_met_by(self, module: nn.Module, x: Tensor, geometry: Conv2dGeometry | None) -> bool:
+    def is_met_by(self, module: nn.Module, x: Tensor, read: tuple[str, Any]) -> bool:
         """Whether this is the same input for a module that has not met it yet."""
-        alike = x.dtype == self.x.dtype and x.device == self.x.device and geometry == self.geometry
+        alike = x.dtype == self.x.dtype and x.device == self.x.device and read == self.read
         return alike and id(module) not in self.sums.users and torch.equal(x, self.x)
 
 
@@ -67,14 +68,23 @@ class Calibration(Mapping[str, InputStatistics]):
 
     def __init__(self, model: nn.Module) -> None:
         self.running = True
-        self._modules = {
-            name: module for name, module in model.named_modules(remove_duplicate=False) if _is_watched(module)
-        }
+        self._model: nn.Module | None = model
+        self._kinds: dict[nn.Module, Kind] = {}
         self._sums: dict[int, _Sums] = {}  # by id of module
         self._latest: _Input | None = None
         self._statistics: dict[str, InputStatistics] = {}
-        watched = {id(module): module for module in self._modules.values()}.values()
-        self._handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in watched]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Self:
+        if self._model is None or self._handles:
+            raise RuntimeError("calibrate: this calibration has begun already, expected one `with` block for each")
+        kinds = {module: kind_of(module) for module in self._model.modules()}
+        self._kinds = {module: kind for module, kind in kinds.items() if kind is not None and kind.has_rows(module)}
+        self._handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in self._kinds]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
 
     def __getitem__(self, name: str) -> InputStatistics:
         return self._statistics[name]
@@ -92,24 +102,25 @@ class Calibration(Mapping[str, InputStatistics]):
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         (x, *_) = (*args, *keywords.values())
-        if not isinstance(x, Tensor) or x.numel() == 0 or not _fits(module, x):
+        kind = self._kinds[module]
+        if not isinstance(x, Tensor) or x.numel() == 0 or not kind.accepts(module, x):
             return
         x = x.detach()
-        if isinstance(module, nn.Embedding):
-            counts = torch.bincount(x.flatten().cpu(), minlength=module.num_embeddings)
+        if kind.tokens:
+            counts = torch.bincount(x.flatten().cpu(), minlength=kind.shape(module)[0])
             self._add(_Sums({id(module)}, x.numel(), None, counts))
             return
-        geometry = geometry_of(module)
-        if self._latest is not None and self._latest.is_met_by(module, x, geometry):
+        read = (kind.name, kind.geometry(module))
+        if self._latest is not None and self._latest.is_met_by(module, x, read):
             self._latest.sums.users.add(id(module))
             return
         self._settle()
-        sums = _moments(x, geometry)
+        sums = _moments(x, kind, read[1])
         if not bool(torch.isfinite(sums.second).all()):
-            name = next(name for name, other in self._modules.items() if other is module)
+            name = next(name for name, other in self._model.named_modules() if other is module)  # type: ignore[union-attr]
             raise ValueError(f"calibrate: the input of {name or 'the model'} holds NaN or Inf, expected finite values")
         sums.users.add(id(module))
-        self._latest = _Input(x.clone(), geometry, sums)
+        self._latest = _Input(x.clone(), read, sums)
 
     def _settle(self) -> None:
         if self._latest is not None:
@@ -137,44 +148,26 @@ class Calibration(Mapping[str, InputStatistics]):
         self._handles.clear()
         self._settle()
         self.running = False
+        assert self._model is not None
         made: dict[int, InputStatistics] = {}
-        for name, module in self._modules.items():
-            sums = self._sums.get(id(module))
+        for name, module in self._model.named_modules(remove_duplicate=False):
+            sums = self._sums.get(id(module)) if module in self._kinds else None
             if sums is not None:
                 if id(sums) not in made:
                     made[id(sums)] = sums.statistics()
                 self._statistics[name] = made[id(sums)]
         self._sums.clear()
-        self._modules.clear()
+        self._kinds.clear()
+        self._model = None
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether there is anything to know of its inputs: a linear layer, an embedding, a convolution that can be compressed."""
-    if isinstance(module, nn.Conv2d):
-        try:
-            geometry_of(module)
-        except ValueError:
-            return False
-        return True
-    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
-
-
-def _fits(module: nn.Module, x: Tensor) -> bool:
-    """Whether the module takes such an input; of others it says itself what is wrong."""
-    if isinstance(module, nn.Embedding):
-        whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
-        return whole and int(x.min()) >= 0 and int(x.max()) < module.num_embeddings
-    if isinstance(module, nn.Conv2d):
-        return x.dim() in (3, 4) and x.shape[-3] == module.in_channels
-    return x.dim() > 0 and x.is_floating_point() and x.shape[-1] == weight_shape(module)[1]
-
-
-def _moments(x: Tensor, geometry: Conv2dGeometry | None) -> _Sums:
-    """Of the rows of x [..., k], or of the patches of the images x [N, c, height, width] or [c, height, width]."""
-    parts = _rows(x) if geometry is None else _patches(x, geometry)
+def _moments(x: Tensor, kind: Kind, geometry: Any) -> _Sums:
+    """Of all rows that the matrix of a layer meets when its input is x."""
     sums: _Sums | None = None
-    for part in parts:
-        rows = part.to("cpu", torch.float64)
+    items = kind.items(x)
+    size = items[0].numel() * kind.spread(geometry)  # of an item's rows, at most
+    for part in items.split(max(1, _CHUNK // size)):
+        rows = kind.rows(part, geometry).to("cpu", torch.float64)
         own = _Sums(set(), len(rows), rows.sum(dim=0), rows.T @ rows)
         if sums is None:
             sums = own
@@ -184,28 +177,15 @@ def _moments(x: Tensor, geometry: Conv2dGeometry | None) -> _Sums:
     return sums
 
 
-def _rows(x: Tensor) -> Iterator[Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
-    yield from rows.split(max(1, _CHUNK // rows.shape[1]))
-
-
-def _patches(x: Tensor, geometry: Conv2dGeometry) -> Iterator[Tensor]:
-    """The inputs of one output each, in the order in which a row of the weight has them: [positions, c * height * width]."""
-    top, bottom, left, right = geometry.sides
-    images = pad(x.reshape(-1, *x.shape[-3:]), (left, right, top, bottom))
-    size = images[0].numel() * geometry.kernel_size[0] * geometry.kernel_size[1]  # of an unfolded image, at most
-    for part in images.split(max(1, _CHUNK // size)):
-        unfolded = unfold(part, geometry.kernel_size, geometry.dilation, 0, geometry.stride)
-        yield unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
-
-
-@contextmanager
-def calibrate(model: nn.Module) -> Iterator[Calibration]:
+def calibrate(model: nn.Module, batches: Iterable[Inputs] | None = None) -> Calibration:
     """Watches the inputs of a model's layers while batches run through it.
 
-        with pc.calibrate(model) as calibration:
+        calibration = pc.calibrate(model, batches)
+
+        with pc.calibrate(model) as calibration:  # or, where the model is to be called in another way
             for batch in batches:
-                model(batch)
+                model.generate(batch)
+
         model = pc.compress(model, pc.LowRank(96), calibration=calibration)
 
     A few hundred sentences or images like those that the model is for are enough for most layers: their rows (tokens, positions)
@@ -213,17 +193,28 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 
     Args:
         model: any ``nn.Module`` with linear layers (``nn.Linear``, transformers' ``Conv1D``), ``nn.Conv2d`` or ``nn.Embedding``.
-            Its layers carry hooks inside the ``with`` block, and lose them at its end, also when an error ends it.
-    Yields:
+            Its layers carry hooks while they are watched, and lose them at the end, also when an error ends it.
+        batches: inputs as ``compress`` takes them, each a tensor, a sequence of positional or a mapping of keyword arguments. The
+            model runs in evaluation mode; it, the batches and the random state are left as they were. None: the ``with`` block runs
+            the model, in whatever mode it is.
+    Returns:
         The :class:`Calibration`, to be read when the block has ended. For each layer met, in float64: the second moment and the
         mean of its inputs, of a convolution those of its patches, of an embedding how often each token came; over all batches.
     Raises:
-        TypeError: no module. ValueError: from the model's call, where the input of a layer holds NaN or Inf.
+        TypeError: no module, or one input in place of several. ValueError: from the model's call, where the input of a layer holds
+            NaN or Inf.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate: model is {type(model).__name__}, expected a torch.nn.Module")
     calibration = Calibration(model)
-    try:
-        yield calibration
-    finally:
-        calibration._finish()
+    if batches is None:
+        return calibration
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(
+            f"calibrate: batches is {type(batches).__name__}, expected several inputs: a list, or a generator"
+        )
+    with calibration:
+        for batch in batches:
+            with evaluating(model, batch):
+                call_model(model, batch)
+    return calibration

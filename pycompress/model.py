@@ -5,52 +5,36 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pycompress import passes
 from pycompress.calibration import Calibration
+from pycompress.kinds import pruned_names, without_pruning
 from pycompress.measure import interleaved_us
 from pycompress.methods.inputs import InputStatistics
-from pycompress.methods.weight import Method, Refused
-from pycompress.nn import CONVOLUTIONS, EMBEDDINGS, LAYERS, CompressedLayer
-from pycompress.nn.dense import (
-    dense_weight,
-    fitted,
-    is_conv1d,
-    is_convolution,
-    pruned_names,
-    weight_shape,
-    without_pruning,
+from pycompress.methods.method import Method, Refused
+from pycompress.nn import CompressedLayer, layer_for
+from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, targets_of
+from pycompress.records import RECORDS, LayerRecord, Summary, summary
+from pycompress.surgery import (
+    Inputs,
+    call_model,
+    compressed_layers,
+    evaluating,
+    install,
+    only_argument,
+    switch_off_fast_paths,
 )
-from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, split, targets_of
-from pycompress.records import RECORDS, LayerRecord, Summary, compressed_layers, summary
 
-__all__ = [
-    "Inputs", "LayerRecord", "Method", "Plan", "Summary", "call_model", "compress", "compressed_layers", "dense_weight", "install",
-    "is_conv1d", "summary", "switch_off_fast_paths",
-]  # fmt: skip
+__all__ = ["Inputs", "LayerRecord", "Method", "Plan", "Summary", "compress", "compressed_layers", "summary"]
 
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _LARGE = 50_000_000  # weights from which compress() shows a progress bar on a terminal
-
-
-def call_model(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(inputs)``: a tensor as the only argument, a sequence as positional, a mapping as keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
-        return model(*inputs)
-    raise TypeError(
-        f"inputs is {type(inputs).__name__}, expected a tensor, a sequence of arguments or a mapping of keywords"
-    )
 
 
 def _compressed(target: Target, ties: dict[int, list[CompressedLayer]]) -> CompressedLayer | None:
@@ -60,51 +44,23 @@ def _compressed(target: Target, ties: dict[int, list[CompressedLayer]]) -> Compr
     """
     method, module, record = target.method, target.module, target.record
     assert method is not None
-    dense = dense_weight(module).detach()
+    kind, dense = layer_for(target.kind, method.name), target.dense.detach()
+    assert kind is not None
     try:
-        weight = fitted(method, module).compress(dense)
+        weight = target.kind.fitted(method, module).compress(dense)
     except Refused as refused:
         target.keep_dense(str(refused))
         return None
     except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"compress: {target.name}: {error}") from error
-    layer = _layers_for(module)[method.name].replacing(module, weight, record.activation)
+        raised = TypeError if isinstance(error, TypeError) else ValueError
+        raise raised(f"compress: {target.name}: {error}") from error
+    layer = kind.replacing(module, weight, record.activation)
     layer.train(module.training)
-    tied = [] if target.tie is None else ties.setdefault(target.tie, [])
-    earlier = next((other for other in tied if other.same_weight(layer)), None)
-    if earlier is None:
-        tied.append(layer)
-    else:
-        layer.share(earlier)
-    record.describe(layer, shares_weight=earlier is not None)
+    shares = layer.tie([] if target.tie is None else ties.setdefault(target.tie, []))
+    record.describe(layer, shares_weight=shares)
     norm = float(dense.float().norm())
     record.error = float((weight.decompress() - dense.float()).norm()) / norm if norm else 0.0
     return layer
-
-
-def _layers_for(module: nn.Module) -> Mapping[str, type[CompressedLayer]]:
-    if isinstance(module, nn.Embedding):
-        return EMBEDDINGS
-    return CONVOLUTIONS if is_convolution(module) else LAYERS
-
-
-def install(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts a layer into its place, in the mode (training or not) of the one that was there."""
-    parent, attribute = split(name)
-    layer.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), attribute, layer)
-
-
-def switch_off_fast_paths(model: nn.Module) -> None:
-    """torch's transformer encoder has a fast path that reads float weights, and packs padded batches for it: not with ours."""
-    for module in model.modules():
-        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) or not compressed_layers(module):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        else:
-            module.use_nested_tensor = module.enable_nested_tensor = False
 
 
 def _install(model: nn.Module, target: Target, layer: CompressedLayer) -> None:
@@ -118,41 +74,21 @@ def _install(model: nn.Module, target: Target, layer: CompressedLayer) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
 def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:
     """The shapes, strides and dtypes in which the example inputs reach each target: tensors without data, one a call."""
     calls: dict[int, list[Tensor]] = {id(t.module): [] for t in targets}
 
     def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        (x,) = (*args, *keywords.values())
-        calls[id(module)].append(torch.empty_like(x, device="meta"))
+        calls[id(module)].append(torch.empty_like(only_argument(args, keywords), device="meta"))
 
     handles = [t.module.register_forward_pre_hook(note, with_kwargs=True) for t in targets]
     try:
-        with _evaluating(model):
+        with evaluating(model, inputs):
             call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return calls
-
-
-def _sample(module: nn.Module, shape: Tensor) -> Tensor:
-    """Random input of a shape, stride and dtype."""
-    if isinstance(module, nn.Embedding):
-        return torch.randint_like(shape, module.num_embeddings, device="cpu")
-    return torch.randn_like(shape, device="cpu")
 
 
 def _keep_if_faster(model: nn.Module, targets: list[Target], inputs: Inputs, progress: bool) -> None:
@@ -175,9 +111,9 @@ def _keep_if_faster(model: nn.Module, targets: list[Target], inputs: Inputs, pro
             return x
 
         dense_us = us = 0.0
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
             for shape in shapes:
-                x = _sample(target.module, shape)
+                x = target.kind.sample(target.module, shape)
                 pair = interleaved_us(lambda x=x, f=dense: f(x), lambda x=x, f=layer: f(x))  # type: ignore[misc]
                 dense_us, us = dense_us + pair[0], us + pair[1]
         record = target.record
@@ -216,7 +152,7 @@ def compress(
 
     Args:
         model: any ``nn.Module`` with ``nn.Linear`` (or transformers' ``Conv1D``) or ``nn.Conv2d`` layers, on the CPU; or with
-            ``nn.Embedding``, for a method that takes embeddings.
+            ``nn.Embedding``, for a method that takes embeddings; or of a kind that was registered.
         plan: a method for every layer, or an ordered ``{glob: method or None}``; the first glob that matches a layer's dotted name
             decides, None keeps it dense, and so does no match. A method that looks at several layers together (``Sparse`` with the
             scope ``model``) sees those that the same object stands for. All linear layers and convolutions count as matched; those
@@ -224,7 +160,8 @@ def compress(
             their summary says why; so do those that it refuses when it sees their weight (``LowRank`` where its rank would not be
             faster).
         calibration: what :func:`calibrate` gathered, for methods that make use of it; others go without.
-        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``. Running them leaves the
+            model, them and the random state as they were.
         only_if_faster: measure each layer on the shapes that ``example_inputs`` produce, dense and compressed in turns, and keep
             the dense one where it is not slower.
         inplace: change ``model`` itself, layer by layer, so that no more than the model and one layer are in memory. Otherwise a
@@ -251,10 +188,11 @@ def compress(
         raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
     targets = targets_of(model, plan, calibration)
     chosen = [target for target in targets if target.method is not None]
+    passes.run(model, chosen)
     if inplace and any(target.module is model for target in chosen):
         raise ValueError("compress: the model itself is the layer to replace, which cannot be done in place")
     if progress is None:
-        progress = sys.stderr.isatty() and sum(math.prod(weight_shape(t.module)) for t in chosen) > _LARGE
+        progress = sys.stderr.isatty() and sum(math.prod(t.kind.shape(t.module)) for t in chosen) > _LARGE
     if only_if_faster:
         assert example_inputs is not None
         _keep_if_faster(model, chosen, example_inputs, progress)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress.nn import CompressedLayer
+from pycompress.surgery import compressed_layers
 
 RECORDS = "_pycompress_records"  # the attribute in which compress() leaves the records with the model
 
@@ -57,11 +58,6 @@ def _size(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.numel()
 
 
-def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
-    """The compressed layers of a model by name, each module once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
-
-
 class Summary:
     """What became of each layer; ``str()`` is a table.
 
@@ -108,7 +104,7 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = compressed_layers(model)
     packed = {id(layer.packed): layer for layer in layers.values()}  # (tied layers share it, and the scale with it)
-    derived = packed.keys() | {id(layer.weight_scale) for layer in layers.values()}
+    derived = packed.keys()
     seen: dict[int, Tensor] = {}
     for module in model.modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
@@ -124,7 +120,7 @@ def _records(model: nn.Module, layers: dict[str, CompressedLayer]) -> list[Layer
     records = [replace(record) for record in model.__dict__.get(RECORDS, [])]
     known = {record.name for record in records}
     records += [
-        LayerRecord(name, layer.dense_kind, layer.dense_shape, 0) for name, layer in layers.items() if name not in known
+        LayerRecord(name, layer.kind.title, layer.dense_shape, 0) for name, layer in layers.items() if name not in known
     ]
     packed: set[int] = set()
     for record in records:

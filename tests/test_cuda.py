@@ -15,32 +15,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from on_cuda import nothing_waits, poison  # noqa: F401
 from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress import ops
 from pycompress.nn import Int8Linear
-from pycompress.ops import cuda
+from pycompress.ops.cuda import int8, native
 from pycompress.ops.int8_fused import BEFORE
 
 pytestmark = pytest.mark.skipif(ops.cuda_error() is not None, reason=f"no CUDA here: {ops.cuda_error()}")
 
 KERNELS = ops.cuda_kernels()
-ARCH = 0 if ops.cuda_error() is not None else cuda.native("tests").compute_capability(0)
+ARCH = 0 if ops.cuda_error() is not None else native.native("tests").compute_capability(0)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def poison() -> None:
-    """What the allocator hands out next holds NaN, not the zeros of fresh memory or the right results of the test before."""
-    torch.cuda.empty_cache()
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
-        del blocks
 
 
 def edges(tile: int) -> list[int]:
     return sorted({1, tile - 1, tile, tile + 1, 2 * tile + 3})
+
+
+def pack(w: Tensor, scale: Tensor | None = None, bits: int = 8) -> tuple[Tensor, str]:
+    """On the weight's device; scales of one where none are given."""
+    scale = torch.ones(w.shape[0], device=w.device) if scale is None else scale
+    return ops.pack("int8", {"values": w, "scale": scale}, tuple(w.shape), {"activation_bits": bits}, w.device)
 
 
 def activations(kind: str, m: int, k: int, rng: np.random.Generator) -> Tensor:
@@ -62,8 +60,7 @@ def check_sums(kernel: str, m: int, n: int, k: int, kind: str = "uniform", bits:
     w, x = weights(kind, n, k, rng), activations(kind, m, k, rng)
     q, scale, zero_point = ops.int8_quantize(x, bits)
     centred = q.numpy().astype(np.int64) - zero_point.numpy().astype(np.int64)[:, None]
-    packed = ops.int8_pack(w.cuda(), bits)
-    acc, own_scale, own_zero_point = cuda.int8_accumulate(x.cuda(), k, packed, kernel)
+    acc, own_scale, own_zero_point = int8.accumulate(x.cuda(), *pack(w.cuda(), bits=bits), kernel)
     # float64 products of integers below 2^53 are exact, and fast
     expected = centred.astype(np.float64) @ w.numpy().astype(np.float64).T
     np.testing.assert_array_equal(
@@ -116,22 +113,22 @@ def test_linear_has_the_bits_of_the_cpu(dtype: torch.dtype, activation: str) -> 
         x = torch.randn(m, k).to(dtype)
         x[0, -1] = float("nan") if m > 1 else 1.0
         for own_bias in (bias, None):
-            expected = ops.int8_linear(x, ops.int8_pack(w, 8), scale, own_bias, activation)
+            expected = ops.int8_linear(x, *pack(w, scale), own_bias, activation)
             on_device = None if own_bias is None else own_bias.cuda()
-            y = ops.int8_linear(x.cuda(), ops.int8_pack(w.cuda(), 8), scale.cuda(), on_device, activation)
+            y = ops.int8_linear(x.cuda(), *pack(w.cuda(), scale), on_device, activation)
             assert y.dtype == dtype
             torch.testing.assert_close(y.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_shapes_and_strides() -> None:
     w, scale = torch.randint(-127, 128, (12, 20), dtype=torch.int8), torch.rand(12)
-    packed, on_device = ops.int8_pack(w, 8), ops.int8_pack(w.cuda(), 8)
+    packed, on_device = pack(w, scale), pack(w.cuda(), scale)
     base = torch.randn(6, 4, 40)
     for x in (base[..., :20], base[..., ::2], base[0, 0, :20], base[:0, :, :20], base.transpose(0, 1)[..., 3:23]):
-        y = ops.int8_linear(x.cuda(), on_device, scale.cuda())
+        y = ops.int8_linear(x.cuda(), *on_device)
         assert y.shape == (*x.shape[:-1], 12)
         assert y.is_contiguous()
-        torch.testing.assert_close(y.cpu(), ops.int8_linear(x, packed, scale), rtol=0, atol=0)
+        torch.testing.assert_close(y.cpu(), ops.int8_linear(x, *packed), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -145,9 +142,9 @@ def test_what_stands_in_front_of_a_layer(before: str, dtype: torch.dtype) -> Non
         if before == "layer_norm":
             operands["shift"] = vectors[1]
         w, scale = torch.randint(-127, 128, (24, k), dtype=torch.int8), torch.full((24,), 1 / 127 / k**0.5)
-        expected = ops.int8_fused_linear(x, before, ops.int8_pack(w, 8), scale, **operands)  # type: ignore[arg-type]
+        expected = ops.int8_fused_linear(x, before, *pack(w, scale), **operands)  # type: ignore[arg-type]
         there = {name: tensor.cuda() for name, tensor in operands.items()}
-        y = ops.int8_fused_linear(x.cuda(), before, ops.int8_pack(w.cuda(), 8), scale.cuda(), **there)  # type: ignore[arg-type]
+        y = ops.int8_fused_linear(x.cuda(), before, *pack(w.cuda(), scale), **there)  # type: ignore[arg-type]
         assert y.dtype == dtype
         error = torch.linalg.norm((y.cpu() - expected).double()) / torch.linalg.norm(expected.double())
         assert error < (0.02 if dtype == torch.bfloat16 else 0.01)
@@ -156,30 +153,38 @@ def test_what_stands_in_front_of_a_layer(before: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("shape", [(1, 1), (127, 63), (128, 64), (129, 65), (300, 1000)])
 def test_packing_there_and_back(shape: tuple[int, int]) -> None:
     w = torch.randint(-127, 128, shape, dtype=torch.int8)
-    packed = ops.int8_pack(w.cuda(), 7)
-    assert torch.equal(ops.int8_unpack(packed).cpu(), w)
-    assert ops.int8_depths(packed) == {"n": shape[0], "k": shape[1], "activation_bits": 7}
+    scale = torch.rand(shape[0])
+    packed, form = pack(w.cuda(), scale, 7)
+    parts = ops.unpack("int8", packed, form)
+    assert torch.equal(parts["values"].cpu(), w)
+    assert torch.equal(parts["scale"].cpu(), scale)
+    of = ops.parse(form)
+    assert (of.n, of.k, of.activation_bits) == (*shape, 7)
+    assert packed.shape == (of.bytes + 4 * of.n,)
+    assert torch.equal(ops.dense("int8", packed, form).cpu(), w * scale[:, None])
 
 
 def test_errors_say_what_came() -> None:
     w, x = torch.randint(-127, 128, (12, 20), dtype=torch.int8).cuda(), torch.randn(3, 20, device="cuda")
-    packed, scale = ops.int8_pack(w, 8), torch.ones(12, device="cuda")
+    packed, form = pack(w)
     with pytest.raises(ValueError, match=r"x is \[3, 19\], the packed weight expects k = 20"):
-        ops.int8_linear(x[:, :19], packed, scale)
-    with pytest.raises(ValueError, match="no packed weight of 11 channels"):
-        ops.int8_linear(x, packed, scale[:11])
+        ops.int8_linear(x[:, :19], packed, form)
+    with pytest.raises(ValueError, match=r"packed is torch\.uint8 .*, expected a dense torch\.uint8 vector of"):
+        ops.int8_linear(x, packed[:-4], form)
+    with pytest.raises(ValueError, match=r"a packed weight 12x100 has .* bytes, this one"):
+        ops.int8_linear(torch.randn(3, 100, device="cuda"), packed, form.replace("k=20", "k=100"))
     with pytest.raises(ValueError, match="a weight is -128"):
-        ops.int8_pack(torch.full((3, 3), -128, dtype=torch.int8, device="cuda"), 8)
+        pack(torch.full((3, 3), -128, dtype=torch.int8, device="cuda"))
     with pytest.raises(ValueError, match="activation_bits is 9"):
-        ops.int8_pack(w, 9)
+        pack(w, bits=9)
     with pytest.raises(ValueError, match="no int8 kernel for CUDA is named 'fast'"):
-        cuda.int8_linear(x, packed, scale, None, "none", kernel="fast")
+        int8.linear(x, packed, form, None, "none", kernel="fast")
     with pytest.raises(TypeError, match="float64"):
-        ops.int8_linear(x.double(), packed, scale)
+        ops.int8_linear(x.double(), packed, form)
     with pytest.raises(ValueError, match="bias"):
-        ops.int8_linear(x, packed, scale, torch.ones(11, device="cuda"))
-    with pytest.raises(ValueError, match="unknown format"):
-        ops.int8_unpack(torch.zeros(100, dtype=torch.uint8, device="cuda"))
+        ops.int8_linear(x, packed, form, torch.ones(11, device="cuda"))
+    with pytest.raises(ValueError, match=r"expected a dense torch\.uint8 vector of"):
+        ops.unpack("int8", torch.zeros(100, dtype=torch.uint8, device="cuda"), form)
 
 
 # --- layers -------------------------------------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def test_a_layer_there_and_back() -> None:
     moved = made.cuda()
     assert moved is made
     assert {name: tensor.device.type for name, tensor in made.named_buffers()} == dict.fromkeys(
-        ("weight_scale", "bias", "packed"), "cuda"
+        ("bias", "packed"), "cuda"
     )
     assert torch.equal(made(x.cuda()).cpu(), expected)
     for name, tensor in made.state_dict().items():
@@ -295,11 +300,8 @@ def test_a_cuda_graph() -> None:
 def test_nothing_waits() -> None:
     made, x = layer().cuda(), torch.randn(5, 80, device="cuda")
     made(x)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         made(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -321,9 +323,7 @@ def test_export() -> None:
 
 def test_opcheck() -> None:
     made, x = layer().cuda(), torch.randn(5, 80, device="cuda")
-    torch.library.opcheck(
-        torch.ops.pycompress.int8_linear.default, (x, made.packed, made.weight_scale, made.bias, "silu")
-    )
+    torch.library.opcheck(torch.ops.pycompress.int8_linear.default, (x, made.packed, made.form, made.bias, "silu"))
 
 
 def test_inference_mode_autocast_and_vmap() -> None:

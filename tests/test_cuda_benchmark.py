@@ -13,9 +13,9 @@ from pycompress.benchmark import cuda as measuring
 from pycompress.benchmark import cuda_low_rank, cuda_sparse
 from pycompress.benchmark.cuda import Case, Set
 from pycompress.benchmark.cuda_int8 import INT8
-from pycompress.methods import Int8Weight, LowRankWeight, SparseWeight
-from pycompress.ops import cuda
-from pycompress.ops import cuda_sparse as forms
+from pycompress.ops.cuda import native
+from pycompress.ops.cuda import sparse as forms
+from pycompress.weights import Int8Weight, LowRankWeight, SparseWeight
 
 CASES = (
     *INT8,
@@ -83,7 +83,7 @@ def test_every_kernel_that_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
         {"name": f"{arch}_{element}_{size}", "arch": arch, "element": element, "size": size}
         for arch, element, size in itertools.product((80, 90), (0, 1, 2), (16, 64))
     ]
-    monkeypatch.setattr(cuda, "native", lambda *_: SimpleNamespace(blocks_kernels=lambda: rows))
+    monkeypatch.setattr(native, "native", lambda *_: SimpleNamespace(blocks_kernels=lambda: rows))
     for capability, archs in (((8, 9), (80,)), ((9, 0), (80, 90)), ((10, 0), (80,))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         expected = {f"pycompress_{arch}_{element}_64" for arch in archs for element in (0, 2)}

@@ -1,12 +1,9 @@
-"""What can be known of the CUDA kernels without a device: their source run on the host (``tests/native/cuda``), what the
-compiler made of them, and what is said where there is no CUDA.
-
-``python tests/test_cuda_host.py [FILE...]`` compiles all kernels, or those of some files, and records registers and spills.
+"""What can be known of the CUDA kernels without a device: their source run on the host (``tests/native/cuda``), and what is
+said where there is no CUDA. That no kernel spills or has a stack, the build of `make test-all` asserts (PYCOMPRESS_NO_SPILLS).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,10 +20,10 @@ from torch import nn
 
 from pycompress import cli, ops
 from pycompress.nn import Int8Linear
-from pycompress.ops import cuda
+from pycompress.ops.cuda import int8
+from pycompress.ops.cuda import native as cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "tests" / "native" / "cuda" / "registers.json"
 nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which is not on the PATH")
 
 # --- the kernels' source on the host ------------------------------------------------------------------------------------
@@ -38,13 +35,14 @@ def run(*command: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @nvcc
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_the_kernels_source_on_the_host() -> None:
     """In ``build``, which git ignores, so that only what changed is compiled again."""
     folder = ROOT / "build" / "cuda_host"
     run("cmake", "-S", ROOT, "-B", folder, "-DPYCOMPRESS_NATIVE_TESTS=ON")
-    run("cmake", "--build", folder, "--target", "cuda_kernels", "--parallel")
+    run("cmake", "--build", folder, "--target", "cuda_kernels", "--parallel", os.cpu_count())
     program = folder / "tests/native/cuda/cuda_kernels"
     names = run(program, "--list").splitlines()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process each
@@ -52,99 +50,6 @@ def test_the_kernels_source_on_the_host() -> None:
     assert {"int8 quantize", "int8 sm80", "int8 sm90", "2:4", "blocks", "low rank"} <= set(names)
     for name, said in zip(names, ran, strict=True):
         assert re.fullmatch(rf"{re.escape(name)}: [1-9]\d* cases, 0 failures\n", said)
-
-
-# --- registers and spills -----------------------------------------------------------------------------------------------
-
-PORTABLE = ["sm_80", "sm_89", "sm_90a"]
-FILES = {
-    "csrc/cuda/halves_sm80.cu": PORTABLE,
-    "csrc/cuda/halves_sm90.cu": ["sm_90a"],
-    "csrc/int8/gemm_sm80.cu": PORTABLE,
-    "csrc/int8/gemm_sm90.cu": ["sm_90a"],
-    "csrc/int8/pack.cu": PORTABLE,
-    "csrc/int8/quantize.cu": PORTABLE,
-    "csrc/low_rank/branch.cu": PORTABLE,
-    "csrc/low_rank/convert.cu": PORTABLE,
-    "csrc/low_rank/few.cu": PORTABLE,
-    "csrc/low_rank/fused.cu": PORTABLE,
-    "csrc/sparse/blocks/gemm_sm80.cu": PORTABLE,
-    "csrc/sparse/blocks/gemm_sm90.cu": ["sm_90a"],
-    "csrc/sparse/blocks/pack.cu": PORTABLE,
-    "csrc/sparse/bitmap/stream.cu": PORTABLE,
-    "csrc/sparse/structured/pack.cu": PORTABLE,
-    "csrc/sparse/structured/gemm_sm80.cu": PORTABLE,
-    "csrc/sparse/structured/gemm_sm90.cu": ["sm_90a"],
-    "csrc/weight_only/pack.cu": PORTABLE,
-    "csrc/weight_only/stream.cu": PORTABLE,
-}
-QUICK = {("csrc/cuda/halves_sm80.cu", "sm_80"), ("csrc/sparse/blocks/gemm_sm90.cu", "sm_90a")}
-
-
-def resources(file: str, arch: str, folder: Path) -> dict[str, dict[str, int]]:
-    """Kernel -> registers, stack and spilled bytes, as ptxas reports them."""
-    done = subprocess.run(
-        ["nvcc", "-std=c++17", "--fmad=false", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v", "-o", folder / "cubin",
-         ROOT / file],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = {}
-    for kernel, properties in re.findall(
-        r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", done.stderr, re.DOTALL
-    ):
-        numbers = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*Used (\d+) registers",
-            properties,
-            re.DOTALL,
-        )
-        assert numbers is not None, properties
-        names = ("stack", "spill_stores", "spill_loads", "registers")
-        found[readable(kernel)] = dict(zip(names, map(int, numbers.groups()), strict=True))
-    assert found, f"{file} has no kernel"
-    return found
-
-
-def readable(symbol: str) -> str:
-    """A kernel's name and template arguments."""
-    name = run("c++filt", symbol).strip().removeprefix("void ")
-    rooms = "pycompress|int8|cuda|weight_only|sparse|low_rank|halves|gpu::sm80|gpu::sm90"
-    name = re.sub(rf"(?:\(anonymous namespace\)|{rooms})::", "", name)
-    name = re.sub(r"\((?:int8::)?\w+\)(?=\d|true|false)", "", name)  # (Type)2
-    return re.sub(r"\((?!.*\)\().*$", "", name)
-
-
-@nvcc
-@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt (binutils)")
-@pytest.mark.parametrize(("file", "arch"), [(file, arch) for file, archs in FILES.items() for arch in archs])
-def test_no_new_spills(file: str, arch: str, tmp_path: Path) -> None:
-    if (file, arch) not in QUICK and not os.environ.get("PYCOMPRESS_TEST_CUBINS"):
-        pytest.skip("takes long: set PYCOMPRESS_TEST_CUBINS=1 to compile all kernels for all architectures")
-    recorded = json.loads(RECORD.read_text())["kernels"][file][arch]
-    found = resources(file, arch, tmp_path)
-    assert found.keys() == recorded.keys(), "other kernels than recorded: run python tests/test_cuda_host.py"
-    for kernel, used in found.items():
-        for what in ("stack", "spill_stores", "spill_loads"):
-            assert used[what] <= recorded[kernel][what], f"{kernel}: {what} {used[what]}"
-
-
-def test_the_record_has_no_spills() -> None:
-    kernels = json.loads(RECORD.read_text())["kernels"]
-    assert {file: list(archs) for file, archs in kernels.items()} == FILES
-    for archs in kernels.values():
-        for found in archs.values():
-            assert all(used["stack"] == used["spill_stores"] == used["spill_loads"] == 0 for used in found.values())
-
-
-def record(files: list[str]) -> None:
-    """Compiles these files, or all, and writes down what the compiler made of them."""
-    version = re.search(r"release (\S+),", run("nvcc", "--version"))
-    assert version is not None
-    folder = ROOT / "build"
-    folder.mkdir(exist_ok=True)
-    kernels = json.loads(RECORD.read_text())["kernels"] if files else {}
-    kernels |= {file: {arch: resources(file, arch, folder) for arch in FILES[file]} for file in files or FILES}
-    RECORD.write_text(json.dumps({"nvcc": version[1], "kernels": kernels}, indent=1) + "\n")
 
 
 # --- where there is no CUDA ---------------------------------------------------------------------------------------------
@@ -156,6 +61,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("there is a CUDA device here")
 
 
+@pytest.mark.slow  # built by `make test-all` alone
 def test_loading_the_module_needs_no_driver() -> None:
     module, why = cuda._load()
     if module is None:
@@ -172,7 +78,7 @@ def test_asking_for_cuda_says_why_it_is_not_there() -> None:
     why = ops.cuda_error()
     assert why is not None
     with pytest.raises(RuntimeError, match="int8_pack: no CUDA here: " + re.escape(why)):
-        cuda.int8_pack(torch.zeros(2, 2, dtype=torch.int8), 8)
+        int8.pack({"values": torch.zeros(2, 2, dtype=torch.int8)}, (2, 2), {"activation_bits": 8})
     assert cli.cuda_state() == f"not available: {why}"
 
 
@@ -231,7 +137,3 @@ def test_a_layer_is_packed_anew_between_cpu_and_cuda_alone() -> None:
     assert layer._packs_anew(cpu, gpu)
     assert layer._packs_anew(gpu, cpu)
     assert not any(layer._packs_anew(*pair) for pair in ((cpu, cpu), (gpu, other), (cpu, meta), (meta, gpu)))
-
-
-if __name__ == "__main__":
-    record(sys.argv[1:])

@@ -12,37 +12,30 @@ from typing import cast
 
 import pytest
 import torch
+from on_cuda import (
+    DISPATCH,
+    HALVES,
+    check_a_graph_beside_another_stream,
+    device,
+    nothing_waits,
+    poison,  # noqa: F401
+    rounded,
+)
 from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress import ops
 from pycompress.methods import Int4, LowRank
 from pycompress.nn import LowRankLinear
-from pycompress.ops import cuda, cuda_low_rank
-
-device = pytest.mark.skipif(ops.cuda_error() is not None, reason=f"no CUDA here: {ops.cuda_error()}")
-
-HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and their unit roundoffs
-
-
-@pytest.fixture(autouse=True)
-def poison() -> None:
-    """What the allocator hands out next holds NaN, not the zeros of fresh memory or the right results of the test before."""
-    if ops.cuda_error() is not None:
-        return
-    torch.cuda.empty_cache()
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
-        del blocks
+from pycompress.ops.cuda import low_rank, native
 
 
 def layer(n: int, k: int, rank: int) -> LowRankLinear:
     return LowRankLinear.from_dense(nn.Linear(k, n), LowRank(rank=rank, rank_guard=False))
 
 
-def rounded(factor: Tensor) -> Tensor:
-    """To bfloat16, ties away from zero, as float64."""
-    return (factor.view(torch.int32) + 0x8000 >> 16 << 16).view(torch.float32).double()
+def pack(down: Tensor, up: Tensor) -> tuple[Tensor, str]:
+    return low_rank.pack({"down": down, "up": up}, (up.shape[0], down.shape[1]), {"rank": len(down), "bits": 32})
 
 
 def of_steps(count: int) -> float:
@@ -79,18 +72,20 @@ def test_packing_loses_nothing(n: int, k: int, rank: int) -> None:
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x00000001, 0x00008000, 0x7F7F7FFF, 0])
     down[0, :8], up[0, 0] = bits.to(torch.int32).view(torch.float32), -0.0  # ties to even and to odd, subnormal ones
     down[0, 8:16] = -down[0, :8]
-    packed = cuda_low_rank.pack(down, up)
-    assert packed.shape[0] == k
-    for mine, found in zip((down, up), cuda_low_rank.unpack(packed, n, k, rank), strict=True):
-        assert torch.equal(mine.view(torch.int32), found.view(torch.int32))
-    torch.testing.assert_close(cuda_low_rank.dense(packed, n, k)[1:, 16:], (up @ down)[1:, 16:])
+    packed, form = pack(down, up)
+    of, found = ops.parse(form), low_rank.unpack(packed, form)
+    assert (of.n, of.k, of.rank, packed.shape) == (n, k, rank, (of.bytes,))
+    assert of.bytes % 128 == 0
+    for name, mine in (("down", down), ("up", up)):
+        assert torch.equal(mine.view(torch.int32), found[name].view(torch.int32))
+    torch.testing.assert_close(low_rank.dense(packed, form)[1:, 16:], (up @ down)[1:, 16:])
 
 
 def test_the_layout_is_that_of_the_kernels() -> None:
     """Value by value as ``csrc/low_rank/cuda.h`` says it."""
     n, k, rank = 33, 70, 17
     down, up = torch.randn(rank, k), torch.randn(n, rank)
-    halves = cuda_low_rank.pack(down, up).flatten().view(torch.int16)
+    halves = pack(down, up)[0].view(torch.int16)
     begin = 0
     for matrix, (rows, columns) in ((down, (64, 128)), (up, (128, 64))):
         expected = torch.zeros(rows, columns, dtype=torch.float64)
@@ -100,37 +95,27 @@ def test_the_layout_is_that_of_the_kernels() -> None:
         begin += rows * columns
 
 
-def test_the_shape_says_the_rank() -> None:
-    for n, k in ((1, 1), (5, 300), (300, 5), (64, 64), (100, 1000)):
-        rows = [cuda_low_rank._row(n, k, rank) for rank in range(1, min(n, k) + 1)]
-        ranks = [cuda_low_rank._rank_of(row, n, k) for row in rows]
-        assert ranks == [-(-rank // 16) * 16 for rank in range(1, min(n, k) + 1)]
-        assert cuda_low_rank._rank_of(max(rows) + 4, n, k) == cuda_low_rank._rank_of(min(rows) - 1, n, k) == 0
-
-
 def test_what_packing_refuses() -> None:
     good = torch.randn(4, 8), torch.randn(8, 4)
     for bad in (torch.inf, torch.nan, 3.4e38):
         with pytest.raises(ValueError, match="holds NaN, Inf or a value that rounds to it"):
-            cuda_low_rank.pack(torch.full((4, 8), bad), good[1])
+            pack(torch.full((4, 8), bad), good[1])
     with pytest.raises(ValueError, match="no kernels for int8 factors"):
-        cuda_low_rank.pack(good[0].to(torch.int8), good[1].to(torch.int8))
-    packed = cuda_low_rank.pack(*good)
-    with pytest.raises(ValueError, match="expected for n = 8, k = 9 what low_rank_pack returns"):
-        cuda_low_rank.dense(packed, 8, 9)
-    with pytest.raises(ValueError, match="is not of rank 17"):
-        cuda_low_rank.unpack(packed, 8, 8, 17)
+        pack(good[0].to(torch.int8), good[1].to(torch.int8))
+    packed, form = pack(*good)
+    with pytest.raises(ValueError, match=r"expected a dense torch\.uint8 vector of"):
+        low_rank.dense(packed[:-1], form)
+    with pytest.raises(ValueError, match="the factors are 8x8, expected 8x9"):
+        low_rank.pack({"down": good[0], "up": good[1]}, (8, 9), {})
 
 
 def test_kernels_for_cuda_name_the_devices() -> None:
-    made, keys = layer(8, 16, 2), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    state = made.state_dict()
-    for op, operands in {
-        torch.ops.pycompress.low_rank_linear.default: (torch.randn(3, 16), made.packed, 8, made.bias, "none"),
-        torch.ops.pycompress.low_rank_pack.default: (state["down"], state["up"]),
-    }.items():
-        with pytest.raises(RuntimeError, match="on cpu, expected all of them on one CUDA device or on the CPU"):
-            op.redispatch(keys, *operands)
+    made = layer(8, 16, 2)
+    op = torch.ops.pycompress.low_rank_linear.default
+    with pytest.raises(RuntimeError, match="on cpu, expected all of them on one CUDA device or on the CPU"):
+        op.redispatch(
+            DISPATCH, torch.randn(3, 16), *pack(*(made.state_dict()[name] for name in ("down", "up"))), None, "none"
+        )
 
 
 # --- with one -----------------------------------------------------------------------------------------------------------
@@ -172,22 +157,7 @@ def test_rows_of_a_wider_tensor_are_read_in_place() -> None:
 
 @device
 def test_the_same_bits_beside_another_stream_and_in_a_graph() -> None:
-    made, there = layer(64, 16384, 64).cuda(), torch.zeros(8, 16384, dtype=torch.bfloat16, device="cuda")
-    xs = torch.randn(3, 8, 16384, dtype=torch.bfloat16, device="cuda")
-    expected = [made(x) for x in xs]
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = made(there)
-    torch.cuda.synchronize()
-    for x, right in zip(xs, expected, strict=True):
-        there.copy_(x)
-        y.fill_(float("nan"))
-        graph.replay()
-        with torch.cuda.stream(stream):
-            beside = [made(xs[0]) for _ in range(10)]
-        torch.cuda.synchronize()
-        assert torch.equal(y, right)
-        assert all(torch.equal(other, expected[0]) for other in beside)
+    check_a_graph_beside_another_stream(layer(64, 16384, 64).cuda(), 8, 16384, torch.bfloat16)
 
 
 @device
@@ -206,7 +176,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     made.to("cuda", torch.bfloat16)  # what is meant for activations does not touch the weight
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor.cpu(), state[name]), name
-    torch.testing.assert_close(ops.low_rank_dense(made.packed, 70, 130).cpu(), weight)
+    torch.testing.assert_close(ops.dense("low_rank", made.packed, made.form).cpu(), weight)
     pc.save(nn.Sequential(made), tmp_path / "cuda.safetensors")
     loaded = pc.load(nn.Sequential(nn.Linear(130, 70)), tmp_path / "cuda.safetensors")[0]
     assert torch.equal(loaded.packed, packed)
@@ -220,12 +190,9 @@ def test_compile_export_opcheck_and_waiting() -> None:
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, fullgraph=True)(x), expected)
     assert torch.equal(torch.export.export(made, (x,)).module()(x), expected)
-    torch.library.opcheck(torch.ops.pycompress.low_rank_linear.default, (x, made.packed, 96, made.bias, "silu"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    torch.library.opcheck(torch.ops.pycompress.low_rank_linear.default, (x, made.packed, made.form, made.bias, "silu"))
+    with nothing_waits():
         made(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @device
@@ -233,11 +200,11 @@ def test_errors_say_what_came() -> None:
     made = layer(96, 80, 20).cuda()
     with pytest.raises(TypeError, match=r"x is torch\.float32, expected bfloat16 or float16 on a CUDA device"):
         made(torch.randn(3, 80, device="cuda"))
-    with pytest.raises(ValueError, match=r"packed is torch\.uint8 \[80, .*expected for n = 96, k = 40"):
+    with pytest.raises(ValueError, match=r"x is \[3, 40\], the packed weight expects k = 80"):
         made(torch.randn(3, 40, dtype=torch.bfloat16, device="cuda"))
     with pytest.raises(ValueError, match="no kernels for int8 factors"):
         LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, bits=8, rank_guard=False)).cuda()
-    with pytest.raises(ValueError, match="residual_kind is 'int4', expected "):
+    with pytest.raises(ValueError, match="activation_bits is 8, expected 16 on a CUDA device"):
         LowRankLinear.from_dense(nn.Linear(80, 96), LowRank(rank=20, residual=Int4(), rank_guard=False)).cuda()
 
 
@@ -250,22 +217,21 @@ def ranks_of(row: dict[str, object]) -> tuple[int, ...]:
 
 @device
 def test_kernels_forced() -> None:
-    module, (n, k) = cuda.native("tests"), (300, 1000)
+    module, (n, k) = native.native("tests"), (300, 1000)
     cases = {rank: Case(n, k, rank) for rank in (16, 60, 70, 128, 140)}
     for rank, case in cases.items():
         case.bias = torch.zeros(n, dtype=torch.float64)
-        tiles = -(-rank // 16) * 16
         for row in (row for row in module.low_rank_kernels() if rank in ranks_of(row)):
-            dtype = next(dtype for dtype in HALVES if ops.native.FLOATS[dtype] == row["type"])
+            dtype = next(dtype for dtype in HALVES if ops.checks.FLOATS[dtype] == row["type"])
             kind = row["type"]
             for splits in (1, 2, 5):
                 m = 2 * max(row["rows"], 64) + 3
                 x = torch.randn(m, k, dtype=dtype, device="cuda")
                 y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
-                size = module.low_rank_workspace(0, n, k, tiles, kind, m, row["name"], splits)
+                size = module.low_rank_workspace(0, n, k, rank, kind, m, row["name"], splits)
                 workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
                 module.low_rank_linear(
-                    0, cuda.stream_of(0), x.data_ptr(), kind, m, k, k, case.layer.packed.data_ptr(), n, tiles, 0, 0,
+                    0, native.stream_of(0), x.data_ptr(), kind, m, k, n, k, rank, case.layer.packed.data_ptr(), 0, 0,
                     y.data_ptr(), workspace.data_ptr(), row["name"], splits,
                 )  # fmt: skip
                 case.check(y, x)

@@ -1,5 +1,5 @@
 """Sparse layers on a CUDA device: which packed form a weight takes, and what is refused; single weights under a bitmap against
-float64 within the bound of ``csrc/sparse/cuda.h``. 2:4 and blocks: ``test_cuda_tiles.py``.
+float64 within the bound of ``csrc/sparse/bitmap/cuda.h``. 2:4 and blocks: ``test_cuda_tiles.py``.
 
 Also run under ``compute-sanitizer --tool memcheck`` and ``--tool racecheck``, with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
@@ -17,30 +17,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from on_cuda import DISPATCH, HALVES, check_a_graph_beside_another_stream, device, nothing_waits, poison  # noqa: F401
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import pycompress as pc
 from pycompress import ops
-from pycompress.methods import Sparse, SparseWeight
+from pycompress.methods import Sparse
 from pycompress.nn import SparseConv2d, SparseLinear
-from pycompress.ops import cuda, cuda_sparse
-
-device = pytest.mark.skipif(ops.cuda_error() is not None, reason=f"no CUDA here: {ops.cuda_error()}")
-
-HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and their unit roundoffs
-
-
-@pytest.fixture(autouse=True)
-def poison() -> None:
-    """What the allocator hands out next holds NaN, not the zeros of fresh memory or the right results of the test before."""
-    if ops.cuda_error() is not None:
-        return
-    torch.cuda.empty_cache()
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
-        del blocks
+from pycompress.ops.cuda import bitmap, native, sparse
+from pycompress.ops.cuda.sparse_layout import layout as layout_of
+from pycompress.weights import SparseWeight
 
 
 def layer(n: int, k: int, density: float = 0.3, dtype: torch.dtype = torch.bfloat16) -> SparseLinear:
@@ -78,27 +64,25 @@ def test_the_share_of_blocks_that_are_present(block: int) -> None:
         for density in (0.0, 0.002, 0.01, 1.0):
             kept = torch.rand(n, k) < density
             pieces = [kept[r : r + block, c : c + block].any() for r in range(0, n, block) for c in range(0, k, block)]
-            assert cuda_sparse.share_of_blocks(mask_of(kept), block) == np.mean(pieces)
+            assert sparse.share_of_blocks(mask_of(kept), block) == np.mean(pieces)
 
 
 @pytest.mark.parametrize("place", [(0, 0), (0, 63), (63, 0), (63, 63)])
 def test_a_weight_in_a_corner_makes_a_block_present(place: tuple[int, int]) -> None:
     kept = torch.zeros(128, 128, dtype=torch.bool)
     kept[64 + place[0], place[1]] = True
-    assert cuda_sparse.share_of_blocks(mask_of(kept), 64) == 1 / 4
+    assert sparse.share_of_blocks(mask_of(kept), 64) == 1 / 4
 
 
 def test_two_of_four() -> None:
     for bits in range(256):
         byte = np.array([[bits]], np.uint8)
-        assert cuda_sparse.is_two_of_four(byte) == all(
-            f"{bits:08b}"[half : half + 4].count("1") <= 2 for half in (0, 4)
-        )
+        assert sparse.is_two_of_four(byte) == all(f"{bits:08b}"[half : half + 4].count("1") <= 2 for half in (0, 4))
     kept = torch.zeros(3, 21, dtype=torch.bool)
     kept[:, 2:6] = True  # four that follow each other, but no three in a group
-    assert cuda_sparse.is_two_of_four(mask_of(kept))
+    assert sparse.is_two_of_four(mask_of(kept))
     kept[2, 20] = kept[1, 18] = kept[1, 17] = kept[0, 7] = True
-    assert not cuda_sparse.is_two_of_four(mask_of(kept))
+    assert not sparse.is_two_of_four(mask_of(kept))
 
 
 @pytest.mark.parametrize(
@@ -121,54 +105,55 @@ def test_two_of_four() -> None:
 def test_the_form_of_a_pattern(pattern: str, density: float | None, form: str) -> None:
     """Up to the limits, and one block above them."""
     mask = Sparse(density, pattern).compress(torch.randn(320, 320)).mask.numpy()
-    assert cuda_sparse.chosen_format(mask, int8=False) == form
+    assert sparse.chosen_format(mask, int8=False) == form
     if form != "bitmap":
-        assert cuda_sparse.chosen_format(mask, int8=True) == form
+        assert sparse.chosen_format(mask, int8=True) == form
         return
     with pytest.raises(
         ValueError, match=r"of the blocks .* % of 64x64, .* % of 32x32, .* % of 16x16 are present; expected"
     ):
-        cuda_sparse.chosen_format(mask, int8=True)
+        sparse.chosen_format(mask, int8=True)
+
+
+def pack(weight: SparseWeight, layout: str = "", bits: int | None = None, **changed: Tensor) -> tuple[Tensor, str]:
+    parts = {"mask": weight.mask, "values": weight.values} | ({} if weight.scale is None else {"scale": weight.scale})
+    settings = {
+        "bits": 8 if weight.scale is not None else 32,
+        "activation_bits": weight.activation_bits if bits is None else bits,
+    }
+    return sparse.pack({**parts, **changed}, weight.shape, settings, layout)
 
 
 def test_what_packing_refuses() -> None:
     int8 = Sparse(0.3, bits=8).compress(torch.randn(64, 70))
     half = Sparse(0.3).compress(torch.randn(64, 70).bfloat16())
-    device = torch.device("cuda:0")
     for weight, bits, form, message in (
         (int8, 7, "", "expected on a CUDA device the pattern 2:4, or of the blocks at most 50 %, 40 %, 35 %"),
         (int8, 0, "", r"activation_bits is 0, expected 7 or 8 for torch\.int8"),
         (half, 8, "", r"activation_bits is 8, expected 0 for torch\.float32"),
-        (int8, 7, "bitmap", r"values is torch\.int8, expected float32 for the format bitmap"),
-        (half, 0, "rows", "format is 'rows', expected one of bitmap, structured, blocks64, blocks32, blocks16"),
+        (int8, 7, "bitmap", r"values is torch\.int8, expected float32 for the layout bitmap"),
+        (half, 0, "rows", "layout is 'rows', expected one of bitmap, structured, blocks64, blocks32, blocks16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            cuda_sparse.pack(weight.mask, weight.values, 70, bits, form, device)
+            pack(weight, form, bits)
     with pytest.raises(ValueError, match=rf"there are {half.nnz - 1} values, the mask has {half.nnz} bits set"):
-        cuda_sparse.pack(half.mask, half.values[1:], 70, 0, "", device)
-    with pytest.raises(ValueError, match=r"mask is \[0, 9\], expected \[n > 0"):
-        cuda_sparse.pack(half.mask[:0], half.values[:0], 70, 0, "", device)
+        pack(half, values=half.values[1:])
+    with pytest.raises(ValueError, match=r"mask is torch\.uint8 \[0, 9\], expected uint8 \[64, 9\] for k = 70"):
+        pack(half, mask=half.mask[:0])
 
 
-@pytest.mark.parametrize("form", ops.CUDA_SPARSE_FORMATS)
-def test_what_a_compiler_sees_of_packing(form: str) -> None:
-    shape_env = ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env):
-        mask, values = torch.empty(64, 9, dtype=torch.uint8, device="cuda"), torch.empty(100, device="cuda")
-        packed = ops.sparse_pack(mask, values, 70, 0, form)
-        assert (packed.dtype, packed.device.type, packed.shape[-2]) == (torch.uint8, "cuda", 70)
-        assert packed.dim() == {"bitmap": 2, "structured": 3}.get(form, 4)
-        with pytest.raises(NotImplementedError, match="format is '' on a CUDA device, where it depends on the mask"):
-            ops.sparse_pack(mask, values, 70)
+KEYS = "n=5 k=8 nnz=9 bits=32 activation_bits=0 element=bfloat16 bytes=512"
 
 
-def test_the_form_stands_in_the_shape() -> None:
-    forms = {cuda_sparse.format_of(torch.empty(shape, device="meta")) for shape in ((8, 3), (1, 8, 4))}
-    assert forms == {"bitmap", "structured"}
-    blocks = [cuda_sparse.format_of(torch.empty(1, 1, 8, 32 + code, device="meta")) for code in range(11)]
-    assert blocks == [f"blocks{size}" for size in (64, 64, 64, 64, 32, 32, 32, 32, 16, 16, 16)]
-    with pytest.raises(ValueError, match=r"\[1, 1, 8, 44\] is none that sparse_pack returns"):
-        cuda_sparse.format_of(torch.empty(1, 1, 8, 44, device="meta"))
+def test_the_form_says_what_the_kernels_are_told() -> None:
+    assert layout_of(f"bitmap {KEYS} unit_bytes=368")[::7] == ("bitmap", (5, 8, 0, 512, 368))
+    assert layout_of(f"structured {KEYS}")[::7] == ("structured", (5, 8, 0))
+    for block in (64, 32, 16):
+        of = layout_of(f"blocks{block} {KEYS} block={block} stored=3")
+        assert of[::7] == ("blocks", (5, 8, 0, block, 3))
+        assert (of.element, of.nnz, of.size) == (torch.bfloat16, 9, 512)
+    of = layout_of("structured n=5 k=8 nnz=9 bits=8 activation_bits=7 element=int8 bytes=512")
+    assert (of.shape, of.activation_bits, of.size) == ((5, 8, 2), 7, 512 + 4 * 5)
 
 
 # --- what holds the values: without a device -----------------------------------------------------------------------------
@@ -178,16 +163,18 @@ def packed_with(monkeypatch: pytest.MonkeyPatch, values: Tensor) -> tuple[Tensor
     """A bitmap of a weight [1, 8] with these values, its native part replaced, and their type."""
     seen: list[Any] = []
 
-    def sparse_pack(*operands: int) -> bytes:
+    def bitmap_pack(*operands: int) -> tuple[bytes, int]:
         seen.append(operands)
-        return bytes(range(16))
+        return bytes(range(16)), 352
 
-    monkeypatch.setattr(cuda, "native", lambda *_: SimpleNamespace(sparse_pack=sparse_pack))
+    monkeypatch.setattr(bitmap, "native", lambda *_: SimpleNamespace(bitmap_pack=bitmap_pack))
     mask = torch.tensor([[(1 << values.numel()) - 1]], dtype=torch.uint8)
-    packed = cuda_sparse.pack(mask, values, 8, 0, "bitmap", mask.device)
-    count, kind, n, k = seen[0][2:]
+    packed, form = sparse.pack({"mask": mask, "values": values}, (1, 8), {"bits": 32}, "bitmap")
+    count, element, n, k = seen[0][2:]
     assert (count, n, k) == (values.numel(), 1, 8)
-    return packed, {code: dtype for dtype, code in ops.native.FLOATS.items()}[kind]
+    of = layout_of(form)
+    assert of.shape == (1, 8, element, 16, 352)
+    return packed, of.element
 
 
 @pytest.mark.parametrize(
@@ -206,8 +193,7 @@ def test_the_type_is_one_that_has_all_values(
 ) -> None:
     packed, found = packed_with(monkeypatch, torch.tensor(values))
     assert found is dtype
-    assert packed.shape == (8, 2)
-    assert packed.flatten().tolist() == list(range(16))
+    assert packed.tolist() == list(range(16))
 
 
 @pytest.mark.parametrize("values", [[0.1], [1.0, 1.0 + 2.0**-11], [2.0**100, 1.0 + 2.0**-9], [2.0**-140]])
@@ -219,14 +205,11 @@ def test_values_that_would_be_rounded_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_kernels_for_cuda_name_the_devices() -> None:
     """What torch calls for tensors on CUDA, called with the tensors at hand (a machine without CUDA has no others)."""
-    made, keys = layer(8, 16), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    mask, values = (made.state_dict()[name] for name in ("weight_mask", "weight_values"))
-    for op, operands in {
-        torch.ops.pycompress.sparse_linear.default: (torch.randn(3, 16), made.packed, 8, None, made.bias, "none"),
-        torch.ops.pycompress.sparse_pack.default: (mask, values, 16, 0, ""),
-    }.items():
-        with pytest.raises(RuntimeError, match="on cpu, expected all of them on one CUDA device or on the CPU"):
-            op.redispatch(keys, *operands)
+    form = f"bitmap {KEYS} unit_bytes=368"
+    with pytest.raises(RuntimeError, match="on cpu, expected all of them on one CUDA device or on the CPU"):
+        torch.ops.pycompress.sparse_linear.default.redispatch(
+            DISPATCH, torch.randn(3, 8), torch.zeros(512, dtype=torch.uint8), form, None, "none"
+        )
 
 
 def test_which_layers_are_packed_anew() -> None:
@@ -236,15 +219,13 @@ def test_which_layers_are_packed_anew() -> None:
 
 
 def test_the_kernels_are_listed_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, why = cuda._load()
+    module, why = native._load()
     if module is None:
         pytest.skip(f"it was not built: {why}")
-    monkeypatch.setattr(cuda, "native", lambda _: module)  # packing runs on the host
-    assert {row["type"] for row in module.sparse_kernels()} == {ops.native.FLOATS[dtype] for dtype in HALVES}
-    made = layer(64, 128)
-    weight = made.canonical()
-    packed = cuda_sparse.pack(weight.mask, weight.values, 128, 0, "bitmap", weight.mask.device)
-    name, splits = module.sparse_chosen_kernel(packed.numel(), 64, 128, 8, 132)
+    monkeypatch.setattr(bitmap, "native", lambda _: module)  # packing runs on the host
+    assert {row["type"] for row in module.bitmap_kernels()} == {ops.checks.FLOATS[dtype] for dtype in HALVES}
+    _, form = pack(layer(64, 128).canonical(), "bitmap")
+    name, splits = module.bitmap_chosen_kernel(layout_of(form).shape, 8, 132)
     assert name.startswith("sparse_bf16")
     assert 1 <= splits <= 2
 
@@ -327,7 +308,7 @@ def test_dense_and_gradient() -> None:
     made, x = layer(70, 130), torch.randn(3, 130, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     dense = made.weight
     made.cuda()
-    assert torch.equal(ops.sparse_dense(made.packed, (70, 130, 32)).cpu(), dense)
+    assert torch.equal(ops.dense("sparse", made.packed, made.form).cpu(), dense)
     assert torch.equal(made.weight, dense)
     made(x).sum().backward()
     expected = torch.ones(3, 70, dtype=torch.bfloat16, device="cuda") @ dense.cuda().to(torch.bfloat16)
@@ -347,23 +328,7 @@ def test_not_finite_rows_stay_apart() -> None:
 
 @device
 def test_a_cuda_graph_beside_another_stream() -> None:
-    """Sums over parts of k that several blocks share must not meet those of the same layer elsewhere."""
-    made, there = layer(64, 16384).cuda(), torch.zeros(8, 16384, dtype=torch.bfloat16, device="cuda")
-    xs = torch.randn(3, 8, 16384, dtype=torch.bfloat16, device="cuda")
-    expected = [made(x) for x in xs]
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = made(there)
-    torch.cuda.synchronize()
-    for x, right in zip(xs, expected, strict=True):
-        there.copy_(x)
-        y.fill_(float("nan"))
-        graph.replay()
-        with torch.cuda.stream(stream):
-            beside = [made(xs[0]) for _ in range(10)]
-        torch.cuda.synchronize()
-        assert torch.equal(y, right)
-        assert all(torch.equal(other, expected[0]) for other in beside)
+    check_a_graph_beside_another_stream(layer(64, 16384).cuda(), 8, 16384, torch.bfloat16)
 
 
 @device
@@ -373,12 +338,9 @@ def test_compile_export_opcheck_and_waiting() -> None:
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, fullgraph=True)(x), expected)
     assert torch.equal(torch.export.export(made, (x,)).module()(x), expected)
-    torch.library.opcheck(torch.ops.pycompress.sparse_linear.default, (x, made.packed, 96, None, made.bias, "silu"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    torch.library.opcheck(torch.ops.pycompress.sparse_linear.default, (x, made.packed, made.form, made.bias, "silu"))
+    with nothing_waits():
         made(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @device
@@ -387,10 +349,11 @@ def test_errors_say_what_came() -> None:
     for dtype in (torch.float32, torch.float16):
         with pytest.raises(TypeError, match=rf"x is {dtype}, expected torch\.bfloat16 as the values"):
             made(torch.randn(3, 80, dtype=dtype, device="cuda"))
-    with pytest.raises(ValueError, match=r"packed is torch\.uint8 \[80, .*expected for k = 40"):
+    with pytest.raises(ValueError, match=r"x is \[3, 40\], the packed weight expects k = 80"):
         made(torch.randn(3, 40, dtype=torch.bfloat16, device="cuda"))
+    x = torch.randn(3, 80, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(ValueError, match="no packed weight 5000x80 has"):
-        ops.sparse_linear(torch.randn(3, 80, dtype=torch.bfloat16, device="cuda"), made.packed, 5000)
+        ops.sparse_linear(x, made.packed, made.form.replace("n=96", "n=5000"))
     with pytest.raises(ValueError, match="expected bfloat16 or float16 numbers on a CUDA device"):
         layer(96, 80, dtype=torch.float32).cuda()
     with pytest.raises(
@@ -404,19 +367,20 @@ def test_errors_say_what_came() -> None:
 
 @device
 def test_kernels_forced() -> None:
-    module, (n, k) = cuda.native("tests"), (100, 1000)
+    module, (n, k) = native.native("tests"), (100, 1000)
     for dtype in HALVES:
-        made, kind = layer(n, k, dtype=dtype), ops.native.FLOATS[dtype]
+        made, kind = layer(n, k, dtype=dtype), ops.checks.FLOATS[dtype]
         weight, _ = moved(made)
-        for row in (row for row in module.sparse_kernels() if row["type"] == kind):
+        sizes = layout_of(made.form).shape
+        for row in (row for row in module.bitmap_kernels() if row["type"] == kind):
             for splits in (1, 2, 5):
-                m, packed_bytes = row["rows"], made.packed.numel()
+                m = row["rows"]
                 x = torch.randn(m, k, dtype=dtype, device="cuda")
                 y = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
-                size = module.sparse_workspace(0, packed_bytes, n, k, m, row["name"], splits)
+                size = module.bitmap_workspace(0, sizes, m, row["name"], splits)
                 workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-                module.sparse_linear(
-                    0, cuda.stream_of(0), x.data_ptr(), kind, m, k, k, made.packed.data_ptr(), packed_bytes, n, 0, 0,
-                    y.data_ptr(), workspace.data_ptr(), row["name"], splits,
+                module.bitmap_linear(
+                    0, native.stream_of(0), sizes, x.data_ptr(), kind, m, k, made.packed.data_ptr(), 0, 0, y.data_ptr(),
+                    workspace.data_ptr(), row["name"], splits,
                 )  # fmt: skip
                 check(y, x, weight, torch.zeros(n))

@@ -10,30 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_cuda import HALVES, check_a_graph_beside_another_stream, nothing_waits, poison  # noqa: F401
 from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress import ops
-from pycompress.methods import Int4, Int4Weight, Int8, Int8Weight
+from pycompress.methods import Int4, Int8
 from pycompress.nn import Int4Linear, Int8Linear
-from pycompress.ops import cuda
+from pycompress.ops.cuda import native
+from pycompress.weights import Int4Weight, Int8Weight
 
 pytestmark = pytest.mark.skipif(ops.cuda_error() is not None, reason=f"no CUDA here: {ops.cuda_error()}")
 
-HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # and their unit roundoffs
 METHODS: list[Int8 | Int4] = [
     Int8(activation_bits=16),
     *(Int4(group, symmetric, activation_bits=16) for group in (32, 64, 128) for symmetric in (False, True)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poison() -> None:
-    """What the allocator hands out next holds NaN, not the zeros of fresh memory or the right results of the test before."""
-    torch.cuda.empty_cache()
-    for size in (1 << 12, 1 << 16, 1 << 20, 1 << 24):
-        blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(4)]
-        del blocks
 
 
 def layer(method: Int8 | Int4, n: int, k: int, activation: str = "none") -> Int8Linear | Int4Linear:
@@ -120,8 +112,9 @@ def test_there_and_back(method: Int8 | Int4, tmp_path: Path) -> None:
 def test_int4_dense() -> None:
     for method in METHODS[1:]:
         made = layer(method, 70, 130)
-        dense = ops.int4_dense(made.packed, 70, 130)
-        assert torch.equal(ops.int4_dense(made.cuda().packed, 70, 130).cpu(), dense)
+        dense = ops.dense("int4", made.packed, made.form)
+        made.cuda()
+        assert torch.equal(ops.dense("int4", made.packed, made.form).cpu(), dense)
 
 
 def test_not_finite_rows_stay_apart() -> None:
@@ -136,23 +129,7 @@ def test_not_finite_rows_stay_apart() -> None:
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=repr)
 def test_a_cuda_graph_beside_another_stream(method: Int8 | Int4) -> None:
-    """Sums over parts of k that several blocks share must not meet those of the same layer elsewhere."""
-    made, there = layer(method, 64, 16384).cuda(), torch.zeros(8, 16384, dtype=torch.bfloat16, device="cuda")
-    xs = torch.randn(3, 8, 16384, dtype=torch.bfloat16, device="cuda")
-    expected = [made(x) for x in xs]
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = made(there)
-    torch.cuda.synchronize()
-    for x, right in zip(xs, expected, strict=True):
-        there.copy_(x)
-        y.fill_(float("nan"))
-        graph.replay()
-        with torch.cuda.stream(stream):
-            beside = [made(xs[0]) for _ in range(10)]
-        torch.cuda.synchronize()
-        assert torch.equal(y, right)
-        assert all(torch.equal(other, expected[0]) for other in beside)
+    check_a_graph_beside_another_stream(layer(method, 64, 16384).cuda(), 8, 16384, torch.bfloat16)
 
 
 def test_compile_export_opcheck_and_waiting() -> None:
@@ -161,12 +138,9 @@ def test_compile_export_opcheck_and_waiting() -> None:
     with torch.inference_mode():
         assert torch.equal(torch.compile(made, fullgraph=True)(x), expected)
     assert torch.equal(torch.export.export(made, (x,)).module()(x), expected)
-    torch.library.opcheck(torch.ops.pycompress.int4_linear.default, (x, made.packed, 96, made.bias, "silu"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    torch.library.opcheck(torch.ops.pycompress.int4_linear.default, (x, made.packed, made.form, made.bias, "silu"))
+    with nothing_waits():
         made(x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_errors_say_what_came() -> None:
@@ -175,30 +149,31 @@ def test_errors_say_what_came() -> None:
         with pytest.raises(TypeError, match=r"x is torch\.float32, expected bfloat16 or float16"):
             made(torch.randn(3, 80, device="cuda"))
     x = torch.randn(3, 40, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(ValueError, match="int4_linear: no packed weight 96x40 has"):
-        ops.int4_linear(x, int4.packed, 96)
+    with pytest.raises(ValueError, match=r"int4_linear: x is \[3, 40\], the packed weight expects k = 80"):
+        ops.int4_linear(x, int4.packed, int4.form)
+    with pytest.raises(ValueError, match=r"a packed weight 96x40 has .* bytes, this one"):
+        ops.int4_linear(x, int4.packed, int4.form.replace("k=80", "k=40"))
     with pytest.raises(ValueError, match="activation_bits is 8, expected 16 on a CUDA device"):
         layer(Int4(), 96, 80).cuda()
+    parts = {"values": torch.full((3, 3), -128, dtype=torch.int8), "scale": torch.ones(3)}
     with pytest.raises(ValueError, match="a weight is -128"):
-        ops.int8_pack(torch.full((3, 3), -128, dtype=torch.int8, device="cuda"), 16)
+        ops.pack("int8", parts, (3, 3), {"activation_bits": 16}, "cuda")
 
 
 def test_kernels_forced() -> None:
-    module, (n, k, m) = cuda.native("tests"), (100, 1000, 8)
+    module, (n, k, m) = native.native("tests"), (100, 1000, 8)
     made, x = layer(METHODS[1], n, k), torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-    weight = canonical(made)
+    weight, sizes = canonical(made), (4, n, k, made.group, made.symmetric)
     made.cuda()
     rows = [row for row in module.weight_only_kernels() if row["bits"] == 4 and row["name"].startswith("w4_bf16")]
     assert rows
     for row in rows:
         for splits in (1, 2, 5):
             y = torch.full((m, n), torch.nan, dtype=torch.bfloat16, device="cuda")
-            size = module.weight_only_workspace(
-                0, 4, made.packed.numel(), n, k, ops.native.FLOATS[x.dtype], m, row["name"], splits
-            )
+            size = module.weight_only_workspace(0, sizes, ops.checks.FLOATS[x.dtype], m, row["name"], splits)
             workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
             module.weight_only_linear(
-                0, cuda.stream_of(0), 4, x.data_ptr(), ops.native.FLOATS[x.dtype], m, k, k, made.packed.data_ptr(),
-                made.packed.numel(), n, 0, 0, 0, y.data_ptr(), workspace.data_ptr(), row["name"], splits,
+                0, native.stream_of(0), sizes, x.data_ptr(), ops.checks.FLOATS[x.dtype], m, k, made.packed.data_ptr(),
+                made.packed.numel(), 0, 0, 0, y.data_ptr(), workspace.data_ptr(), row["name"], splits,
             )  # fmt: skip
             check(y, x, weight, torch.zeros(n))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packing import pack_int8
 from torch import Tensor, nn
 
 from pycompress import ops
@@ -50,7 +51,7 @@ def test_it_is_the_layer_behind_what_stands_in_front(
     """Against float64: a step of the quantizer, and the roundings to x's dtype, times the weights."""
     values, scale, bias = weight
     x, operands, expected = case(before, dtype)
-    y = ops.int8_fused_linear(x, before, ops.int8_pack(values, 8), scale, bias, **operands)
+    y = ops.int8_fused_linear(x, before, *pack_int8(values, 8, scale), bias, **operands)
     dense = values.double() * scale[:, None].double()
     eps = torch.finfo(dtype).eps
     step = (expected.amax(-1).clamp(min=0) - expected.amin(-1).clamp(max=0)) / 255
@@ -67,17 +68,17 @@ def test_opcheck(before: str, weight: tuple[Tensor, Tensor, Tensor]) -> None:
     given = [operands.get(name) for name in ("weight", "shift")]
     torch.library.opcheck(
         torch.ops.pycompress.int8_fused_linear.default,
-        (x, before, *given, 1e-5, operands.get("gate"), ops.int8_pack(values, 8), scale, bias, "silu"),
+        (x, before, *given, 1e-5, operands.get("gate"), *pack_int8(values, 8, scale), bias, "silu"),
     )
 
 
 def test_norms_without_weights(same: Same, weight: tuple[Tensor, Tensor, Tensor]) -> None:
     values, scale, _ = weight
-    x, packed = torch.randn(3, K), ops.int8_pack(values, 8)
+    x, packed = torch.randn(3, K), pack_int8(values, 8, scale)
     normed = nn.functional.rms_norm(x, (K,), None, 1e-5)
-    assert same(ops.int8_fused_linear(x, "rms_norm", packed, scale), ops.int8_linear(normed, packed, scale))
+    assert same(ops.int8_fused_linear(x, "rms_norm", *packed), ops.int8_linear(normed, *packed))
     normed = nn.functional.layer_norm(x, (K,), None, None, 1e-5)
-    assert same(ops.int8_fused_linear(x, "layer_norm", packed, scale), ops.int8_linear(normed, packed, scale))
+    assert same(ops.int8_fused_linear(x, "layer_norm", *packed), ops.int8_linear(normed, *packed))
 
 
 @pytest.mark.parametrize(
@@ -97,4 +98,4 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     values, scale, _ = weight
     with pytest.raises(ValueError, match=message):
-        ops.int8_fused_linear(torch.randn(3, K), before, ops.int8_pack(values, 8), scale, **operands)  # type: ignore[arg-type]
+        ops.int8_fused_linear(torch.randn(3, K), before, *pack_int8(values, 8, scale), **operands)  # type: ignore[arg-type]

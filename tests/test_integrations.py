@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import pycompress as pc
+from pycompress.kinds import CONV1D
 from pycompress.methods import Method
 from pycompress.methods.int8 import Int8
-from pycompress.model import compressed_layers, is_conv1d
+from pycompress.model import compressed_layers
 from pycompress.nn import Int8Linear
 
 transformers = pytest.importorskip("transformers", reason="the package transformers is not installed")
@@ -59,7 +60,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def candidates(model: nn.Module) -> set[str]:
-    return {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    return {name for name, m in model.named_modules() if isinstance(m, nn.Linear) or CONV1D.matches(m)}
 
 
 def every_layer_is_accounted_for(dense: nn.Module, result: nn.Module) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from isa import isa  # noqa: F401
+from packing import pack_int8
 
 from pycompress import ops
 
@@ -47,14 +49,14 @@ def expected(x: np.ndarray, w: np.ndarray, bits: int) -> np.ndarray:
 def check(kernel: str, m: int, n: int, k: int, bits: int, kind: str, top: int = 127) -> None:
     rng = np.random.default_rng([m, n, k, bits])
     w, x = weights(kind, n, k, top, rng), activations(kind, m, k, rng)
-    packed = ops.int8_pack(torch.from_numpy(w), bits, kernel)
-    np.testing.assert_array_equal(ops.int8_unpack(packed).numpy(), w)
+    packed = pack_int8(torch.from_numpy(w), bits, kernel=kernel)
+    np.testing.assert_array_equal(ops.unpack("int8", *packed)["values"].numpy(), w)
     reference = expected(x, w, bits)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            acc, _, _ = ops.int8_accumulate(torch.from_numpy(x), packed)
+            acc, _, _ = ops.int8_accumulate(torch.from_numpy(x), *packed)
             np.testing.assert_array_equal(
                 acc.numpy(), reference, err_msg=f"{kernel=} {m=} {n=} {k=} {bits=} {kind=} threads={count}"
             )
@@ -62,7 +64,7 @@ def check(kernel: str, m: int, n: int, k: int, bits: int, kind: str, top: int = 
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("op", ["int8", "sparse", "low_rank", "int4", "weight_only"])
+@pytest.mark.parametrize("op", ["int8", "sparse", "dense", "int4", "weight_only"])
 def test_the_scalar_specification_is_always_there(op: str) -> None:
     kernels = [kernel for kernel in ops.kernels() if kernel["op"] == op]
     names = [kernel["name"] for kernel in kernels if kernel["available"]]
@@ -100,7 +102,7 @@ def test_blocks_of_k_and_threads(kernel: dict[str, object], kind: str, bits: int
 def test_the_longest_sum_does_not_overflow(kernel: dict[str, object]) -> None:
     k = ops.MAX_IN_FEATURES
     w = torch.full((1, k), 127, dtype=torch.int8)
-    acc, _, zero_point = ops.int8_accumulate(torch.ones(1, k), ops.int8_pack(w, 8, str(kernel["name"])))
+    acc, _, zero_point = ops.int8_accumulate(torch.ones(1, k), *pack_int8(w, kernel=str(kernel["name"])))
     assert zero_point.item() == 0
     assert acc.item() == 255 * 127 * k
 
@@ -111,53 +113,14 @@ def test_the_lane_budget_is_spent() -> None:
     if name is None:
         pytest.skip("no AVX2 kernel can run here")
     w = torch.from_numpy(weights("gaussian", 64, 768, 127, np.random.default_rng(0)))
-    seven, eight = (ops.int8_depths(ops.int8_pack(w, bits, name)) for bits in (7, 8))
+    seven, eight = (ops.int8_depths(*pack_int8(w, bits, kernel=name)) for bits in (7, 8))
     assert seven["items"][0] > 0.95 * seven["groups"]
     assert sum(seven["items"]) == seven["groups"]  # nothing had to be split
     assert eight["items"][1] > 0.4 * eight["groups"]
     assert sum(eight["items"]) >= eight["groups"]
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_all_kernels_give_the_same_floats(activation: str, dtype: torch.dtype) -> None:
-    """Same bits from every kernel: the epilogue's float32 steps have one order."""
-    rng = np.random.default_rng(3)
-    w = torch.from_numpy(weights("gaussian", 37, 65, 127, rng))
-    x = torch.from_numpy(activations("gaussian", 11, 65, rng)).to(dtype)
-    scale, bias = torch.rand(37) * 0.02, torch.randn(37)
-    results = [ops.int8_linear(x, ops.int8_pack(w, 8, str(k["name"])), scale, bias, activation) for k in AVAILABLE]
-    for result in results[1:]:
-        assert torch.equal(result, results[0])
-
-
-@pytest.mark.parametrize("bits", [7, 8])
-def test_quantize_equals_the_formula(bits: int) -> None:
-    rng = np.random.default_rng(bits)
-    amax = 2**bits - 1
-    rows = [rng.standard_normal(77) * scale for scale in (1e-38, 1e-20, 1, 1e20, 3e38 / 6)]
-    rows += [
-        np.zeros(77),
-        np.full(77, -3.5),
-        np.full(77, 7.25),
-        np.linspace(-1, 1, 77),
-        np.r_[-3e38, np.full(76, 3e38)],
-    ]
-    x = np.clip(np.array(rows), -3.4e38, 3.4e38).astype(np.float32)
-    q, scale, zero_point = (t.numpy() for t in ops.int8_quantize(torch.from_numpy(x), bits))
-    half_max = np.float32(amax / 2)
-    for i, row in enumerate(x):
-        low, high = min(np.float32(0), row.min()), max(np.float32(0), row.max())
-        half = np.float32(0.5) * high - np.float32(0.5) * low
-        if half < 2.0**-100:
-            assert scale[i] == 0 and zero_point[i] == 0 and not q[i].any()
-            continue
-        inverse = half_max / half
-        zero = min(max(int(np.rint(-low * inverse)), 0), amax)
-        assert (scale[i], zero_point[i]) == (half / half_max, zero)
-        np.testing.assert_array_equal(q[i], np.clip(np.rint(row * inverse).astype(int) + zero, 0, amax))
-
-
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [0, 7, 8, 31, 32, 76])
 def test_a_row_that_is_not_finite_is_marked_wherever_it_breaks(bad: float, position: int) -> None:

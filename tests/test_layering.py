@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
+import itertools
+import json
 import platform
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+
+from pycompress import Int4, Int8, LowRank, Sparse, compress, ops
+from pycompress.ops import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, CSRC = ROOT / "pycompress", ROOT / "csrc"
 
-# What each module may import of the package; nothing points back up the chain cli -> model -> nn -> methods -> ops -> _C.
+# What each room may import of the package; nothing points back up the chain
+# cli -> (validation, storage) -> model -> passes -> plan -> nn -> methods -> weights -> ops -> _C.
+LOWEST = {"ops", "weights", "profiles", "methods", "kinds"}  # what a layer is made of
+HOUSE = LOWEST | {"nn", "surgery"}
 ALLOWED: dict[str, set[str]] = {
     "reference": set(),
     "measure": set(),
-    "fusion": set(),
+    "profiles": set(),
     "ops": {"_C", "reference"},
-    "methods": {"ops", "reference", "measure"},
-    "nn": {"methods", "ops", "reference"},
-    "records": {"nn"},
-    "calibration": {"nn", "methods"},
-    "plan": {"records", "nn", "methods", "ops", "fusion"},
-    "model": {"plan", "records", "calibration", "nn", "methods", "ops", "fusion", "measure"},
-    "storage": {"model", "records", "nn", "methods", "ops", "fusion"},
-    "onnx": {"nn", "methods", "ops"},
-    "validation": {"onnx", "model", "nn", "methods", "ops"},
-    "benchmark": {"model", "nn", "methods", "ops", "measure", "onnx"},
-    "demo": {"benchmark", "validation", "storage", "model", "calibration", "nn", "methods", "ops", "onnx"},
-    "cli": {"demo", "benchmark", "validation", "storage", "model", "nn", "methods", "ops", "onnx"},
-    "__init__": {"validation", "storage", "model", "calibration", "nn", "methods", "ops"},
+    "weights": {"ops"},
+    "methods": {"profiles", "weights", "ops"},
+    "kinds": {"methods", "weights", "ops"},
+    "nn": LOWEST,
+    "surgery": {"nn"},
+    "records": {"nn", "surgery"},
+    "calibration": {"kinds", "methods", "surgery"},
+    "plan": HOUSE | {"records", "measure"},
+    "passes": HOUSE | {"plan"},
+    "model": HOUSE | {"passes", "plan", "records", "calibration", "measure"},
+    "storage": HOUSE | {"passes", "records"},
+    "onnx": HOUSE,
+    "validation": HOUSE | {"onnx"},
+    "benchmark": HOUSE | {"model", "measure", "onnx"},
+    "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
+    "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
+    "__init__": HOUSE | {"validation", "storage", "model", "calibration"},
 }
-CHAIN = ["model", "plan", "calibration", "records", "nn", "methods", "ops", "reference", "fusion", "measure"]
+CHAIN = [
+    "model", "passes", "plan", "calibration", "records", "surgery", "nn", "kinds", "methods", "profiles", "weights", "ops",
+    "reference", "measure",
+]  # fmt: skip
 ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}
 
@@ -78,10 +96,10 @@ def own(path: Path) -> list[tuple[str, int]]:
 
 
 def test_the_reader_of_imports() -> None:
-    source = PACKAGE / "nn" / "int8.py"
+    source = PACKAGE / "nn" / "layer.py"
     names = {name for name, _, _ in imported(source)}
-    assert {"torch", "torch.Tensor", "pycompress.ops", "pycompress.methods.int8.Int8"} <= names
-    assert {("ops"), ("methods")} <= {name for name, _ in own(source)}
+    assert {"torch", "torch.Tensor", "pycompress.ops", "pycompress.methods.method.Method"} <= names
+    assert {"ops", "methods"} <= {name for name, _ in own(source)}
 
 
 def test_every_module_has_a_place() -> None:
@@ -94,6 +112,12 @@ def test_nothing_points_back(path: Path) -> None:
     for name, line in own(path):
         if name != here:
             assert name in ALLOWED[here], f"{path.relative_to(ROOT)}:{line}: {here} imports {name}"
+
+
+def test_the_table_of_arrows_has_none_that_points_up_the_chain() -> None:
+    for i, here in enumerate(CHAIN):
+        assert not ALLOWED[here] & {*CHAIN[: i + 1], *ABOVE}, here
+    assert set(CHAIN) | ABOVE | {"__init__"} == set(ALLOWED)
 
 
 def test_the_chain_imports_nothing_that_stands_above_it() -> None:
@@ -114,6 +138,41 @@ def test_the_package_has_no_cycle() -> None:
         arrows = {here: names for here, names in arrows.items() if here not in free}
 
 
+def rooms_on_the_way() -> list[str]:
+    """The rooms of the package whose functions have called each other to come here, each change of room once."""
+    files = [Path(frame.filename) for frame in reversed(inspect.stack())]
+    return [name for name, _ in itertools.groupby(room(file) for file in files if file.is_relative_to(PACKAGE))]
+
+
+@pytest.mark.parametrize(
+    "method", [Int8(), Int4(), Sparse(0.3), LowRank(4, residual=Int8(), rank_guard=False)], ids=repr
+)
+def test_a_weight_and_an_activation_enter_no_room_twice(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the one chain: from compress to the packed weight, and from the module's call to the kernel's."""
+    native, ways = cpu.native._C, dict[str, list[str]]()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            found = getattr(native, name)
+
+            def call(*operands: Any) -> Any:
+                ways[name] = rooms_on_the_way()
+                return found(*operands)
+
+            return call if callable(found) else found
+
+    monkeypatch.setattr(cpu.native, "_C", Watched())
+    ops.OPS[method.name].linear.short.cache_clear()  # type: ignore[attr-defined]  # (it remembers native functions)
+    layer = compress(torch.nn.Sequential(torch.nn.Linear(24, 16)), method)
+    layer(torch.randn(3, 24))
+    ops.OPS[method.name].linear.short.cache_clear()  # type: ignore[attr-defined]
+    packing = [way for name, way in ways.items() if name.endswith("_pack")]
+    calling = [way for name, way in ways.items() if "_linear" in name]
+    assert packing and calling
+    assert all(way == ["model", "nn", "ops"] for way in packing)
+    assert all(way == ["nn", "ops"] for way in calling)
+
+
 def test_one_door_to_the_native_module() -> None:
     doors = {path for path in files() if any(name.startswith("_C") for name, _ in own(path))}
     text = {
@@ -121,8 +180,10 @@ def test_one_door_to_the_native_module() -> None:
         for path in files()
         if re.search(r"\bimport_module\(.*_C|__import__\(.*_C|from pycompress import _C", path.read_text())
     }
-    assert doors | text == {PACKAGE / "ops" / "native.py"}
-    assert {path for path in files() if '"pycompress._cuda"' in path.read_text()} == {PACKAGE / "ops" / "cuda.py"}
+    assert doors | text == {PACKAGE / "ops" / "cpu" / "native.py"}
+    assert {path for path in files() if '"pycompress._cuda"' in path.read_text()} == {
+        PACKAGE / "ops" / "cuda" / "native.py"
+    }
 
 
 def test_the_twin_is_used_where_it_is_now() -> None:
@@ -178,33 +239,47 @@ def test_bindings_are_the_only_files_with_python_in_them() -> None:
     assert any("pybind11" in name for path in (CSRC / "bindings").iterdir() for name in includes(path))
 
 
-# What the sources of an op may include of other ops; all may use csrc/common and csrc/cuda.
+# What the sources of a folder may include of others: those above it alone, so there is no cycle.
 BUILDS_ON: dict[str, set[str]] = {
-    "int8": set(),
-    "sparse": {"int8"},
-    "int4": {"int8"},
-    "low_rank": {"int8", "int4", "sparse"},
-    "weight_only": {"int8", "int4", "low_rank"},
+    "common": set(),
+    "cuda": {"common"},
+    "peak": {"common"},
+    "dense": {"common"},
+    "int8": {"common", "cuda"},
+    "int4": {"common", "int8"},
+    "sparse": {"common", "cuda", "int8"},
+    "sparse/bitmap": {"common", "cuda"},
+    "sparse/blocks": {"common", "cuda", "int8", "sparse"},
+    "sparse/structured": {"common", "cuda", "int8", "sparse"},
+    "weight_only": {"common", "cuda", "dense", "int4"},
+    "low_rank": {"common", "cuda", "dense", "int4", "int8", "sparse"},
 }
+BUILDS_ON["bindings"] = set(BUILDS_ON)
 
 
-def test_every_folder_of_sources_has_a_place() -> None:
-    assert {path.name for path in CSRC.iterdir()} == {*BUILDS_ON, "bindings", "common", "cuda", "peak"}
+def folders_included(path: Path) -> set[str]:
+    """Of csrc, but its own; what tests/native/cuda puts in the place of CUDA's headers is none."""
+    files = [path.parent / name.strip('"') for name in includes(path) if name.startswith('"')]
+    folders = {file.resolve().parent for file in files if not file.name.startswith("emulate")}
+    return {folder.relative_to(CSRC).as_posix() for folder in folders - {path.parent}}
 
 
-def test_common_knows_no_op() -> None:
-    for path in (CSRC / "common").iterdir():
-        assert not [name for name in includes(path) if re.search("|".join([*BUILDS_ON, "peak", "bindings"]), name)], (
-            path
-        )
+def test_the_reader_of_includes() -> None:
+    assert folders_included(CSRC / "sparse" / "blocks" / "gemm_sm80.cu") == {"common", "cuda", "sparse"}
+    assert folders_included(CSRC / "cuda" / "launch.h") == set()
 
 
-@pytest.mark.parametrize("op", BUILDS_ON)
-def test_an_op_knows_only_those_that_it_builds_on(op: str) -> None:
-    others = {*BUILDS_ON, "peak", "bindings"} - {op} - BUILDS_ON[op]
-    for path in (CSRC / op).iterdir():
-        found = {name for name in others if any(f"/{name}/" in file for file in includes(path))}
-        assert not found, f"{path.relative_to(ROOT)} includes files of {found}"
+def test_folders_build_on_those_above_them() -> None:
+    folders = list(BUILDS_ON)
+    assert {path.parent.relative_to(CSRC).as_posix() for path in sources()} == set(folders)
+    for i, below in enumerate(BUILDS_ON.values()):
+        assert below <= set(folders[:i])
+
+
+@pytest.mark.parametrize("folder", BUILDS_ON)
+def test_sources_include_what_their_folder_builds_on(folder: str) -> None:
+    for path in (path for path in sources() if path.parent == CSRC / folder):
+        assert folders_included(path) <= BUILDS_ON[folder], path
 
 
 @pytest.mark.parametrize("path", INSTRUCTION_SETS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -246,6 +321,7 @@ def test_no_flags_that_change_the_numbers_or_the_processor() -> None:
         assert flag not in cmake()
     assert "-ffp-contract=off" in cmake()
     assert "--fmad=false" in cmake()
+    assert "-warn-spills,-warn-lmem-usage,-Werror" in cmake(), "by which `make test-all` finds kernels that spill"
     assert not re.search("use_fast_math|ftz=true|prec-(div|sqrt)=false", cmake())
 
 
@@ -261,55 +337,56 @@ def test_the_build_needs_no_torch() -> None:
 
 x86 = pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="the processor is no x86-64")
 tools = pytest.mark.skipif(
-    not all(map(shutil.which, ("objdump", "nm", "g++"))), reason="needs objdump, nm and g++ (binutils, gcc)"
+    not all(map(shutil.which, ("objcopy", "objdump", "nm"))), reason="needs objcopy, objdump and nm (binutils)"
 )
 
 
-def flags() -> tuple[list[str], dict[str, list[str]]]:
-    """The flags of every file and those of single files, read from CMakeLists.txt."""
-    text = cmake()
-    variables = {name: value.split() for name, value in re.findall(r"set\((\w+) ((?:-m\S+|\S+\.cpp)[^)]*)\)", text)}
-    general = re.search(r"target_compile_options\(core PRIVATE ([^)]*)\)", text)
-    assert general is not None
-    special: dict[str, list[str]] = {}
-    for names, options in re.findall(
-        r"set_source_files_properties\(\s*((?:\S+\.cpp\s+|\$\{\w+\}\s+)+)PROPERTIES COMPILE_OPTIONS \"([^\"]*)\"", text
-    ):
-        own_flags: list[str] = []
-        for option in options.split(";"):
-            own_flags += variables[option[2:-1]] if option.startswith("${") else [option]
-        for name in names.split():
-            for file in variables[name[2:-1]] if name.startswith("${") else [name]:
-                special[file] = own_flags
-    return general[1].split(), special
+class Unit(NamedTuple):
+    """A source of the core as it was compiled."""
 
-
-def test_the_reader_of_flags() -> None:
-    general, special = flags()
-    assert "-O3" in general
-    assert special["csrc/int8/avx2.cpp"] == ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
-    assert special["csrc/int8/avx512vnni.cpp"][-1] == "-mavx512vnni"
-    assert set(special) == {str(path.relative_to(ROOT)) for path in INSTRUCTION_SETS}
+    target: Path
+    command: list[str]
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every translation unit but the bindings (pybind11 takes long), compiled with the flags of CMakeLists.txt."""
-    general, special = flags()
-    folder = tmp_path_factory.mktemp("objects")
-    base = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DPYCOMPRESS_X86", "-fopenmp", *general, "-w", "-c"]
-
-    def compile_one(path: Path) -> tuple[str, Path]:
-        name = str(path.relative_to(ROOT))
-        target = folder / (name.replace("/", "_") + ".o")
-        subprocess.run([*base, *special.get(name, []), str(path), "-o", str(target)], check=True)
-        return name, target
-
-    units = [path for path in sources() if path.suffix == ".cpp" and path.parent.name != "bindings"]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(compile_one, units))
+def extension() -> Path:
+    """The extension that is installed here."""
+    native = pytest.importorskip("pycompress.ops.cpu.native")
+    if native.extension_error() is not None:
+        pytest.skip("no extension was built")
+    return Path(native._C.__file__)
 
 
+@pytest.fixture(scope="module")
+def objects(extension: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Unit]:
+    """Every translation unit but the bindings, from the folder in `build` that the extension was built in."""
+    folder = tmp_path_factory.mktemp("code")
+
+    def code(module: Path) -> bytes:
+        out = folder / "text"
+        subprocess.run(["objcopy", "-O", "binary", "--only-section=.text", str(module), str(out)], check=True)
+        return out.read_bytes()
+
+    installed = code(extension)
+    built = next((path for path in ROOT.glob("build/*/_C.*.so") if code(path) == installed), None)
+    if built is None:
+        pytest.skip("the extension that is installed was not built in a folder of build/, as `make test` does")
+    files = [path for path in sources() if path.suffix in {".cpp", ".h"} and "cuda" not in str(path.relative_to(CSRC))]
+    if any(path.stat().st_mtime > built.stat().st_mtime for path in files):
+        pytest.skip("the sources are newer than the extension that was built of them")
+    units = {}
+    for unit in json.loads((built.parent / "compile_commands.json").read_text()):
+        command = unit["command"].split()
+        target = Path(unit["directory"]) / command[command.index("-o") + 1]
+        if "core.dir" in target.parts:
+            units[str(Path(unit["file"]).relative_to(ROOT))] = Unit(target, command)
+    assert set(units) == {
+        str(path.relative_to(ROOT)) for path in files if path.suffix == ".cpp" and path.parent.name != "bindings"
+    }
+    return units
+
+
+@functools.cache
 def disassembly(target: Path) -> str:
     return subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", str(target)], capture_output=True, text=True, check=True
@@ -318,31 +395,43 @@ def disassembly(target: Path) -> str:
 
 @x86
 @tools
-def test_vector_instructions_stay_in_their_files(objects: dict[str, Path]) -> None:
+def test_flags(objects: dict[str, Unit]) -> None:
+    """Those for a processor, for the files of its name alone; those for exact floats, for all."""
+    machine = {name: [word for word in unit.command if word.startswith("-m")] for name, unit in objects.items()}
+    assert {name for name, words in machine.items() if words} == {str(p.relative_to(ROOT)) for p in INSTRUCTION_SETS}
+    assert machine["csrc/int8/avx2.cpp"] == ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
+    assert machine["csrc/int8/avx512vnni.cpp"][-1] == "-mavx512vnni"
+    assert all({"-O3", "-ffp-contract=off"} <= set(unit.command) for unit in objects.values())
+
+
+@x86
+@tools
+def test_vector_instructions_stay_in_their_files(objects: dict[str, Unit]) -> None:
     """A file that runs before the processor was asked must hold nothing that it could lack."""
     allowed = {  # by the first word of the file's name
         "avx2": {"vex", "ymm"},
         "avxvnni": {"vex", "ymm", "vpdpbusd"},
         "avx512vnni": {"vex", "ymm", "zmm", "vpdpbusd"},
     }
-    for name, target in objects.items():
-        text = disassembly(target)
+    for name, unit in objects.items():
+        text = disassembly(unit.target)
         found = {what for what in ("ymm", "zmm", "vpdpbusd") if what in text}
         if re.search(r"^\s+[0-9a-f]+:\s+v[a-z]", text, re.MULTILINE):  # any instruction in the VEX or EVEX encoding
             found.add("vex")
         assert found <= allowed.get(Path(name).stem.split("_")[0], set()), f"{name} holds {found}"
-    ordinary = {f"csrc/{op}/{name}.cpp" for op in BUILDS_ON for name in ("gemm", "pack", "scalar")}
+    ops = ("dense", "int4", "int8", "sparse", "weight_only")
+    ordinary = {f"csrc/{op}/{name}.cpp" for op in ops for name in ("gemm", "pack", "scalar")}
     assert ordinary | {"csrc/common/isa.cpp", "csrc/peak/peak.cpp"} <= set(objects)
-    assert all("ymm" in disassembly(objects[f"csrc/{op}/avx2.cpp"]) for op in BUILDS_ON)
-    assert "vpdpbusd" in disassembly(objects["csrc/int8/avxvnni.cpp"])
-    assert "zmm" in disassembly(objects["csrc/int8/avx512vnni.cpp"])
+    assert all("ymm" in disassembly(objects[f"csrc/{op}/avx2.cpp"].target) for op in ops)
+    assert "vpdpbusd" in disassembly(objects["csrc/int8/avxvnni.cpp"].target)
+    assert "zmm" in disassembly(objects["csrc/int8/avx512vnni.cpp"].target)
 
 
 @x86
 @tools
-def test_vnni_without_avx512_is_encoded_for_processors_without_avx512(objects: dict[str, Path]) -> None:
+def test_vnni_without_avx512_is_encoded_for_processors_without_avx512(objects: dict[str, Unit]) -> None:
     """In the AVX-VNNI file `vpdpbusd` has the {vex} prefix; the plain name would be the AVX-512 one."""
-    lines = [line for line in disassembly(objects["csrc/int8/avxvnni.cpp"]).splitlines() if "vpdpbusd" in line]
+    lines = [line for line in disassembly(objects["csrc/int8/avxvnni.cpp"].target).splitlines() if "vpdpbusd" in line]
     assert lines
     assert all("{vex}" in line for line in lines)
     assert not any("%k" in line or "{1to" in line for line in lines)
@@ -350,12 +439,12 @@ def test_vnni_without_avx512_is_encoded_for_processors_without_avx512(objects: d
 
 @x86
 @tools
-def test_the_linker_has_no_choice(objects: dict[str, Path]) -> None:
+def test_the_linker_has_no_choice(objects: dict[str, Unit]) -> None:
     """Of a weak symbol (an inline function or template) in two objects it keeps one: none of those may be in both an
     instruction-set file and a file that runs everywhere."""
     weak: dict[str, set[str]] = {}
-    for name, target in objects.items():
-        lines = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True, check=True).stdout
+    for name, unit in objects.items():
+        lines = subprocess.run(["nm", "-C", str(unit.target)], capture_output=True, text=True, check=True).stdout
         weak[name] = {found[1] for found in re.finditer(r" [WVuv] (.*)", lines)}
     for path in INSTRUCTION_SETS:
         name = str(path.relative_to(ROOT))
@@ -366,15 +455,9 @@ def test_the_linker_has_no_choice(objects: dict[str, Path]) -> None:
 
 @x86
 @tools
-def test_the_built_module_holds_what_the_files_hold(objects: dict[str, Path]) -> None:
+def test_the_built_module_holds_what_the_files_hold(extension: Path, objects: dict[str, Unit]) -> None:
     """The extension that is installed here, disassembled: not one wide instruction more, so none in the bindings."""
-    native = pytest.importorskip("pycompress.ops.native")
-    if native.extension_error() is not None:
-        pytest.skip("no extension was built")
-    built = Path(native._C.__file__)
-    if any(path.stat().st_mtime > built.stat().st_mtime for path in [*sources(), ROOT / "CMakeLists.txt"]):
-        pytest.skip("the sources are newer than the extension that was built of them")
-    whole, parts = disassembly(built), [disassembly(target) for target in objects.values()]
+    whole, parts = disassembly(extension), [disassembly(unit.target) for unit in objects.values()]
     for what in ("ymm", "zmm", "vpdpbusd"):
         expected = sum(what in line for part in parts for line in part.splitlines())
         assert sum(what in line for line in whole.splitlines()) == expected, what

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import pickle
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad
 
 import pycompress as pc
-from pycompress import ops
 from pycompress.methods import InputStatistics, LowRank, Refused, low_rank_conv
-from pycompress.methods.low_rank_conv import DECOMPOSITIONS, LowRankConv2dWeight, largest_ranks
 from pycompress.model import compressed_layers
 from pycompress.nn import Conv2dGeometry, LowRankConv2d
+from pycompress.profiles import PROFILES
+from pycompress.weights.low_rank_conv import DECOMPOSITIONS, LowRankConv2dWeight, largest_ranks
 
 Same = Callable[[Tensor, Tensor], bool]
 Snapshot = Callable[[nn.Module], Callable[[], bool]]
@@ -170,7 +163,9 @@ def test_the_guard_takes_what_is_cheaper_and_names_the_break_even(decomposition:
     limits = largest_ranks(decomposition, shape)
 
     def cost(rank: int) -> float:
-        return low_rank_conv.cost(decomposition, shape, tuple(min(rank, limit) for limit in limits), stride)
+        return low_rank_conv.cost(
+            decomposition, shape, tuple(min(rank, limit) for limit in limits), stride, PROFILES["avx2"]
+        )
 
     even = max((rank for rank in range(1, most + 1) if cost(rank) < 1), default=0)
     assert 0 < even < most
@@ -229,7 +224,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "a rank of two": ("tucker", {"ranks": [6, 3]}, r"ranks is \[6, 3\], expected 1 to 5 and 7"),
     "ranks that are none": ("tucker", {"ranks": [2.0, 3]}, "ranks is .*expected two numbers"),
     "ranks that are a number": ("tucker", {"ranks": 2}, "ranks is 2, expected two numbers"),
-    "a kernel that does not divide": ("channel", {"kernel_size": [4, 2]}, "kernel_size is 4x2, expected a divisor of k = 30"),
+    "a kernel that does not divide": ("channel", {"kernel_size": [4, 2]}, r"kernel_size is \[4, 2\], expected a divisor of k = 30"),
     "an enormous kernel": ("channel", {"kernel_size": [2**40, 1]}, "kernel_size is .*expected two numbers from 1 to 65536"),
     "a kernel of one number": ("channel", {"kernel_size": [3]}, "kernel_size is"),
     "a kernel of three numbers": ("channel", {"kernel_size": [3, 2, 1]}, "kernel_size is"),
@@ -272,7 +267,7 @@ def test_fields_that_do_not_fit_each_other() -> None:
     for wrong in ("channel", "spatial", "cp"):
         with pytest.raises(ValueError, match="LowRankConv2dWeight: "):
             LowRankConv2dWeight(wrong, weight.down, weight.up, weight.core)
-    with pytest.raises(ValueError, match="a core was not given for tucker"):
+    with pytest.raises(ValueError, match=r"ranks is \[\d\], expected two numbers"):
         LowRankConv2dWeight("tucker", weight.down, weight.up)
 
 
@@ -306,36 +301,6 @@ def layer(
     return LowRankConv2d.from_dense(dense(name, **sizes), method(rank, decomposition), activation)
 
 
-def exact_with_bound(x: Tensor, made: LowRankConv2d) -> tuple[Tensor, Tensor]:
-    """conv2d with the decompressed weight in float64, and how far float32 may lie from it.
-
-    An input reaches an output over paths with one weight of each factor; it meets at most as many roundings as the sums on its
-    path have products, one for the bias and two to spare: gamma_q <= 2 u q = EPS q.
-    """
-    top, bottom, left, right = made.geometry.sides
-    x, factors = pad(x.double(), (left, right, top, bottom)), made.canonical().factors()
-    weight = low_rank_conv.composed(tuple(factor.double() for factor in factors))
-    paths = low_rank_conv.composed(tuple(factor.double().abs() for factor in factors))
-    walk: dict[str, Any] = {"stride": made.stride, "dilation": made.dilation}
-    exact = conv2d(x, weight, None if made.bias is None else made.bias.double(), **walk)
-    count = sum(factor[0].numel() for factor in factors) + 3
-    return exact, EPS * count * conv2d(x.abs(), paths, **walk) + EPS * exact.abs() + count * 2.0**-149
-
-
-@EACH
-@EVERY
-@pytest.mark.parametrize("bias", [True, False])
-def test_within_the_bound_of_the_dense_convolution(name: str, decomposition: str, bias: bool) -> None:
-    for rank in (1, 4, 6):
-        made = layer(name, decomposition, rank, bias=bias)
-        for size in ((11, 8), (8, 17)):
-            x = torch.randn(2, 6, *size)
-            y, (exact, bound) = made(x), exact_with_bound(x, made)
-            assert y.shape == exact.shape
-            assert ((y.double() - exact).abs() <= bound).all(), (rank, size)
-            torch.testing.assert_close(low_rank_conv.composed(made.canonical().factors()), made.weight)
-
-
 @EACH
 @EVERY
 def test_at_full_rank_it_is_the_dense_layer(name: str, decomposition: str) -> None:
@@ -353,127 +318,8 @@ def test_at_full_rank_it_is_the_dense_layer(name: str, decomposition: str) -> No
     assert not list(made.parameters())
 
 
-@EACH
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-def test_activations(decomposition: str, activation: str, same: Same) -> None:
-    plain, made = layer(decomposition=decomposition), layer(decomposition=decomposition, activation=activation)
-    made.load_state_dict(plain.state_dict())
-    function: Callable[[Tensor], Tensor] = {
-        "none": lambda v: v,
-        "relu": nn.functional.relu,
-        "gelu": nn.functional.gelu,
-        "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
-        "silu": nn.functional.silu,
-    }[activation]
-    x = torch.randn(2, 6, 7, 7)
-    assert same(made(x), function(plain(x)))
-
-
-@EACH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(decomposition: str, dtype: torch.dtype, same: Same) -> None:
-    made = layer(decomposition=decomposition, activation="gelu")
-    x = torch.randn(2, 6, 9, 9).to(dtype)
-    assert same(made(x), made(x.float()).to(dtype))
-    assert copy.deepcopy(made).to(dtype).packed.dtype == torch.float32
-
-
-@EACH
-def test_strides_and_memory_formats(decomposition: str) -> None:
-    made, x = layer(decomposition=decomposition), torch.randn(2, 6, 8, 7)
-    for changed in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
-        torch.testing.assert_close(made(changed), made(x))
-    expanded = x[:1].expand(4, -1, -1, -1)
-    torch.testing.assert_close(made(expanded), made(expanded.contiguous()))
-
-
-@EACH
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_and_inf_show_in_every_output_whose_patch_holds_them(decomposition: str, bad: float) -> None:
-    made, x = layer("3x3 padded with a stride", decomposition), torch.randn(2, 6, 11, 11)
-    expected, where = made(x), torch.zeros(1, 1, 11, 11)
-    where[..., 4, 5] = 1
-    x[1, 3, 4, 5] = bad
-    meets = conv2d(where, torch.ones(1, 1, 3, 3), None, made.stride, made.padding)[0, 0] > 0
-    y = made(x)
-    assert torch.equal(~y[1].isfinite(), meets.expand(9, -1, -1))
-    assert torch.equal(y[0], expected[0])
-    torch.testing.assert_close(y[1][:, ~meets], expected[1][:, ~meets])
-
-
-@EACH
-@EVERY
-def test_gradient_of_the_input(name: str, decomposition: str) -> None:
-    made = layer(name, decomposition, activation="silu")
-    x = torch.randn(2, 6, 9, 12, requires_grad=True)
-    conv = dense(name)
-    conv.weight.data.copy_(made.weight)
-    conv.bias.data.copy_(made.bias)
-    (ours,), (theirs,) = (torch.autograd.grad(f.sum(), x) for f in (made(x), nn.functional.silu(conv(x))))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not made(x.detach()).requires_grad
-
-
-@EACH
-def test_compile_export_vmap_and_meta(decomposition: str, same: Same) -> None:
-    made, x = layer("4x2, same", decomposition, activation="relu").eval(), torch.randn(3, 6, 8, 9)
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
-    torch.testing.assert_close(torch.export.export(made, (x,)).module()(x), made(x))
-    torch.testing.assert_close(torch.func.vmap(made)(x), made(x))
-    fake = copy.deepcopy(made).to("meta")
-    assert fake(x.to("meta")).shape == made(x).shape
-    assert fake.weight.is_meta
-    assert fake.state_dict().keys() == made.state_dict().keys()
-
-
-@EACH
-def test_state(decomposition: str, same: Same) -> None:
-    made, other, x = layer(decomposition=decomposition), layer(decomposition=decomposition), torch.randn(1, 6, 5, 5)
-    names = {"down", "up", "bias"} | ({"core"} if decomposition == "tucker" else set())
-    assert set(made.state_dict()) == names
-    assert not same(made(x), other(x))
-    other.load_state_dict(made.state_dict())
-    assert same(made(x), other(x))
-    for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), round_trip(made)):
-        assert same(again(x), made(x))
-        assert repr(again) == repr(made)
-        assert set(again.state_dict()) == names
-
-
-def round_trip(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
-@EACH
-def test_a_state_dict_may_bring_other_ranks(decomposition: str, same: Same) -> None:
-    made, other, x = layer("5x5", decomposition, 2), layer("5x5", decomposition, 5), torch.randn(1, 6, 7, 7)
-    made.load_state_dict(other.state_dict())
-    assert (made.ranks, made.label, repr(made)) == (other.ranks, other.label, repr(other))
-    assert same(made(x), other(x))
-    before = made(x)
-    wrong = {**other.state_dict(), "up": torch.ones(9, 40, 1, 1)}
-    with pytest.raises(RuntimeError, match="LowRankConv2dWeight: "):
-        made.load_state_dict(wrong)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        made.load_state_dict({"up": made.state_dict()["up"]})
-    assert same(made(x), before)
-
-
-def test_labels_and_repr() -> None:
-    assert layer(decomposition="spatial", rank=3).label == "low rank 3 spatial"
-    assert layer(decomposition="tucker", rank=7).label == "low rank 6x7 tucker"
-    assert "decomposition=channel, ranks=(4,)" in repr(layer())
-
-
 def test_bad_calls_are_refused() -> None:
     made, weight = layer(), canonical("channel")
-    with pytest.raises(TypeError, match=r"LowRankConv2d: x is torch\.float64, expected float32, bfloat16 or float16"):
-        made(torch.randn(1, 6, 5, 5).double())
     with pytest.raises(RuntimeError, match="to have 6 channels, but got 5"):
         made(torch.randn(1, 5, 5, 5))
     with pytest.raises(ValueError, match=r"LowRankConv2d: the weight is .*expected k = 24"):
@@ -502,8 +348,8 @@ def network() -> nn.Sequential:
 
 
 @EACH
-def test_compress_save_and_load(decomposition: str, tmp_path: Path, same: Same, snapshot: Snapshot) -> None:
-    model, x = network(), torch.randn(2, 3, 12, 12)
+def test_compress(decomposition: str, snapshot: Snapshot) -> None:
+    model = network()
     unchanged = snapshot(model)
     plan = {"8": None, "*": method(6, decomposition)}
     made = pc.compress(model, plan)
@@ -520,11 +366,6 @@ def test_compress_save_and_load(decomposition: str, tmp_path: Path, same: Same, 
     assert records["2"].error == pytest.approx(float((made[2].weight - weight).norm() / weight.norm()), rel=1e-4)
     assert "groups is 3" in records["5"].reason
     assert f"{made[2].label}" in str(table)
-    pc.save(made, tmp_path / "m.safetensors")
-    loaded = pc.load(network(), tmp_path / "m.safetensors")
-    assert same(loaded(x), made(x))
-    assert repr(loaded[2]) == repr(made[2])
-    assert same(pc.load(made, tmp_path / "m.safetensors")(x), loaded(x))
 
 
 def test_a_refused_layer_stays_dense_with_the_reason() -> None:
@@ -549,51 +390,3 @@ def test_only_if_faster_and_calibration() -> None:
     assert errors[0] < 0.9 * errors[1]
     timed = pc.compress(model, {"8": None, "*": how}, example_inputs=x, only_if_faster=True)
     assert all(record.us is not None for record in pc.summary(timed).layers if record.name in {"0", "2"})
-
-
-def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
-    """Changes the plan and the tensors of a file."""
-    with safe_open(path, framework="pt") as file:
-        plan = json.loads(file.metadata()["pycompress"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(plan["layers"]["2"], tensors)
-    save_file(tensors, path, metadata={"format": "pt", "pycompress": json.dumps(plan)})
-
-
-def resized(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
-    def change(_entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        tensors[name] = tensors[name][:-1].contiguous()
-
-    return change
-
-
-def poisoned(_entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    tensors["2.down"][0, 0, 0, 0] = torch.nan
-
-
-FILES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
-    "rank": (lambda entry, _: entry.update(rank=7), r"2\.down is F32 \[6, 32, 3, 3\], expected F32 \[7, 32, 3, 3\]"),
-    "an enormous rank": (lambda entry, _: entry.update(rank=10**12), "rank is 1000000000000, expected 1 to 48"),
-    "decomposition": (lambda entry, _: entry.update(decomposition="spatial"), r"2\.down is F32 \[6, 32, 3, 3\], expected"),
-    "an unknown decomposition": (lambda entry, _: entry.update(decomposition="cp"), "decomposition is 'cp'"),
-    "kernel": (lambda entry, _: entry.update(kernel_size=[9, 1]), r"kernel_size|2\.down is"),
-    "geometry": (lambda entry, _: entry["conv2d"].update(kernel_size=[9, 1]), "in the model"),
-    "a bit width": (lambda entry, _: entry.update(bits=8), "the settings are"),
-    "another method": (lambda entry, _: entry.update(method="int8"), "method is 'int8', expected 'low_rank' or 'sparse'"),
-    "a linear layer": (lambda entry, _: entry.pop("conv2d"), "layer 2: LowRankWeight: "),
-    "a smaller tensor": (resized("2.up"), r"2\.up is F32 \[47, 6, 1, 1\], expected F32 \[48, 6, 1, 1\]"),
-    "nan": (poisoned, "down holds NaN or Inf"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_hostile_files_are_refused_and_the_model_stays(case: str, tmp_path: Path, snapshot: Snapshot) -> None:
-    change, message = FILES[case]
-    path = tmp_path / "m.safetensors"
-    pc.save(pc.compress(network(), {"8": None, "*": method(6)}), path)
-    rewritten(path, change)
-    model = network()
-    unchanged = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        pc.load(model, path)
-    assert unchanged()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import pickle
 from typing import Any
 
 import numpy as np
@@ -16,24 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pycompress as pc
-from pycompress.methods import (
-    Dense,
-    DenseWeight,
-    InputStatistics,
-    Int4,
-    Int8,
-    LowRank,
-    LowRankWeight,
-    Refused,
-    Sparse,
-    break_even,
-    svd,
-)
+from pycompress.methods import Dense, InputStatistics, Int4, Int8, LowRank, Refused, Sparse, break_even, svd
 from pycompress.methods.inputs import Metric
-from pycompress.methods.low_rank_conv import largest_ranks
+from pycompress.methods.method import MeasuredMethod
+from pycompress.profiles import PROFILES, Profile
+from pycompress.weights import DenseWeight, LowRankWeight, Weight
+from pycompress.weights.low_rank_conv import largest_ranks
 
 SHAPES = [(1, 1), (1, 40), (40, 1), (7, 5), (24, 24), (17, 60), (60, 17)]
 EPS32 = 2.0**-24
+AVX2 = PROFILES["avx2"]
 
 
 def free(rank: int | None = None, **options: Any) -> LowRank:
@@ -477,7 +467,7 @@ def test_the_guard_refuses_from_the_break_even_on() -> None:
     n, k = 96, 96
     w = torch.randn(n, k)
     for bits in (32, 8):
-        most = break_even.estimated((n, k), bits)
+        most = break_even.estimated((n, k), bits, AVX2)
         assert 0 < most < n
         LowRank(most, bits=bits).compress(w)
         with pytest.raises(
@@ -488,18 +478,18 @@ def test_the_guard_refuses_from_the_break_even_on() -> None:
 
 
 def test_the_estimate_is_that_of_the_table() -> None:
-    n, k, speed = 768, 3072, break_even.SPEED["factors 32"]
-    most = break_even.estimated((n, k), 32)
+    n, k, speed = 768, 3072, AVX2.speed("factors", 32)
+    most = break_even.estimated((n, k), 32, AVX2)
     assert most * (n + k) / speed < n * k <= (most + 1) * (n + k) / speed
-    assert break_even.estimated((n, k), 8) > most
-    assert break_even.estimated((8, 1), 32) == 0
+    assert break_even.estimated((n, k), 8, AVX2) > most
+    assert break_even.estimated((8, 1), 32, AVX2) == 0
 
 
 @pytest.mark.parametrize("residual", [Int8(), Int4()])
 def test_the_guard_counts_the_residual(residual: Any) -> None:
     w = torch.randn(64, 64)
-    free_room = break_even.estimated((64, 64), 32)
-    beside = break_even.estimated((64, 64), 32, residual.compress(w))
+    free_room = break_even.estimated((64, 64), 32, AVX2)
+    beside = break_even.estimated((64, 64), 32, AVX2, residual.compress(w))
     assert 0 < beside < free_room
     LowRank(beside, residual=residual).compress(w)
     with pytest.raises(
@@ -511,8 +501,8 @@ def test_the_guard_counts_the_residual(residual: Any) -> None:
 
 def test_the_guard_knows_which_residuals_are_slow() -> None:
     w = torch.randn(64, 64)
-    eight, four = (break_even.residual_cost(residual.compress(w)) for residual in (Int8(), Int4()))
-    assert 0 < four < eight < 64 * 64 == break_even.residual_cost(Dense().compress(w))
+    eight, four = (break_even.residual_cost(residual.compress(w), AVX2) for residual in (Int8(), Int4()))
+    assert 0 < four < eight < 64 * 64 == break_even.residual_cost(Dense().compress(w), AVX2)
     with pytest.raises(Refused, match=r"rank 1 beside its dense residual would not .*: no rank is"):
         LowRank(1, residual=Dense()).compress(w)
     with pytest.raises(Refused, match="beside its sparse residual"):
@@ -544,57 +534,86 @@ def test_refused_is_a_value_error() -> None:
     assert issubclass(Refused, ValueError)
 
 
+def test_the_guard_judges_by_a_profile() -> None:
+    """By the default, by name or one's own: what is fast elsewhere may be refused here."""
+    assert LowRank(4) == LowRank(4, profile="avx2")
+    w = torch.randn(96, 96)
+    slow, fast = (Profile("mine", {"factors 32": speed, "channel": speed}) for speed in (0.1, 3.0))
+    assert break_even.estimated((96, 96), 32, slow) < break_even.estimated((96, 96), 32, PROFILES["none"]) == 47
+    assert break_even.estimated((96, 96), 32, fast) == break_even.largest_smaller((96, 96), 32)
+    LowRank(47, profile=fast).compress(w)
+    LowRank(47, profile="none").compress(w)
+    for profile in ("avx2", slow):
+        with pytest.raises(Refused, match="rank 47 would not"):
+            LowRank(47, profile=profile).compress(w)
+    conv, shape = torch.randn(64, 576), (64, 64, 3, 3)
+    assert LowRank(40, profile=fast).for_convolution(shape, (1, 1)).compress(conv).shape == (64, 576)
+    with pytest.raises(Refused):
+        LowRank(40, profile=slow).for_convolution(shape, (1, 1)).compress(conv)
+
+
+@pytest.mark.parametrize("make", [Int8, lambda fit: Sparse(0.5, fit=fit), lambda fit: LowRank(2, profile=fit)])
+def test_profiles_that_are_none(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"(fit|profile) is 'sse', expected a Profile or one of avx2, none"):
+        make(fit="sse")
+    for bad in (None, 1, b"avx2"):
+        with pytest.raises(TypeError, match=r"(fit|profile) is .*, expected a Profile or one of avx2, none"):
+            make(fit=bad)
+
+
+def test_a_profile_is_checked() -> None:
+    for arguments, error in (
+        ({"speeds": {"int8": 0.0}}, ValueError), ({"speeds": {"int8": math.nan}}, ValueError), ({"largest_rms": 1.5}, ValueError),
+        ({"largest_rms": 0}, ValueError), ({"speeds": {"int8": "2"}}, TypeError), ({"largest_rms": True}, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=r"Profile: .* is .*, expected a number"):
+            Profile("mine", **arguments)
+    mine = Profile("mine", {"sparse 8": 3.0, "sparse": 2.0})
+    assert (mine.speed("sparse", 8), mine.speed("sparse", 32), mine.speed("int4")) == (3.0, 2.0, 1.0)
+    assert hash(LowRank(2, profile=mine)) == hash(LowRank(2, profile=Profile("mine", dict(mine.speeds))))
+
+
 # --- the measured break-even ------------------------------------------------------------------------------------------
 
 
-def faked_time(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[int]:
-    """Ranks up to the limit take less time than dense; the ranks that were asked for."""
-    asked: list[int] = []
+class FakedTime:
+    """Ranks up to the limit take no longer than the dense layer; remembers the ranks that were asked for."""
 
-    def fake(_first: Any, second: Any, **_: Any) -> tuple[float, float]:
-        packed = second.__defaults__[0]
-        from pycompress import ops
+    def __init__(self, limit: int) -> None:
+        self.limit, self.asked = limit, list[int]()
 
-        asked.append(ops.low_rank_header(packed)["rank"])
-        return 1.0, 1.0 if asked[-1] <= limit else 1.1
-
-    monkeypatch.setattr(break_even, "interleaved_us", fake)
-    break_even._measured.cache_clear()
-    return asked
+    def __call__(self, weight: Weight) -> tuple[float, float]:
+        assert isinstance(weight, LowRankWeight)
+        self.asked.append(weight.rank)
+        return 1.0, 1.0 if weight.rank <= self.limit else 1.1
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_break_even_is_the_largest_rank_that_is_measured_to_be_no_slower(
-    monkeypatch: pytest.MonkeyPatch, bits: int
-) -> None:
-    asked = faked_time(monkeypatch, 21)
-    w = torch.randn(64, 96)
-    weight = LowRank("break-even", bits=bits).compress(w)
-    assert weight.rank == 16, "in steps of 8"
-    assert max(asked) <= 64
-    count = len(asked)
-    LowRank("break-even", bits=bits).compress(w)
-    assert len(asked) == count, "measured once"
-    break_even._measured.cache_clear()
+def test_break_even_is_the_largest_rank_that_is_measured_to_be_no_slower(bits: int) -> None:
+    time, w = FakedTime(21), torch.randn(64, 96)
+    before = torch.get_rng_state()
+    method = LowRank("break-even", bits=bits).measured((64, 96), time)
+    assert torch.equal(torch.get_rng_state(), before)
+    weight = method.compress(w)
+    assert (weight.rank, weight.bits) == (16, bits), "in steps of 8"
+    assert max(time.asked) <= 64 and len(time.asked) <= 4
+    assert method.measured((64, 96), time) is method, "nothing is left to measure"
 
 
-def test_break_even_where_everything_is_faster_is_the_largest_that_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    faked_time(monkeypatch, 1000)
-    assert LowRank("break-even").compress(torch.randn(64, 96)).rank == break_even.largest_smaller((64, 96), 32)
-    break_even._measured.cache_clear()
+def test_break_even_where_everything_is_faster_is_the_largest_that_is_smaller() -> None:
+    method = LowRank("break-even").measured((64, 96), FakedTime(1000))
+    assert method.compress(torch.randn(64, 96)).rank == break_even.largest_smaller((64, 96), 32)
 
 
-def test_break_even_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    faked_time(monkeypatch, 0)
+def test_break_even_where_nothing_is_faster() -> None:
     with pytest.raises(Refused, match="no rank of a 64x96 layer is measured to be faster than the dense one here"):
+        LowRank("break-even").measured((64, 96), FakedTime(0))
+
+
+def test_break_even_has_to_be_measured_before() -> None:
+    assert isinstance(LowRank(1), MeasuredMethod)
+    with pytest.raises(ValueError, match=r"rank is 'break-even', expected that measured\(\) has put a number"):
         LowRank("break-even").compress(torch.randn(64, 96))
-    break_even._measured.cache_clear()
-
-
-def test_break_even_is_measured_with_the_kernels() -> None:
-    for bits in (32, 8):
-        assert 0 <= break_even.measured((64, 64), bits, 7) <= 64
-    break_even._measured.cache_clear()
 
 
 # --- embeddings and convolutions --------------------------------------------------------------------------------------
@@ -727,7 +746,7 @@ def test_refuses(method: LowRank, kind: str, reason: str) -> None:
         (
             {"rank": 1, "residual": LowRank(1)},
             ValueError,
-            r"residual is LowRank\(rank=1\), expected Int8, Int4, Sparse or Dense",
+            r"residual is LowRank\(rank=1\), expected one that makes weights of .*int8",
         ),
         ({"rank": "break-even", "residual": Int8()}, ValueError, "'break-even' beside a residual"),
         ({"rank": 1, "alternations": -1}, ValueError, "alternations is -1"),
@@ -777,160 +796,6 @@ def test_methods_are_values() -> None:
     assert repr(InputStatistics(1, counts=torch.tensor([1]))) == "InputStatistics(rows=1, counts=torch.int64 [1])"
 
 
-# --- the canonical weight ---------------------------------------------------------------------------------------------
-
-
-def some_weights() -> dict[str, LowRankWeight]:
-    w = torch.randn(9, 14)
-    residuals = {
-        "": None, "int8": Int8(7), "int4": Int4(), "int4s": Int4(64, symmetric=True), "sparse": Sparse(0.3),
-        "sparse8": Sparse(0.3, bits=8), "dense": Dense(),
-    }  # fmt: skip
-    return {
-        f"{bits}{name}": free(4, bits=bits, residual=method).compress(w)
-        for bits in (32, 8)
-        for name, method in residuals.items()
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        f"{bits}{residual}"
-        for bits in (32, 8)
-        for residual in ("", "int8", "int4", "int4s", "sparse", "sparse8", "dense")
-    ],
-)
-def test_the_stored_form_is_all_of_it(name: str) -> None:
-    weight = some_weights()[name]
-    rest = json.loads(json.dumps(weight.settings()))
-    again = LowRankWeight.from_tensors((9, 14), weight.tensors(), rest)
-    assert again.settings() == weight.settings()
-    assert again.tensors().keys() == weight.tensors().keys()
-    assert all(torch.equal(tensor, again.tensors()[key]) for key, tensor in weight.tensors().items())
-    assert torch.equal(again.decompress(), weight.decompress())
-    expected = LowRankWeight.expected((9, 14), rest)
-    assert {key: (tuple(t.shape), t.dtype) for key, t in weight.tensors().items()} == expected
-    assert torch.equal(pickle.loads(pickle.dumps(weight)).decompress(), weight.decompress())
-    down, up = weight.factors()
-    factors = up @ down
-    assert torch.equal(
-        factors if weight.residual is None else factors + weight.residual.decompress(), weight.decompress()
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rank": None}, r"rank is None, expected 1 to 9 for a weight \[9, 14\]"),
-        ({"rank": 10}, "rank is 10"),
-        ({"rank": 0}, "rank is 0"),
-        ({"rank": True}, "rank is True"),
-        ({"rank": 4.0}, "rank is 4.0"),
-        ({"bits": 16}, "bits is 16, expected 8 or 32"),
-        ({"bits": "8"}, "bits is '8'"),
-        ({"bits": [8]}, r"bits is \[8\]"),
-        ({"bits": 32}, "the settings are"),
-        ({"activation_bits": 9}, "activation_bits is 9"),
-        ({"activation_bits": None}, "activation_bits is None"),
-        ({"extra": 1}, "the settings are .*'extra'"),
-        ({"residual": None}, "residual is None, expected a dictionary"),
-        ({"residual": []}, r"residual is \[\]"),
-        ({"residual": {}}, "method is None, expected one of int8, int4, sparse, dense"),
-        ({"residual": {"method": "low_rank", "rank": 1, "bits": 32}}, "method is 'low_rank'"),
-        ({"residual": {"method": ["int8"]}}, r"method is \['int8'\]"),
-        ({"residual": {"method": "int8"}}, "activation_bits is None, expected 7, 8 or 16"),
-        ({"residual": {"method": "int8", "activation_bits": 8, "weight_bits": 8, "residual": {}}}, "the settings are"),
-        ({"residual": {"method": "int4", "group": 16, "symmetric": True, "activation_bits": 8}}, "group is 16"),
-        (
-            {"residual": {"method": "int4", "group": 32, "activation_bits": 8}},
-            "symmetric is None, expected True or False",
-        ),
-        ({"residual": {"method": "sparse", "bits": 32, "nnz": 127}}, "nnz is 127, expected 0 to 126"),
-        ({"residual": {"method": "dense", "nnz": 3}}, "expected none"),
-    ],
-)
-def test_hostile_settings(change: dict[str, Any], message: str) -> None:
-    weight = some_weights()["8int8"]
-    with pytest.raises(ValueError, match=message):
-        LowRankWeight.expected((9, 14), {**weight.settings(), **change})
-    with pytest.raises(ValueError, match=message):
-        LowRankWeight.from_tensors((9, 14), weight.tensors(), {**weight.settings(), **change})
-
-
-@pytest.mark.parametrize("shape", [(0, 14), (9, 0), (9, 65537), (9.0, 14), (True, 14), (-9, 14)])
-def test_hostile_shapes(shape: Any) -> None:
-    for kind, rest in ((LowRankWeight, {"rank": 1, "bits": 32}), (DenseWeight, {})):
-        with pytest.raises(ValueError, match=f"{kind.__name__}: the shape is"):
-            kind.expected(shape, rest)
-
-
-def test_nothing_is_allocated_for_what_a_file_claims() -> None:
-    expected = LowRankWeight.expected((2**40, 65536), {"rank": 65536, "bits": 32, "residual": {"method": "dense"}})
-    assert expected["residual_weight"][0] == (2**40, 65536)
-
-
-def test_hostile_tensors() -> None:
-    for name, weight in some_weights().items():
-        tensors, rest = weight.tensors(), weight.settings()
-        for key, tensor in tensors.items():
-            missing = {k: t for k, t in tensors.items() if k != key}
-            wrong_type = {**tensors, key: tensor.to(torch.float64)}
-            wrong_shape = {**tensors, key: torch.cat([tensor, tensor])}
-            for others in (missing, wrong_type, wrong_shape, {**tensors, "other": tensor}):
-                with pytest.raises(ValueError, match="LowRankWeight: "):
-                    LowRankWeight.from_tensors((9, 14), others, rest)
-            if tensor.dtype == torch.float32 and tensor.numel():
-                for bad in (math.nan, math.inf):
-                    broken = tensor.clone()
-                    broken[(-1,) * broken.dim()] = bad
-                    with pytest.raises(ValueError, match="Weight: "):
-                        LowRankWeight.from_tensors((9, 14), {**tensors, key: broken}, rest)
-            if key in ("down", "up") and weight.bits == 8:
-                with pytest.raises(ValueError, match=f"{key} holds -128, expected integers in"):
-                    LowRankWeight.from_tensors((9, 14), {**tensors, key: torch.full_like(tensor, -128)}, rest)
-            if key.endswith("scale"):
-                with pytest.raises(ValueError, match=r"positive finite|a scale is not between"):
-                    LowRankWeight.from_tensors((9, 14), {**tensors, key: -tensor}, rest)
-        assert name
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.ones(2, 5), torch.ones(4, 3)), r"up is torch.float32 \[4, 3\], expected torch.float32 \[n, 2\]"),
-        ((torch.ones(2, 5), torch.ones(4, 2, dtype=torch.int8)), "up is torch.int8"),
-        ((torch.ones(5), torch.ones(4, 1)), r"down is torch.float32 \[5\], expected a float32 or int8 matrix"),
-        ((torch.ones(2, 5).double(), torch.ones(4, 2).double()), "down is torch.float64"),
-        ((torch.ones(5, 5), torch.ones(4, 5)), r"rank is 5, expected 1 to 4 for a weight \[4, 5\]"),
-        ((torch.ones(0, 5), torch.ones(4, 0)), "rank is 0"),
-        ((torch.ones(2, 5, device="meta"), torch.ones(4, 2)), "down is on meta, expected the CPU"),
-        ((torch.ones(2, 5), torch.ones(4, 2), torch.ones(2)), "down_scale, activation_bits None given, expected none"),
-        ((torch.ones(2, 5), torch.ones(4, 2), None, None, 7), "activation_bits 7 given"),
-        ((torch.ones(2, 5).char(), torch.ones(4, 2).char(), torch.ones(2), torch.ones(4)), "activation_bits is None"),
-        (
-            (torch.ones(2, 5).char(), torch.ones(4, 2).char(), torch.ones(2), None, 8),
-            r"up_scale is None, expected float32 \[4\]",
-        ),
-        (
-            (torch.ones(2, 5), torch.ones(4, 2), None, None, None, torch.ones(4, 5)),
-            "the residual is Tensor, expected Int8Weight",
-        ),
-        (
-            (torch.ones(2, 5), torch.ones(4, 2), None, None, None, Int4(activation_bits=16).compress(torch.ones(4, 5))),
-            "the residual's activation_bits is 16, expected 8",
-        ),
-        (
-            (torch.ones(2, 5), torch.ones(4, 2), None, None, None, DenseWeight(torch.ones(4, 6))),
-            r"the residual is \[4, 6\], expected \[4, 5\]",
-        ),
-    ],
-)
-def test_the_rules_of_the_weight(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LowRankWeight(*arguments)
-
-
 # --- dense ------------------------------------------------------------------------------------------------------------
 
 
@@ -942,15 +807,6 @@ def test_dense_is_the_weight() -> None:
     w.zero_()
     assert weight.weight.any(), "a copy"
     assert torch.equal(DenseWeight.from_tensors((3, 5), weight.tensors(), {}).weight, weight.weight)
-    for tensor, message in (
-        (torch.ones(3, 5).double(), "weight is torch.float64"),
-        (torch.ones(3), r"\[3\], expected float32"),
-        (torch.full((1, 1), math.inf), "NaN or Inf"),
-        (torch.ones(3, 5, device="meta"), "on meta"),
-        (torch.ones(3, 0), "the shape is"),
-    ):
-        with pytest.raises(ValueError, match=f"DenseWeight: .*{message}"):
-            DenseWeight(tensor)
 
 
 def test_the_metric_is_that_of_the_rows() -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import pycompress as pc
-from pycompress.methods.int8 import Int8, Int8Weight
+from pycompress.methods.int8 import Int8
+from pycompress.profiles import Profile
+from pycompress.weights import Int8Weight
 
 TOP = {7: 63, 8: 127}
 TINY = torch.finfo(torch.float32).tiny
@@ -73,6 +75,20 @@ def test_rows_that_fill_their_range_stay_below_a_root_mean_square(bits: int) -> 
     for w in (torch.rand(16, 300) - 0.5, torch.ones(16, 300), torch.randn(16, 300)):
         integers = Int8(weight_bits=bits).compress(w).values.double()
         assert (integers.square().mean(1).sqrt() <= 34 * TOP[bits] / 127 + 0.5).all()
+
+
+def test_fit() -> None:
+    """A profile of its own, or none: each row takes the whole range."""
+    w = torch.rand(16, 300) - 0.5
+    assert torch.equal(Int8(fit="none").compress(w).values, Int8(7).compress(w).values)
+    assert Int8() == Int8(fit="avx2") != Int8(fit="none")
+    assert torch.equal(
+        Int8(fit="avx2").compress(w).values, Int8(fit=Profile("mine", largest_rms=34 / 127)).compress(w).values
+    )
+    tight = Int8(fit=Profile("mine", largest_rms=0.1)).compress(w).values.double()
+    assert (tight.square().mean(1).sqrt() <= 12.7 + 0.5).all()
+    assert repr(Int8(7)) == "Int8(activation_bits=7, weight_bits=8)"
+    assert repr(Int8(fit="none")) == "Int8(activation_bits=8, weight_bits=8, fit='none')"
 
 
 def test_rows_of_zeros() -> None:
@@ -193,44 +209,9 @@ def test_method_is_a_value() -> None:
         Int8().activation_bits = 7  # type: ignore[misc]
 
 
-def canonical(**changes: object) -> dict[str, object]:
-    fields: dict[str, object] = {
-        "values": torch.ones(2, 3, dtype=torch.int8),
-        "scale": torch.ones(2),
-        "activation_bits": 8,
-        "weight_bits": 8,
-    }
-    return {**fields, **changes}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"values": torch.ones(2, 3)}, "expected int8"),
-        ({"values": torch.ones(6, dtype=torch.int8)}, "expected int8"),
-        ({"values": torch.full((2, 3), -128, dtype=torch.int8)}, r"\[-128, -128\], expected \[-127, 127\]"),
-        ({"values": torch.full((2, 3), 64, dtype=torch.int8), "weight_bits": 7}, r"expected \[-63, 63\]"),
-        ({"values": torch.full((2, 3), -64, dtype=torch.int8), "weight_bits": 7}, r"expected \[-63, 63\]"),
-        ({"scale": torch.ones(3)}, r"\[3\], expected float32 \[2\]"),
-        ({"scale": torch.ones(2, 1)}, r"\[2, 1\], expected float32 \[2\]"),
-        ({"scale": torch.ones(2, dtype=torch.float64)}, "torch.float64"),
-        ({"scale": torch.ones(2, dtype=torch.bfloat16)}, "torch.bfloat16"),
-        ({"scale": torch.tensor([1.0, 0.0])}, "not a positive finite number"),
-        ({"scale": torch.tensor([1.0, -1.0])}, "not a positive finite number"),
-        ({"scale": torch.tensor([1.0, float("nan")])}, "not a positive finite number"),
-        ({"scale": torch.tensor([1.0, float("inf")])}, "not a positive finite number"),
-        ({"activation_bits": 6}, "activation_bits is 6"),
-        ({"weight_bits": 9}, "weight_bits is 9"),
-    ],
-)
-def test_what_a_canonical_weight_must_be(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Int8Weight(**canonical(**changes))  # type: ignore[arg-type]
-
-
 def test_a_good_canonical_weight() -> None:
     values = torch.tensor([[-127, 0, 127], [1, 2, 3]], dtype=torch.int8)
-    weight = Int8Weight(**canonical(values=values, scale=torch.tensor([2.0, 0.5])))  # type: ignore[arg-type]
+    weight = Int8Weight(values, torch.tensor([2.0, 0.5]), 8, 8)
     assert torch.equal(weight.decompress(), torch.tensor([[-254.0, 0.0, 254.0], [0.5, 1.0, 1.5]]))
     with pytest.raises(AttributeError):
         weight.values = values  # type: ignore[misc]

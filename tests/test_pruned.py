@@ -14,10 +14,10 @@ from torch.nn.utils import prune
 
 import pycompress as pc
 from pycompress import model as model_module
+from pycompress.kinds import kind_of, pruned_names, without_pruning
 from pycompress.methods import Int8, Sparse
-from pycompress.model import compressed_layers, dense_weight
+from pycompress.model import compressed_layers
 from pycompress.nn import Int8Linear, SparseLinear
-from pycompress.nn.dense import pruned_names, without_pruning
 from pycompress.records import LayerRecord
 
 Same = Callable[[Tensor, Tensor], bool]
@@ -60,7 +60,7 @@ def called(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_was_pruned_stays_pruned(inplace: bool) -> None:
     model, x = pruned(), torch.randn(9, 24)
-    expected, weights = model(x), {i: dense_weight(model[i]).clone() for i in (0, 2)}
+    expected, weights = model(x), {i: kind_of(model[i]).matrix(model[i]).clone() for i in (0, 2)}
     result = pc.compress(model, {"4": None, "*": Sparse()}, inplace=inplace)
     for i, weight in weights.items():
         assert isinstance(result[i], SparseLinear)
@@ -141,7 +141,7 @@ def test_ways_to_prune(cut: Callable[[nn.Module], Any]) -> None:
 def test_pruned_in_half_precision(dtype: torch.dtype) -> None:
     model = pruned().to(dtype)
     result = pc.compress(model, Sparse())
-    assert torch.equal(result[0].weight, dense_weight(model[0]).float())
+    assert torch.equal(result[0].weight, kind_of(model[0]).matrix(model[0]).float())
     assert result(torch.randn(2, 24, dtype=dtype)).dtype == dtype
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packing import backends, pack_int4, pack_int8, pack_low_rank
 from torch import Tensor
 
 import pycompress
@@ -26,14 +27,11 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def twin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def twin() -> Callable[..., Any]:
     """``twin(call)``: the result of ``call()`` with the ops on the numba twin."""
 
     def run(call: Callable[[], Any]) -> Any:
-        with monkeypatch.context() as patch:
-            for module in (ops.native, ops.int8, ops.int4, ops.sparse, ops.low_rank):
-                patch.setattr(module, "_C", reference.extension)
-                patch.setattr(module, "reads_tensors", False, raising=False)
+        with backends("twin"):
             return call()
 
     return run
@@ -61,8 +59,8 @@ def test_same_integers(bits: int, k: int, dtype: torch.dtype, twin: Callable[...
     x = rows(k).to(dtype)
 
     def run() -> tuple[Tensor, ...]:
-        packed = ops.int8_pack(values, bits)
-        return (*ops.int8_quantize(x, bits), *ops.int8_accumulate(x, packed), ops.int8_unpack(packed))
+        packed = pack_int8(values, bits)
+        return (*ops.int8_quantize(x, bits), *ops.int8_accumulate(x, *packed), ops.unpack("int8", *packed)["values"])
 
     for got, expected in zip(twin(run), run(), strict=True):
         assert got.dtype == expected.dtype
@@ -82,7 +80,7 @@ def test_same_bits_of_y(
     x = rows(70).to(dtype)
 
     def run() -> Tensor:
-        return ops.int8_linear(x, ops.int8_pack(values, bits), scale, bias, activation)
+        return ops.int8_linear(x, *pack_int8(values, bits, scale), bias, activation)
 
     got, expected = twin(run), run()
     nan = torch.isnan(expected)  # the sign of a NaN is left to the processor
@@ -93,12 +91,12 @@ def test_same_bits_of_y(
 @native
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 def test_smooth_activations_within_their_bound(activation: str, twin: Callable[..., Any]) -> None:
-    """The twin has the exact functions; the kernels stay within 8 ulp of their argument (test_ops derives it)."""
+    """The twin has the exact functions; the kernels stay within 8 ulp of their argument (test_int8_ops derives it)."""
     values = torch.zeros(4001, 3, dtype=torch.int8)
     bias = torch.linspace(-40, 40, 4001)
 
     def run() -> Tensor:
-        return ops.int8_linear(torch.zeros(1, 3), ops.int8_pack(values, 8), torch.ones(4001), bias, activation)[0]
+        return ops.int8_linear(torch.zeros(1, 3), *pack_int8(values), bias, activation)[0]
 
     assert ((twin(run) - run()).abs() <= bias.abs() * 8 * 2**-23 + 1e-44).all()
 
@@ -113,44 +111,45 @@ def test_same_errors(twin: Callable[..., Any]) -> None:
         return str(error.value)
 
     def messages() -> list[str]:
-        packed = ops.int8_pack(values, 8)
+        packed = pack_int8(values)
         return [
-            message(lambda: ops.int8_linear(torch.ones(2, 5), packed, torch.ones(3))),
-            message(lambda: ops.int8_linear(torch.ones(2, 4), packed, torch.ones(2))),
-            message(lambda: ops.int8_pack(values, 6)),
-            message(lambda: ops.int8_pack(-127 - values, 8)),
+            message(lambda: ops.int8_linear(torch.ones(2, 5), *packed)),
+            message(lambda: pack_int8(values, 8, torch.ones(2))),
+            message(lambda: pack_int8(values, 6)),
+            message(lambda: pack_int8(-127 - values)),
             message(lambda: ops.int8_quantize(torch.ones(2, 3), 9)),
-            message(lambda: ops.int8_pack(values, 8, "avx9")),
+            message(lambda: pack_int8(values, kernel="avx9")),
             *low_rank_messages(),
             *int4_messages(),
         ]
 
     def low_rank_messages() -> list[str]:
         down, up, scale = torch.ones(2, 4), torch.ones(3, 2), torch.ones(3)
-        packed = ops.low_rank_pack(down, up)
-        linear, sparse = ops.low_rank_linear, ops.sparse_pack(torch.full((3, 1), 15).byte(), torch.ones(12), 4)
+        packed, form = pack_low_rank(down, up)
+        linear, sparse = ops.low_rank_linear, {"mask": torch.full((3, 1), 15).byte(), "values": torch.ones(12)}
         return [
-            message(lambda: linear(torch.ones(2, 5), packed, 3)),
-            message(lambda: linear(torch.ones(2, 4), packed, 4)),
-            message(lambda: ops.low_rank_pack(down, up, None, None, 8)),
-            message(lambda: ops.low_rank_pack(values.new_ones(2, 4), values.new_ones(3, 2), scale[:2], scale, 9)),
-            message(lambda: ops.low_rank_pack(torch.ones(4, 4), torch.ones(3, 4))),
-            message(lambda: ops.low_rank_pack(torch.ones(2, 65537), up)),
-            message(lambda: ops.low_rank_pack(down, up, None, None, 0, "sparse", sparse, scale)),
+            message(lambda: linear(torch.ones(2, 5), packed, form)),
+            message(lambda: linear(torch.ones(2, 4), packed, form.replace("n=3", "n=4"))),
+            message(lambda: pack_low_rank(down, up, None, None, 8)),
+            message(lambda: pack_low_rank(values.new_ones(2, 4), values.new_ones(3, 2), scale[:2], scale, 9)),
+            message(lambda: pack_low_rank(torch.ones(4, 4), torch.ones(3, 4))),
+            message(lambda: pack_low_rank(torch.ones(2, 65537), up)),
+            message(lambda: pack_low_rank(down, up, residual="sparse", scale=scale, **sparse)),
         ]
 
     def int4_messages() -> list[str]:
-        packed = ops.int4_pack(torch.zeros(3, 2).byte(), torch.ones(3, 1).bfloat16(), None, 4, 32, 8)
+        packed, form = pack_int4(torch.zeros(3, 2).byte(), torch.ones(3, 1).bfloat16(), None, 4, 32, 8)
         none = torch.zeros(0, 2).byte(), torch.ones(0, 1).bfloat16(), None, 4, 32, 8
         return [
-            message(lambda: ops.int4_linear(torch.ones(2, 5), packed, 3)),
-            message(lambda: ops.int4_linear(torch.ones(2, 4), packed, 4)),
-            message(lambda: ops.int4_pack(torch.zeros(3, 2).byte(), torch.ones(3, 1).bfloat16(), None, 4, 32, 7)),
-            message(lambda: ops.int4_pack(*none)),
-            message(lambda: ops.int4_header(packed[1:].clone())),
-            message(lambda: ops.int8_linear(torch.ones(2, 5), ops.int8_pack(values, 16), torch.ones(3))),
-            message(lambda: ops.low_rank_pack(
-                torch.ones(2, 4), torch.ones(3, 2), None, None, 0, "int8", ops.int8_pack(values, 16), torch.ones(3)
+            message(lambda: ops.int4_linear(torch.ones(2, 5), packed, form)),
+            message(lambda: ops.int4_linear(torch.ones(2, 4), packed, form.replace("n=3", "n=4"))),
+            message(lambda: pack_int4(torch.zeros(3, 2).byte(), torch.ones(3, 1).bfloat16(), None, 4, 32, 7)),
+            message(lambda: pack_int4(*none)),
+            message(lambda: ops.unpack("int4", packed[1:].clone(), form)),
+            message(lambda: ops.int8_linear(torch.ones(2, 5), *pack_int8(values, 16))),
+            message(lambda: pack_low_rank(
+                torch.ones(2, 4), torch.ones(3, 2), residual="int8", settings={"activation_bits": 16}, values=values,
+                scale=torch.ones(3),
             )),
         ]  # fmt: skip
 
@@ -159,33 +158,32 @@ def test_same_errors(twin: Callable[..., Any]) -> None:
 
 def test_truncated_and_random_buffers(twin: Callable[..., Any]) -> None:
     def run() -> None:
-        packed = ops.int8_pack(torch.ones(3, 4, dtype=torch.int8), 8)
+        packed, form = pack_int8(torch.ones(3, 4, dtype=torch.int8))
         for broken in (packed[:0], packed[:10], packed[:-1], torch.zeros_like(packed), torch.cat([packed, packed])):
-            for use in (ops.int8_unpack, ops.int8_depths):
-                with pytest.raises(ValueError, match="packed int8 weight"):
-                    use(broken.clone())
-            with pytest.raises(ValueError, match="packed int8 weight"):
-                ops.int8_linear(torch.ones(2, 4), broken.clone(), torch.ones(3))
+            what = "unknown format" if broken.numel() < 12 else "packed int8 weight"
+            for use in (ops.int8.OP.unpack, ops.int8_depths, lambda *own: ops.int8_linear(torch.ones(2, 4), *own)):
+                with pytest.raises(ValueError, match=what):
+                    use(broken.clone(), form)
 
     twin(run)
 
 
 def test_strides(twin: Callable[..., Any], same: Same) -> None:
     def run() -> None:
-        packed = ops.int8_pack(torch.randint(-127, 128, (5, 6), dtype=torch.int8), 8)
+        packed = pack_int8(torch.randint(-127, 128, (5, 6), dtype=torch.int8))
         wide = torch.randn(4, 9)
         for x in (wide[:, :6], wide[:, 3:], wide[::2, :6], wide.T[:6].T):
-            expected = ops.int8_linear(x.contiguous(), packed, torch.ones(5))
-            assert same(ops.int8_linear(x, packed, torch.ones(5)), expected)
+            expected = ops.int8_linear(x.contiguous(), *packed)
+            assert same(ops.int8_linear(x, *packed), expected)
 
     twin(run)
 
 
 def test_no_rows(twin: Callable[..., Any]) -> None:
     def run() -> None:
-        packed = ops.int8_pack(torch.ones(5, 6, dtype=torch.int8), 8)
-        assert ops.int8_accumulate(torch.ones(0, 6), packed)[0].shape == (0, 5)
-        assert ops.int8_linear(torch.ones(0, 6), packed, torch.ones(5)).shape == (0, 5)
+        packed = pack_int8(torch.ones(5, 6, dtype=torch.int8))
+        assert ops.int8_accumulate(torch.ones(0, 6), *packed)[0].shape == (0, 5)
+        assert ops.int8_linear(torch.ones(0, 6), *packed).shape == (0, 5)
         assert [t.shape for t in ops.int8_quantize(torch.ones(0, 6), 8)] == [(0, 6), (0,), (0,)]
 
     twin(run)
@@ -347,8 +345,8 @@ def test_many_rows_have_the_bits_of_the_chains(rows_of_x: int, twin: Callable[..
     x = torch.randn(rows_of_x, 200)
 
     def run() -> list[Tensor]:
-        packed = ops.low_rank_pack(down, up), ops.low_rank_pack(down, up, None, None, 0, "dense", residual)
-        return [ops.low_rank_linear(x, one, 21, bias) for one in packed]
+        packed = pack_low_rank(down, up), pack_low_rank(down, up, residual="dense", weight=residual)
+        return [ops.low_rank_linear(x, *one, bias) for one in packed]
 
     assert all(same(got, expected) for got, expected in zip(twin(run), run(), strict=True))
 
@@ -368,9 +366,9 @@ def test_int4_has_the_bits_of_the_kernels(k: int, dtype: torch.dtype, twin: Call
     bias = torch.randn(21)
 
     def run() -> list[Tensor]:
-        packed = ops.int4_pack(values, scale, zeros, k, 64, 8)
-        linears = [ops.int4_linear(x[:m], packed, 21, bias, "relu") for m in (1, len(x))]
-        return [ops.int4_dense(packed, 21, k), *linears]
+        packed = pack_int4(values, scale, zeros, k, 64, 8)
+        linears = [ops.int4_linear(x[:m], *packed, bias, "relu") for m in (1, len(x))]
+        return [ops.dense("int4", *packed), *linears]
 
     for got, expected in zip(twin(run), run(), strict=True):
         nan = expected.isnan()  # the sign of a NaN is left to the processor
@@ -442,11 +440,12 @@ from pycompress.nn import Int4Linear, Int8Linear, LowRankLinear, SparseLinear
 reason = ops.extension_error()
 assert reason and "_C" in reason, reason
 found = {kernel["op"]: kernel["name"] for kernel in ops.kernels() if kernel["available"]}
-assert found == dict.fromkeys(("int4", "int8", "low_rank", "sparse", "weight_only"), "numba"), found
+assert found == dict.fromkeys(("dense", "int4", "int8", "sparse", "weight_only"), "numba"), found
 case = torch.load(sys.argv[1])
-packed = ops.int8_pack(case["values"], 8)
-assert torch.equal(ops.int8_unpack(packed), case["values"])
-got = (*ops.int8_quantize(case["x"], 8), ops.int8_accumulate(case["x"], packed)[0])
+parts = {"values": case["values"], "scale": torch.ones(24)}
+packed = ops.pack("int8", parts, (24, 40), {"activation_bits": 8})
+assert torch.equal(ops.unpack("int8", *packed)["values"], case["values"])
+got = (*ops.int8_quantize(case["x"], 8), ops.int8_accumulate(case["x"], *packed)[0])
 assert all(torch.equal(a, b) for a, b in zip(got, case["integers"]))
 layer = Int8Linear.from_dense(nn.Linear(40, 24), pc.Int8(activation_bits=7), "gelu")
 assert layer(torch.randn(2, 3, 40)).shape == (2, 3, 24)
@@ -486,11 +485,12 @@ assert pycompress.__file__.startswith(sys.argv[2]), pycompress.__file__
 def case(tmp_path: Path) -> Path:
     values = torch.randint(-127, 128, (24, 40), dtype=torch.int8)
     x = torch.randn(6, 40)
-    integers = (*ops.int8_quantize(x, 8), ops.int8_accumulate(x, ops.int8_pack(values, 8))[0])
+    integers = (*ops.int8_quantize(x, 8), ops.int8_accumulate(x, *pack_int8(values))[0])
     torch.save({"values": values, "x": x, "integers": integers}, tmp_path / "case.pt")
     return tmp_path / "case.pt"
 
 
+@pytest.mark.slow
 def test_import_without_a_place_for_the_cache_of_numba(python: Python) -> None:
     """An unprivileged user, a package that is not theirs and no home: nothing can be cached, and nothing need be."""
     result = python(
@@ -503,6 +503,7 @@ def test_import_without_a_place_for_the_cache_of_numba(python: Python) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_with_the_extension_absent(case: Path, tmp_path: Path, python: Python) -> None:
     """The package as it is where no compiler was found: no file of that name at all."""
     source = Path(pycompress.__file__).parent

@@ -19,7 +19,8 @@ from torch.nn.utils import prune
 
 from pycompress.methods.int8 import Int8
 from pycompress.methods.masks import BLOCKS, N_OF_M
-from pycompress.methods.sparse import Sparse, SparseWeight
+from pycompress.methods.sparse import Sparse
+from pycompress.weights import SparseWeight
 
 SHAPES = [(1, 1), (1, 40), (3, 5), (17, 33), (16, 64), (50, 47), (33, 3)]
 SQUARES = {"16x16": 16, "32x32": 32, "64x64": 64}
@@ -641,58 +642,6 @@ def test_a_good_canonical_weight() -> None:
         weight.k = 4  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (canonical(k=0), "k is 0, expected 1 to 65536"),
-        (canonical(k=65537), "k is 65537"),
-        (canonical(k=3.0), "k is 3.0"),
-        (canonical(k=True), "k is True"),
-        (canonical(k=9), r"mask is torch.uint8 \[2, 1\], expected uint8 \[n, 2\] for k = 9"),
-        (canonical(mask=torch.ones(2, 1)), r"mask is torch.float32 \[2, 1\], expected uint8 \[n, 1\]"),
-        (canonical(mask=torch.ones(2, 1, dtype=torch.bool)), "mask is torch.bool"),
-        (canonical(mask=torch.ones(3, dtype=torch.uint8)), r"mask is torch.uint8 \[3\]"),
-        (canonical(mask=torch.ones(0, 1, dtype=torch.uint8)), r"mask is torch.uint8 \[0, 1\].* n > 0"),
-        (
-            canonical(mask=torch.ones(2, 1, dtype=torch.uint8, device="meta")),
-            "weight_mask is on meta, expected the CPU",
-        ),
-        (canonical(values=torch.ones(3, dtype=torch.int8, device="meta")), "weight_values is on meta"),
-        (canonical(scale=torch.ones(2, device="meta")), "weight_scale is on meta"),
-        (
-            canonical(mask=torch.tensor([[0b11], [0b1000]], dtype=torch.uint8)),
-            "row 1 of the mask has bits set behind k = 3",
-        ),
-        (canonical(mask=torch.tensor([[0b10000011], [0]], dtype=torch.uint8)), "row 0 of the mask has bits set behind"),
-        (canonical(values=torch.ones(2, dtype=torch.int8)), "there are 2 values, the mask has 3 bits set"),
-        (canonical(values=torch.ones(4, dtype=torch.int8)), "there are 4 values, the mask has 3 bits set"),
-        (canonical(values=torch.ones(3, 1, dtype=torch.int8)), r"values is torch.int8 \[3, 1\]"),
-        (canonical(values=torch.ones(3, dtype=torch.float64)), "values is torch.float64"),
-        (canonical(values=torch.ones(3, dtype=torch.uint8)), "values is torch.uint8"),
-        (canonical(values=torch.tensor([1, 0, 3], dtype=torch.int8)), "1 of the values are zero"),
-        (canonical(values=torch.tensor([1, -128, 3], dtype=torch.int8)), r"a value is -128, expected .* \[-127, 127\]"),
-        (floats(values=torch.tensor([0.0, -0.0, 1.0])), "2 of the values are zero"),
-        (floats(values=torch.tensor([1.0, float("nan"), float("inf")])), "2 of the values are NaN or Inf"),
-        (floats(scale=torch.ones(2)), r"scale is torch.float32 \[2\].* expected None for float32 values"),
-        (floats(activation_bits=7), "scale is None, activation_bits is 7, expected None"),
-        (canonical(activation_bits=None), "activation_bits is None, expected 7 or 8"),
-        (canonical(activation_bits=6), "activation_bits is 6"),
-        (canonical(activation_bits=8.0), "activation_bits is 8.0"),
-        (canonical(scale=None), r"scale is None, expected float32 \[2\]"),
-        (canonical(scale=torch.ones(3)), r"scale is torch.float32 \[3\], expected float32 \[2\]"),
-        (canonical(scale=torch.ones(2, 1)), r"\[2, 1\], expected float32 \[2\]"),
-        (canonical(scale=torch.ones(2, dtype=torch.float64)), "scale is torch.float64"),
-        (canonical(scale=torch.tensor([1.0, 0.0])), "not a positive finite number"),
-        (canonical(scale=torch.tensor([1.0, -1.0])), "not a positive finite number"),
-        (canonical(scale=torch.tensor([1.0, float("nan")])), "not a positive finite number"),
-        (canonical(scale=torch.tensor([1.0, float("inf")])), "not a positive finite number"),
-    ],
-)
-def test_what_a_canonical_weight_must_be(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SparseWeight(**fields)
-
-
 def test_subnormal_values_are_values() -> None:
     for value in (1e-45, -1e-40, TINY / 2):
         flushed = torch.tensor([value, 1.0, 1.0])
@@ -711,56 +660,3 @@ def test_from_dense_takes_matrices_of_float32_or_int8(dense: Tensor) -> None:
 def test_from_dense_of_an_empty_or_too_wide_matrix(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="SparseWeight: "):
         SparseWeight.from_dense(torch.zeros(shape))
-
-
-@pytest.mark.parametrize(
-    ("rest", "message"),
-    [
-        ({}, "bits is None, expected 8 or 32"),
-        ({"bits": 16, "nnz": 1}, "bits is 16"),
-        ({"bits": 8.0, "nnz": 1, "activation_bits": 7}, "bits is 8.0"),
-        ({"bits": "8", "nnz": 1, "activation_bits": 7}, "bits is '8'"),
-        ({"bits": 32}, "nnz is None, expected 0 to 15"),
-        ({"bits": 32, "nnz": -1}, "nnz is -1"),
-        ({"bits": 32, "nnz": 16}, r"nnz is 16, expected 0 to 15 for a weight \[3, 5\]"),
-        ({"bits": 32, "nnz": True}, "nnz is True"),
-        ({"bits": 32, "nnz": 2.0}, "nnz is 2.0"),
-        ({"bits": 32, "nnz": 1, "activation_bits": 7}, "the settings are .*'activation_bits'.*, expected"),
-        ({"bits": 32, "nnz": 1, "format": 2}, "the settings are .*'format'"),
-        ({"bits": 8, "nnz": 1}, r"the settings are \['bits', 'nnz'\], expected \['activation_bits', 'bits', 'nnz'\]"),
-        ({"bits": 8, "nnz": 1, "activation_bits": 9}, "activation_bits is 9, expected 7 or 8"),
-        ({"bits": 8, "nnz": 1, "activation_bits": None}, "activation_bits is None"),
-    ],
-)
-def test_settings_that_are_refused(rest: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SparseWeight.expected((3, 5), rest)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (-1, 5), (3, 65537), (3.0, 5), (True, 5), ("3", 5)])
-def test_shapes_that_are_refused(shape: Any) -> None:
-    with pytest.raises(ValueError, match=r"the shape is \[.*\], expected \[n > 0, 1 to 65536\]"):
-        SparseWeight.expected(shape, {"bits": 32, "nnz": 0})
-
-
-def test_expected_allocates_nothing() -> None:
-    huge = SparseWeight.expected((2**40, 65536), {"bits": 32, "nnz": 2**55})
-    assert huge["weight_values"] == ((2**55,), torch.float32)
-
-
-def test_tensors_that_do_not_fit_their_settings() -> None:
-    weight = Sparse(0.5, bits=8).compress(torch.randn(3, 5))
-    tensors, rest = weight.tensors(), weight.settings()
-    for name in tensors:
-        with pytest.raises(ValueError, match=r"the tensors are .*, expected"):
-            SparseWeight.from_tensors((3, 5), {k: v for k, v in tensors.items() if k != name}, rest)
-        with pytest.raises(ValueError, match=f"{name} is torch.float64"):
-            SparseWeight.from_tensors((3, 5), {**tensors, name: tensors[name].double()}, rest)
-        with pytest.raises(ValueError, match=f"{name} is .*, expected"):
-            SparseWeight.from_tensors((3, 5), {**tensors, name: tensors[name][1:]}, rest)
-    with pytest.raises(ValueError, match=r"the tensors are .*'bias'"):
-        SparseWeight.from_tensors((3, 5), {**tensors, "bias": torch.ones(3)}, rest)
-    with pytest.raises(ValueError, match="weight_values is"):
-        SparseWeight.from_tensors((3, 5), tensors, {**rest, "nnz": rest["nnz"] - 1})
-    with pytest.raises(ValueError, match="bits set"):
-        SparseWeight.from_tensors((3, 5), {**tensors, "weight_mask": torch.zeros(3, 1, dtype=torch.uint8)}, rest)

@@ -47,50 +47,12 @@ def test_one_and_two_threads_give_the_same_bits(bits: int, activation: str, same
             found = []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                found.append((layer(x), *ops.int8_accumulate(x, layer.packed)))
+                found.append((layer(x), *ops.int8_accumulate(x, layer.packed, layer.form)))
             for other in found[1:]:
                 for a, b in zip(found[0], other, strict=True):
                     assert same(a, b)
     finally:
         torch.set_num_threads(before)
-
-
-def test_packing_does_not_depend_on_threads() -> None:
-    values = torch.randint(-127, 128, (100, 1100), dtype=torch.int8)
-    before = torch.get_num_threads()
-    try:
-        packed = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            packed.append(ops.int8_pack(values, 8))
-        assert torch.equal(*packed)
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("rows", [1, 40])
-def test_eight_threads_call_one_layer_at_once(rows: int) -> None:
-    layer = large()
-    inputs = [torch.randn(rows, 1024) for _ in range(8)]
-    expected = [bits_of(layer(x)) for x in inputs]
-    start, wrong = threading.Barrier(8), []
-
-    def call(index: int) -> None:
-        start.wait()
-        for _ in range(10):
-            for turn in range(8):
-                at = (index + turn) % 8
-                if bits_of(layer(inputs[at])) != expected[at]:
-                    wrong.append((index, at))
-
-    workers = [threading.Thread(target=call, args=(index,)) for index in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=60)
-    assert not any(worker.is_alive() for worker in workers)
-    assert not wrong
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -116,36 +78,6 @@ def test_threads_with_layers_of_different_sizes() -> None:
     assert not wrong
 
 
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("threads", [None, 2])
-def test_a_forked_child(threads: int | None, forked: Forked) -> None:
-    """libgomp's workers do not survive a fork; the child has to run on one thread and not wait for them."""
-    layer, x = large(), torch.randn(64, 1024)
-    expected = bits_of(layer(x))
-
-    def child() -> bytes:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return bits_of(layer(x))
-
-    assert forked(child) == expected
-    assert forked(lambda: forked(child)) == expected, "and a child of the child"
-    assert bits_of(layer(x)) == expected, "the parent goes on with its threads"
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_a_forked_child_packs(forked: Forked) -> None:
-    """As unpickling a layer there does; torch's own parallel copies would wait for the lost workers for ever."""
-    layer, x = Int8Linear.from_dense(nn.Linear(512, 512)), torch.randn(64, 512)
-    expected, values = bits_of(layer(x)), layer.weight
-    scale, bias = layer.weight_scale, layer.bias
-
-    def child() -> bytes:
-        return bits_of(ops.int8_linear(x, ops.int8_pack(values, 8), scale, bias))
-
-    assert forked(child, 10) == expected
-
-
 FIRST_USE_IN_A_CHILD = """
 import os, signal, sys
 import torch
@@ -153,15 +85,19 @@ from pycompress import ops
 torch.set_num_threads(2)
 a = torch.randn(1 << 22)
 a.add(a)  # torch opens the OpenMP pool; no op of pycompress has run yet
-values, x, scale = torch.randint(-127, 128, (512, 512), dtype=torch.int8), torch.randn(256, 512), torch.ones(512)
+values, x = torch.randint(-127, 128, (512, 512), dtype=torch.int8), torch.randn(256, 512)
+
+def packed():
+    return ops.pack("int8", {"values": values, "scale": torch.ones(512)}, (512, 512), {"activation_bits": 8})
+
 child = os.fork()
 if child == 0:
     signal.alarm(10)  # kills the child where it waits for threads that are not there
-    y = ops.int8_linear(x, ops.int8_pack(values, 8), scale)
+    y = ops.int8_linear(x, *packed())
     open(sys.argv[1], "wb").write(y.numpy().tobytes())
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the forked child did not finish"
-y = ops.int8_linear(x, ops.int8_pack(values, 8), scale)
+y = ops.int8_linear(x, *packed())
 assert open(sys.argv[1], "rb").read() == y.numpy().tobytes()
 """
 
@@ -188,15 +124,15 @@ import pycompress
 found["import"] = threads()
 from pycompress import ops
 values, x = torch.randint(-127, 128, (1024, 1024), dtype=torch.int8), torch.randn(64, 1024)
-packed = ops.int8_pack(values, 8)
-ops.int8_linear(x, packed, torch.ones(1024))
+packed = ops.pack("int8", {"values": values, "scale": torch.ones(1024)}, (1024, 1024), {"activation_bits": 8})
+ops.int8_linear(x, *packed)
 found["one"] = threads()
 torch.set_num_threads(2)
 for _ in range(3):
-    ops.int8_linear(x, packed, torch.ones(1024))
+    ops.int8_linear(x, *packed)
 found["two"] = threads()
 torch.set_num_threads(3)
-ops.int8_linear(x, packed, torch.ones(1024))
+ops.int8_linear(x, *packed)
 found["three"] = threads()
 x.add(x), torch.randn(1 << 20).add(1)  # torch's own regions run on the same pool
 found["torch after"] = threads()

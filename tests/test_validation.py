@@ -11,30 +11,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packing import alter
 from torch import Tensor, nn
 
 onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
 
+from lowered import corrupt  # noqa: E402
+
 import pycompress as pc  # noqa: E402
 import pycompress.onnx  # noqa: E402
 from pycompress import ops  # noqa: E402
-from pycompress.methods.int4 import Int4Weight, pack_nibbles  # noqa: E402
 from pycompress.methods.int8 import Int8  # noqa: E402
-from pycompress.methods.sparse import Sparse, SparseWeight  # noqa: E402
+from pycompress.methods.sparse import Sparse  # noqa: E402
 from pycompress.nn.int4 import Int4Linear  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
-from pycompress.nn.linear import CompressedLinear  # noqa: E402
 from pycompress.nn.sparse import SparseLinear  # noqa: E402
 from pycompress.validation import WHOLE_MODEL, ModelRecord, checks, outputs, run, validate  # noqa: E402
 from pycompress.validation.checks import ulp_distance  # noqa: E402
 from pycompress.validation.formulas import (  # noqa: E402
     _fma,
     activation_bound,
-    numpy_int4_linear,
     numpy_sparse_linear,
+    numpy_steps,
     numpy_weight_only,
 )
+from pycompress.weights import Int4Weight, SparseWeight  # noqa: E402
+from pycompress.weights.int4 import pack_nibbles  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMOOTH = ["gelu", "gelu_tanh", "silu"]
@@ -57,24 +60,6 @@ def network(activation: str = "relu", bits: int = 7) -> nn.Sequential:
         nn.LayerNorm(33),
         int8(33, 10, activation, bits),
     )
-
-
-def corrupt(
-    monkeypatch: pytest.MonkeyPatch, layers: list[CompressedLinear], initializer: str, change: Callable[[Any], None]
-) -> None:
-    """Makes lower() of these layers change one initializer, so that ONNX Runtime computes something else."""
-    lower = pycompress.onnx.lower
-
-    def corrupted(layer: nn.Module) -> Any:
-        model = lower(layer)
-        if any(layer is chosen for chosen in layers):
-            (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == initializer]
-            array = onnx.numpy_helper.to_array(tensor).copy()
-            change(array)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
-        return model
-
-    monkeypatch.setattr(pycompress.onnx, "lower", corrupted)
 
 
 def one_weight_off(array: Any) -> None:
@@ -164,7 +149,7 @@ def test_rows_at_the_limits_of_float32_pass() -> None:
     x[6], x[7], x[8] = 2.0**-99, 2.0**-99 * (1 - 2.0**-24), 1e-40  # the first has half its range at 2^-100
     for activation in ["none", "relu", *SMOOTH]:
         model = nn.Sequential(int8(48, 33, activation))
-        model[0].weight_scale.mul_(1e3)
+        alter(model[0], "weight_scale", lambda scale: scale * 1e3)
         with torch.no_grad():
             assert model(x)[1:4].isnan().all()
             assert model(x)[5].isinf().any()
@@ -175,7 +160,7 @@ def test_rows_at_the_limits_of_float32_pass() -> None:
 @pytest.mark.parametrize("name", ["0", "1", "3"])
 def test_a_changed_weight_is_found_and_its_layer_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    corrupt(monkeypatch, [model.get_submodule(name)], "weight", one_weight_off)
+    corrupt(monkeypatch, model.get_submodule(name), "weight", one_weight_off)
     report = validate(model, torch.randn(64, 48))
     assert not report.ok
     assert report.first_divergence == name
@@ -191,7 +176,7 @@ def test_a_changed_weight_is_found_and_its_layer_named(name: str, monkeypatch: p
 
 def test_a_scale_one_ulp_off_is_found_though_all_integers_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    corrupt(monkeypatch, [model[1]], "weight_scale", one_ulp_up)
+    corrupt(monkeypatch, model[1], "weight_scale", one_ulp_up)
     report = validate(model, torch.randn(64, 48))
     record = report.layers[1]
     assert report.first_divergence == "1"
@@ -208,26 +193,12 @@ def test_a_scale_far_off_is_found_behind_a_smooth_activation(activation: str, mo
     def slightly_larger(array: Any) -> None:
         array *= np.float32(1 + 1e-5)
 
-    corrupt(monkeypatch, [model[0]], "weight_scale", slightly_larger)
+    corrupt(monkeypatch, model[0], "weight_scale", slightly_larger)
     report = validate(model, torch.randn(64, 48))
     assert report.first_divergence == "0"
     assert report.layers[0].integers_equal
     assert report.layers[0].share_of_bound is not None
     assert report.layers[0].share_of_bound > 1
-
-
-def test_a_wrong_packed_buffer_is_found_against_both_references() -> None:
-    model = network()
-    weight = model[1].canonical()
-    wrong = weight.values.clone()
-    wrong[5, 7] = 1 if wrong[5, 7] == 0 else 0
-    model[1].packed = ops.int8_pack(wrong, 7)
-    model[1].canonical = lambda: weight  # what is saved and lowered
-    report = validate(model, torch.randn(64, 48))
-    assert report.first_divergence == "1"
-    assert "acc: native and ONNX Runtime differ in " in report.layers[1].reason
-    assert "acc: native and NumPy differ in " in report.layers[1].reason
-    assert "ONNX Runtime and NumPy" not in report.layers[1].reason
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -261,7 +232,8 @@ class Backwards(nn.Module):
 
 def test_the_layer_that_ran_first_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Backwards()
-    corrupt(monkeypatch, [model.first, model.last], "weight", one_weight_off)
+    corrupt(monkeypatch, model.first, "weight", one_weight_off)
+    corrupt(monkeypatch, model.last, "weight", one_weight_off)
     report = validate(model, torch.randn(8, 48))
     assert [record.name for record in report.layers] == ["first", "last", "unused"]
     assert report.first_divergence == "first"
@@ -311,7 +283,7 @@ def test_rows_beyond_the_limit_are_reported_and_still_pass_through_the_whole_mod
     assert report.verdict.endswith("; 1 layer(s) only in the first 10 rows")
 
     # Row by row 0 times anything is 0, so a wrong weight shows only behind the limit.
-    corrupt(monkeypatch, [model[0]], "weight", one_weight_off)
+    corrupt(monkeypatch, model[0], "weight", one_weight_off)
     x[:10] = 0
     report = validate(model, x)
     assert report.layers[0].status == "ok"
@@ -324,7 +296,7 @@ def test_layers_can_be_chosen_by_name_or_pattern(monkeypatch: pytest.MonkeyPatch
     model, x = network(), torch.randn(8, 48)
     assert [record.name for record in validate(model, x, layers=["3"]).layers] == ["3"]
     assert [record.name for record in validate(model, x, layers=["[01]"]).layers] == ["0", "1"]
-    corrupt(monkeypatch, [model[0]], "weight", one_weight_off)
+    corrupt(monkeypatch, model[0], "weight", one_weight_off)
     assert validate(model, x, layers=["1", "3"]).ok
     assert not validate(model, x).ok
     with pytest.raises(ValueError, match=r"no compressed layer fits 'encoder\.\*', there are: 0, 1, 3"):
@@ -352,12 +324,12 @@ class Nested(nn.Module):
 
 def test_inputs_and_outputs_may_be_nested() -> None:
     model, x = Nested(), torch.randn(3, 16)
-    for inputs in [x, (x,), (x, 2.0), {"x": x, "scale": 2.0}]:
+    for inputs in [x, (x,), [x], (x, 2.0), {"x": x, "scale": 2.0}]:
         report = validate(model, inputs)
         assert report.ok, str(report)
         assert report.model.tensors == 4  # not the integers of `ids`
-    with pytest.raises(TypeError, match="inputs is list, expected a Tensor, a tuple or a dict"):
-        validate(model, [x])
+    with pytest.raises(TypeError, match="inputs is float, expected a tensor, a sequence of arguments or a mapping"):
+        validate(model, 2.0)
 
 
 class Returns(nn.Module):
@@ -472,7 +444,7 @@ def test_hooks_of_the_model_do_not_disturb() -> None:
 
 def test_the_table_is_aligned_and_ends_in_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    corrupt(monkeypatch, [model[1]], "weight", one_weight_off)
+    corrupt(monkeypatch, model[1], "weight", one_weight_off)
     lines = str(validate(model, torch.randn(5, 48))).splitlines()
     column = lines[0].index("status")
     rows = [line for line in lines if line[:1] in {"0", "1", "3"}]
@@ -540,59 +512,11 @@ def sparse(k: int, n: int, activation: str = "none", bits: int = 32, density: fl
     return SparseLinear.from_weight(weight, torch.randn(n), activation)
 
 
-def sparse_network(activation: str, bits: int) -> nn.Sequential:
-    """Compressed layers "0", "1" and "3"."""
-    return nn.Sequential(
-        sparse(48, 96, activation, bits),
-        sparse(96, 33, "none", bits),
-        nn.LayerNorm(33),
-        sparse(33, 10, activation, bits),
-    )
-
-
-@pytest.mark.parametrize("bits", [7, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sparse_int8_passes_with_no_difference(dtype: torch.dtype, bits: int) -> None:
-    model = sparse_network("relu", bits)
-    model[2].to(dtype)
-    report = validate(model, torch.randn(5, 7, 48).to(dtype))
-    assert report.ok, str(report)
-    for record in report.layers:
-        assert (record.rows, record.integers_equal, record.max_ulp, record.share_of_bound) == (35, True, 0, None)
-    assert (report.model.max_difference, report.model.perturbed_cosine) == (0.0, None)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["none", "relu", *SMOOTH])
-def test_sparse_float32_passes_within_the_bound(activation: str, dtype: torch.dtype) -> None:
-    model = sparse_network(activation, 32)
-    model[2].to(dtype)
-    report = validate(model, torch.randn(5, 7, 48).to(dtype))
-    assert report.ok, str(report)
-    for record in report.layers:
-        assert (record.rows, record.integers_equal, record.max_ulp) == (35, None, None)
-        assert record.share_of_bound is not None
-        assert 0 <= record.share_of_bound <= 1
-        assert record.share_of_bound > 0 or dtype != torch.float32
-        assert record.relative_error is not None
-        assert record.relative_error < {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    assert report.model.perturbed_cosine is not None, "the outputs cannot be equal"
-    assert report.model.cosine > 0.9999
-    assert "last bits of gelu, silu and float32 sums are amplified" in str(report)
-
-
 def test_a_model_of_every_kind_of_layer() -> None:
     model = nn.Sequential(int8(48, 64, "gelu"), sparse(64, 40, "relu"), nn.LayerNorm(40), sparse(40, 20, "silu", 7))
     report = validate(model, torch.randn(64, 48))
     assert report.ok, str(report)
     assert [record.integers_equal for record in report.layers] == [True, None, True]
-
-
-@pytest.mark.parametrize("bits", [32, 8])
-def test_sparse_layers_without_weights_or_without_zeros(bits: int) -> None:
-    for density in (0.0, 1.0):
-        report = validate(nn.Sequential(sparse(48, 33, "relu", bits, density)), torch.randn(9, 48))
-        assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -605,56 +529,19 @@ def test_square_blocks_and_two_of_four_pass(pattern: str, bits: int) -> None:
     assert [record.integers_equal for record in report.layers] == [None if bits == 32 else True] * 2
 
 
-@pytest.mark.parametrize("name", ["0", "1", "3"])
-@pytest.mark.parametrize("bits", [32, 8])
-def test_a_changed_sparse_weight_is_found(name: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sparse_network("relu" if name == "1" else "none", bits)
-
-    def change(array: Any) -> None:
-        array[0, 0] += np.asarray(1, array.dtype) if array[0, 0] < 100 else np.asarray(-1, array.dtype)
-
-    corrupt(monkeypatch, [model.get_submodule(name)], "weight", change)
-    report = validate(model, torch.randn(64, 48))
-    assert report.first_divergence == name
-    (record,) = [record for record in report.layers if record.name == name]
-    what = "y" if bits == 32 else "acc"
-    assert f"{what}: native and ONNX Runtime differ in " in record.reason
-    assert f"{what}: ONNX Runtime and NumPy differ in " in record.reason
-    assert "native and NumPy" not in record.reason  # so the reader sees who is alone
-
-
 def test_a_float32_weight_a_few_last_bits_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(sparse(4, 8, density=1.0))
 
     def change(array: Any) -> None:
         array[1, 3] *= np.float32(1 + 2.0**-18)
 
-    corrupt(monkeypatch, [model[0]], "weight", change)
+    corrupt(monkeypatch, model[0], "weight", change)
     x = torch.zeros(3, 4)
     x[:, 1] = torch.tensor([1.0, 2.0, 3.0])
     report = validate(model, x)
     assert report.first_divergence == "0"
     assert report.layers[0].share_of_bound is not None
     assert report.layers[0].share_of_bound > 1
-
-
-@pytest.mark.parametrize("bits", [32, 8])
-def test_a_wrong_packed_sparse_buffer_is_found_against_both_references(bits: int) -> None:
-    model = sparse_network("none", bits)
-    weight = model[1].canonical()
-    dense = ops.sparse_dense(model[1].packed)
-    row, column = (int(index) for index in dense.nonzero()[5])
-    dense[row, column] = 0  # a value that went missing
-    model[1].packed = SparseLinear.from_weight(
-        SparseWeight.from_dense(dense, weight.scale, weight.activation_bits)
-    ).packed
-    model[1].canonical = lambda: weight  # what is saved and lowered
-    report = validate(model, torch.randn(64, 48))
-    assert report.first_divergence == "1"
-    what = "y" if bits == 32 else "acc"
-    assert f"{what}: native and ONNX Runtime differ in " in report.layers[1].reason
-    assert f"{what}: native and NumPy differ in " in report.layers[1].reason
-    assert "ONNX Runtime and NumPy" not in report.layers[1].reason
 
 
 def with_nonfinite_rows(m: int, k: int) -> Tensor:
@@ -752,48 +639,12 @@ WEIGHT_ONLY = pytest.mark.parametrize("make", [int4_a16, int8_a16])
 EACH_INT4 = pytest.mark.parametrize("make", [int4, int4_a16, int8_a16])
 
 
-@EACH_INT4
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["none", "relu", *SMOOTH])
-def test_int4_and_weight_only_layers_pass(activation: str, dtype: torch.dtype, make: Callable[..., Any]) -> None:
-    model = nn.Sequential(
-        make(72, 96, activation), make(96, 33), nn.LayerNorm(33, dtype=dtype), make(33, 10, activation)
-    )
-    report = validate(model, torch.randn(5, 7, 72).to(dtype))
-    assert report.ok, str(report)
-    for record in report.layers:
-        assert (record.rows, record.integers_equal, record.max_ulp) == (35, True if make is int4 else None, None)
-        assert record.share_of_bound is not None
-        assert record.share_of_bound <= 1
-        assert (
-            record.share_of_bound > 0 or dtype != torch.float32 or make is int4
-        )  # whose products are short: often exact
-    assert report.model.perturbed_cosine is not None, "the outputs need not be equal"
-    assert report.model.cosine > 0.999
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("k", "group"), [(1, 32), (33, 32), (64, 64), (130, 64), (129, 128), (384, 128)])
 def test_every_kind_of_int4_weight_passes(k: int, group: int, symmetric: bool) -> None:
     for make in (int4, int4_a16):
         report = validate(nn.Sequential(make(k, 9, group=group, symmetric=symmetric)), torch.randn(12, k))
         assert report.ok, str(report)
-
-
-@EACH_INT4
-def test_hard_rows_of_int4_and_weight_only_layers_pass(make: Callable[..., Any]) -> None:
-    x = torch.cat([with_nonfinite_rows(9, 48), torch.zeros(1, 48), torch.randn(5, 48)])
-    x[10], x[11], x[12], x[13], x[14] = 1.5, 2.0**-99, 2.0**-99 * (1 - 2.0**-24), 1e-40, 1e30
-    for activation in ("none", "relu", *SMOOTH):
-        model = nn.Sequential(make(48, 33, activation))
-        for dtype in DTYPES:
-            report = validate(model, x.to(dtype))
-            assert report.ok, str(report)
-            assert report.layers[0].rows == 15
-        y = model(x)
-        assert not y[1:6].isfinite().all(dim=1).any()
-        assert make is not int4 or y[1:6].isnan().all()
-        assert y[[0, 6, 7, 8, 9, 10, 11, 12, 13]].isfinite().all()
 
 
 @WEIGHT_ONLY
@@ -804,37 +655,6 @@ def test_nan_that_a_weight_only_layer_loses_is_found(make: Callable[..., Any]) -
     report = validate(model, x)
     assert "y: native and NumPy differ in " in report.layers[0].reason
     assert "y: ONNX Runtime and NumPy" not in report.layers[0].reason
-
-
-@EACH_INT4
-@pytest.mark.parametrize("name", ["0", "1"])
-def test_a_changed_scale_is_found(make: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(make(48, 40, "gelu"), make(40, 10))
-
-    def one_larger(array: Any) -> None:
-        array.reshape(-1)[0] *= np.float32(1.01)
-
-    corrupt(monkeypatch, [model.get_submodule(name)], "weight_scale", one_larger)
-    report = validate(model, torch.randn(64, 48))
-    assert report.first_divergence == name
-    (record,) = [record for record in report.layers if record.name == name]
-    assert "y: native and ONNX Runtime differ in " in record.reason
-    assert "y: ONNX Runtime and NumPy differ in " in record.reason
-    assert "native and NumPy" not in record.reason  # so the reader sees who is alone
-
-
-@EACH_INT4
-def test_a_wrong_packed_int4_buffer_is_found_against_both_references(make: Callable[..., Any]) -> None:
-    model = nn.Sequential(make(48, 40))
-    weight = model[0].canonical()
-    wrong = weight.values.clone()
-    wrong[5, 7] ^= 1
-    model[0].packed = type(model[0]).from_weight(dataclasses.replace(weight, values=wrong)).packed
-    model[0].canonical = lambda: weight  # what is saved and lowered
-    report = validate(model, torch.randn(64, 48))
-    assert "y: native and ONNX Runtime differ in " in report.layers[0].reason
-    assert "y: native and NumPy differ in " in report.layers[0].reason
-    assert "ONNX Runtime and NumPy" not in report.layers[0].reason
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -881,9 +701,9 @@ def test_the_int4_bounds_hold_and_are_not_loose() -> None:
     for layer in (int4(1024, 64), int4_a16(1024, 64), int8_a16(1024, 64)):
         weight, rows_of_x, scale = layer.canonical().decompress().numpy(), x, np.float32(1)
         if layer.settings["activation_bits"] == 8:
-            result = numpy_int4_linear(x, layer)
+            result = numpy_steps(x, layer)
             # Of rows without negative numbers, whose zero point is 0.
-            rows_of_x, scale = result.q, x.max(axis=1, keepdims=True) / 2 / np.float32(127.5)
+            rows_of_x, scale = result.exact["q"], x.max(axis=1, keepdims=True) / 2 / np.float32(127.5)
             y, bound = result.y, result.bound
         else:
             y, bound = numpy_weight_only(x, layer)

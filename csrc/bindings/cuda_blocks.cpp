@@ -10,28 +10,31 @@ namespace {
 namespace blocks = sparse::cuda::blocks;
 using sparse::cuda::Element;
 
-blocks::Problem empty_problem(int64_t packed_bytes, int64_t n, int64_t k) {
-  blocks::Problem problem{};
-  problem.shape = blocks::shape_of(packed_bytes, n, k);
-  problem.packed_bytes = packed_bytes;
-  return problem;
+using Sizes = std::tuple<int64_t, int64_t, int, int, int64_t>;  // n, k, element, size of a block, how many are stored
+
+blocks::Shape shape_of(const Sizes& sizes, int64_t packed_bytes) {
+  const auto& [n, k, element, size, stored] = sizes;
+  const blocks::Shape shape{static_cast<Element>(element), size, n, k, stored};
+  blocks::check_packed(shape, packed_bytes);
+  return shape;
 }
 
-py::bytes blocks_pack(uintptr_t mask, uintptr_t values, int64_t count, int element, int size, int activation_bits,
-                      int64_t n, int64_t k) {
-  std::vector<uint8_t> packed;
+// The buffer, and how many blocks or fragments are stored in it.
+std::pair<py::bytes, int64_t> blocks_pack(uintptr_t mask, uintptr_t values, int64_t count, int element, int size,
+                                          int64_t n, int64_t k) {
+  blocks::Packed packed;
   {
     py::gil_scoped_release release;
     packed = blocks::pack(pointer<const uint8_t>(mask), pointer<const void>(values), count,
-                          static_cast<Element>(element), size, activation_bits, n, k);
+                          static_cast<Element>(element), size, n, k);
   }
-  return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
+  return {py::bytes(reinterpret_cast<const char*>(packed.bytes.data()), packed.bytes.size()), packed.shape.stored};
 }
 
-void blocks_unpack(int device, uintptr_t stream, uintptr_t packed, int64_t packed_bytes, int64_t n, int64_t k,
+void blocks_unpack(int device, uintptr_t stream, const Sizes& sizes, uintptr_t packed, int64_t packed_bytes,
                    uintptr_t dense) {
   const gpu::DeviceGuard guard(device);
-  blocks::unpack(pointer<const uint8_t>(packed), blocks::shape_of(packed_bytes, n, k), pointer<void>(dense),
+  blocks::unpack(pointer<const uint8_t>(packed), shape_of(sizes, packed_bytes), pointer<void>(dense),
                  pointer<CUstream_st>(stream));
 }
 
@@ -47,14 +50,14 @@ py::list blocks_kernels() {
   return rows;
 }
 
-std::string blocks_chosen_kernel(int64_t packed_bytes, int64_t m, int64_t n, int64_t k, int arch, int multiprocessors) {
-  return blocks::chosen_kernel(blocks::shape_of(packed_bytes, n, k), packed_bytes, m, arch, multiprocessors).name;
+std::string blocks_chosen_kernel(const Sizes& sizes, int64_t m, int arch, int multiprocessors) {
+  return blocks::chosen_kernel(shape_of(sizes, INT64_MAX), m, arch, multiprocessors).name;
 }
 
 }  // namespace
 
 void bind_cuda_blocks(py::module_& m) {
-  m.def("blocks_linear", &tiles_linear<empty_problem, blocks::kernel_named, blocks::linear>);
+  m.def("blocks_linear", &tiles_linear<blocks::Problem, Sizes, shape_of, blocks::kernel_named, blocks::linear>);
   m.def("blocks_pack", &blocks_pack);
   m.def("blocks_unpack", &blocks_unpack);
   m.def("blocks_kernels", &blocks_kernels);

@@ -16,18 +16,23 @@ factors::Plan plan_of(const factors::Factors& shape, int type, int64_t m, const 
   throw std::invalid_argument("no low-rank kernel for CUDA is named '" + kernel + "'");
 }
 
-// Bytes of the workspace that a call needs; rank: padded, as everywhere here.
+// The kernels take whole tiles of the rank.
+factors::Factors shape_of(int64_t n, int64_t k, int64_t rank) {
+  return {n, k, round_up<int64_t>(rank, factors::kTile)};
+}
+
+// Bytes of the workspace that a call needs.
 int64_t low_rank_workspace(int device, int64_t n, int64_t k, int64_t rank, int type, int64_t m,
                            const std::string& kernel, int splits) {
   const gpu::DeviceGuard guard(device);
-  return plan_of({n, k, rank}, type, m, kernel, splits).workspace;
+  return plan_of(shape_of(n, k, rank), type, m, kernel, splits).workspace;
 }
 
-void low_rank_linear(int device, uintptr_t stream, uintptr_t x, int type, int64_t m, int64_t k, int64_t ldx,
-                     uintptr_t packed, int64_t n, int64_t rank, uintptr_t bias, int activation, uintptr_t y,
-                     uintptr_t workspace, const std::string& kernel, int splits) {
+void low_rank_linear(int device, uintptr_t stream, uintptr_t x, int type, int64_t m, int64_t ldx, int64_t n, int64_t k,
+                     int64_t rank, uintptr_t packed, uintptr_t bias, int activation, uintptr_t y, uintptr_t workspace,
+                     const std::string& kernel, int splits) {
   const gpu::DeviceGuard guard(device);
-  const factors::Factors shape{n, k, rank};
+  const factors::Factors shape = shape_of(n, k, rank);
   factors::linear({pointer<const void>(x), static_cast<Type>(type), m, ldx, pointer<const uint16_t>(packed), shape,
                    pointer<const float>(bias), static_cast<Activation>(activation), pointer<void>(y),
                    pointer<void>(workspace), pointer<CUstream_st>(stream)},

@@ -15,14 +15,14 @@ inline int8::cuda::Rows rows_in(uintptr_t workspace, int64_t m, int64_t k) {
   return {s, scale, reinterpret_cast<int32_t*>(scale + m)};
 }
 
-// Quantizes x [m, k], row stride ldx, into the workspace, for the weight whose header stands at `packed`.
-inline int8::cuda::Rows quantized_rows(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uintptr_t packed,
+// Quantizes x [m, k], row stride ldx, into the workspace.
+inline int8::cuda::Rows quantized_rows(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, int activation_bits,
                                        uintptr_t workspace, int8::cuda::Stream stream) {
   int8::cuda::Input input{};
   input.x = pointer<const void>(x);
   input.type = static_cast<Type>(x_type);
   input.m = m, input.k = k, input.ldx = ldx;
-  input.header = pointer<const int8::cuda::Header>(packed);
+  input.activation_bits = activation_bits;
   const int8::cuda::Rows rows = rows_in(workspace, m, k);
   int8::cuda::quantize(input, rows, stream);
   return rows;

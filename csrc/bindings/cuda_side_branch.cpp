@@ -14,25 +14,28 @@ int64_t side_branch_workspace(int64_t n, int64_t k, int64_t rank, int64_t m) {
   return branch::workspace_bytes({n, k, rank}, m);
 }
 
-branch::Problem problem_of(uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
-                           uintptr_t factors, uintptr_t residual, int64_t n, int64_t rank, uintptr_t workspace) {
+branch::Problem problem_of(uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t ldx, int64_t n, int64_t k,
+                           int64_t rank, int activation_bits, uintptr_t factors, uintptr_t residual,
+                           uintptr_t workspace) {
   check((factors | residual) % 16 == 0 && workspace % branch::kAlign == 0,
         "low_rank_linear: the packed weight is not aligned to 16 bytes or the workspace to ", branch::kAlign);
   branch::Problem problem{};
   problem.x = pointer<const void>(x), problem.type = static_cast<Type>(x_type);
   problem.m = m, problem.ldx = ldx;
-  problem.shape = {n, k, rank};
+  problem.shape = {n, k, rank}, problem.activation_bits = activation_bits;
   problem.factors = pointer<const uint16_t>(factors), problem.residual = pointer<const uint8_t>(residual);
   problem.workspace = pointer<uint8_t>(workspace);
   problem.stream = pointer<CUstream_st>(stream);
   return problem;
 }
 
-void side_branch_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
-                        uintptr_t factors, uintptr_t residual, uintptr_t weight_scale, int64_t n, int64_t rank,
-                        uintptr_t bias, int activation, uintptr_t y, uintptr_t workspace, const std::string& kernel) {
+void side_branch_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t ldx, int64_t n,
+                        int64_t k, int64_t rank, int activation_bits, uintptr_t factors, uintptr_t residual,
+                        uintptr_t weight_scale, uintptr_t bias, int activation, uintptr_t y, uintptr_t workspace,
+                        const std::string& kernel) {
   const gpu::DeviceGuard guard(device);
-  branch::Problem problem = problem_of(stream, x, x_type, m, k, ldx, factors, residual, n, rank, workspace);
+  branch::Problem problem =
+      problem_of(stream, x, x_type, m, ldx, n, k, rank, activation_bits, factors, residual, workspace);
   problem.weight_scale = pointer<const float>(weight_scale), problem.bias = pointer<const float>(bias);
   problem.activation = static_cast<Activation>(activation);
   problem.y = pointer<void>(y);
@@ -41,10 +44,12 @@ void side_branch_linear(int device, uintptr_t stream, uintptr_t x, int x_type, i
 
 // Its first launch alone, for benchmarks and tests. It leaves s [m, k_pad], then aligned t [m, rank_pad], and behind it
 // scale [m] and zero_point [m] in the workspace.
-void side_branch_quantize(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
-                          uintptr_t factors, uintptr_t residual, int64_t n, int64_t rank, uintptr_t workspace) {
+void side_branch_quantize(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t ldx, int64_t n,
+                          int64_t k, int64_t rank, int activation_bits, uintptr_t factors, uintptr_t residual,
+                          uintptr_t workspace) {
   const gpu::DeviceGuard guard(device);
-  branch::quantize_down(problem_of(stream, x, x_type, m, k, ldx, factors, residual, n, rank, workspace));
+  branch::quantize_down(
+      problem_of(stream, x, x_type, m, ldx, n, k, rank, activation_bits, factors, residual, workspace));
 }
 
 }  // namespace

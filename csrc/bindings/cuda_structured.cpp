@@ -9,27 +9,32 @@ namespace {
 namespace structured = sparse::cuda::structured;
 using sparse::cuda::Element;
 
-structured::Packed shape_of(int64_t n, int64_t k, int element) { return {n, k, static_cast<Element>(element)}; }
+using Sizes = std::tuple<int64_t, int64_t, int>;  // n, k, element
 
-structured::Problem empty_problem(int64_t packed_bytes, int64_t n, int64_t k) {
-  structured::Problem problem{};
-  problem.shape = structured::packed_of(packed_bytes, n, k);
-  return problem;
+structured::Packed shape_of(const Sizes& sizes) {
+  const auto& [n, k, element] = sizes;
+  return {n, k, static_cast<Element>(element)};
 }
 
-int64_t structured_packed_bytes(int64_t n, int64_t k, int element) { return shape_of(n, k, element).bytes(); }
+structured::Packed packed_of(const Sizes& sizes, int64_t packed_bytes) {
+  const structured::Packed shape = shape_of(sizes);
+  structured::check_packed(shape, packed_bytes);
+  return shape;
+}
 
-void structured_pack(int device, uintptr_t stream, uintptr_t dense, int64_t n, int64_t k, int element,
-                     int activation_bits, uintptr_t packed, uintptr_t refused) {
+int64_t structured_packed_bytes(const Sizes& sizes) { return shape_of(sizes).bytes(); }
+
+void structured_pack(int device, uintptr_t stream, const Sizes& sizes, uintptr_t dense, uintptr_t packed,
+                     uintptr_t refused) {
   const gpu::DeviceGuard guard(device);
-  structured::pack(pointer<const void>(dense), shape_of(n, k, element), activation_bits, pointer<uint8_t>(packed),
-                   pointer<int32_t>(refused), pointer<CUstream_st>(stream));
+  structured::pack(pointer<const void>(dense), shape_of(sizes), pointer<uint8_t>(packed), pointer<int32_t>(refused),
+                   pointer<CUstream_st>(stream));
 }
 
-void structured_unpack(int device, uintptr_t stream, uintptr_t packed, int64_t packed_bytes, int64_t n, int64_t k,
+void structured_unpack(int device, uintptr_t stream, const Sizes& sizes, uintptr_t packed, int64_t packed_bytes,
                        uintptr_t dense) {
   const gpu::DeviceGuard guard(device);
-  structured::unpack(pointer<const uint8_t>(packed), structured::packed_of(packed_bytes, n, k), pointer<void>(dense),
+  structured::unpack(pointer<const uint8_t>(packed), packed_of(sizes, packed_bytes), pointer<void>(dense),
                      pointer<CUstream_st>(stream));
 }
 
@@ -41,14 +46,15 @@ py::list structured_kernels() {
   return rows;
 }
 
-std::string structured_chosen_kernel(int64_t m, int64_t n, int64_t k, int element, int arch, int multiprocessors) {
-  return structured::chosen_kernel(shape_of(n, k, element), m, arch, multiprocessors).name;
+std::string structured_chosen_kernel(const Sizes& sizes, int64_t m, int arch, int multiprocessors) {
+  return structured::chosen_kernel(shape_of(sizes), m, arch, multiprocessors).name;
 }
 
 }  // namespace
 
 void bind_cuda_structured(py::module_& m) {
-  m.def("structured_linear", &tiles_linear<empty_problem, structured::kernel_named, structured::linear>);
+  m.def("structured_linear",
+        &tiles_linear<structured::Problem, Sizes, packed_of, structured::kernel_named, structured::linear>);
   m.def("structured_packed_bytes", &structured_packed_bytes);
   m.def("structured_pack", &structured_pack);
   m.def("structured_unpack", &structured_unpack);

@@ -10,16 +10,17 @@
 
 namespace pycompress {
 
-// kEmpty(packed_bytes, n, k) gives the problem of a packed weight. int8: the rows of x are quantized into the workspace
-// first, as the weight's header says.
-template <auto kEmpty, auto kKernelNamed, auto kLinear>
-void tiles_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
-                  uintptr_t packed, int64_t packed_bytes, int64_t n, uintptr_t scale, uintptr_t bias, int activation,
-                  uintptr_t y, int y_type, uintptr_t workspace, const std::string& kernel) {
+// kShapeOf(sizes, packed_bytes) gives the shape of a packed weight. int8: the rows of x are quantized into the
+// workspace first.
+template <class Problem, class Sizes, auto kShapeOf, auto kKernelNamed, auto kLinear>
+void tiles_linear(int device, uintptr_t stream, const Sizes& sizes, int activation_bits, uintptr_t x, int x_type,
+                  int64_t m, int64_t ldx, uintptr_t packed, int64_t packed_bytes, uintptr_t scale, uintptr_t bias,
+                  int activation, uintptr_t y, int y_type, uintptr_t workspace, const std::string& kernel) {
   check(packed % 16 == 0, "sparse_linear: the packed weight is not aligned to 16 bytes, expected what sparse_pack ",
         "returns");
   const gpu::DeviceGuard guard(device);
-  auto problem = kEmpty(packed_bytes, n, k);
+  Problem problem{};
+  problem.shape = kShapeOf(sizes, packed_bytes);
   problem.x = pointer<const void>(x), problem.ldx = ldx, problem.m = m;
   problem.packed = pointer<const uint8_t>(packed);
   problem.scale = pointer<const float>(scale), problem.bias = pointer<const float>(bias);
@@ -28,7 +29,7 @@ void tiles_linear(int device, uintptr_t stream, uintptr_t x, int x_type, int64_t
   problem.stream = pointer<CUstream_st>(stream);
   const auto* forced = kernel.empty() ? nullptr : &kKernelNamed(kernel.c_str());
   if (problem.shape.element == sparse::cuda::Element::int8)
-    problem.rows = quantized_rows(x, x_type, m, k, ldx, packed, workspace, problem.stream);
+    problem.rows = quantized_rows(x, x_type, m, problem.shape.k, ldx, activation_bits, workspace, problem.stream);
   kLinear(problem, forced);
 }
 

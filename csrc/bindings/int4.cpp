@@ -25,7 +25,7 @@ void int4_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
 
 bool int4_linear_tensors(py::handle x, py::handle packed, py::handle bias, int activation, py::handle y, int threads) {
   LinearTensors t;
-  if (!t.read(x, packed, py::none(), bias, y)) return false;
+  if (!t.read(x, packed, bias, activation, y)) return false;
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
   run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.bias, static_cast<Activation>(activation), t.y,
        t.type, threads});

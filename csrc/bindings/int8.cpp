@@ -39,12 +39,12 @@ void int8_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, uin
   run(problem);
 }
 
-bool int8_linear_tensors(py::handle x_object, py::handle packed_object, py::handle scale_object, py::handle bias_object,
-                         int activation, py::handle y_object, int threads) {
+bool int8_linear_tensors(py::handle x, py::handle packed, py::handle bias, int activation, py::handle y, int threads) {
   LinearTensors t;
-  if (scale_object.is_none() || !t.read(x_object, packed_object, scale_object, bias_object, y_object)) return false;
+  if (!t.read(x, packed, bias, activation, y)) return false;
+  const float* scale = t.scale_behind();
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
-  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias, static_cast<Activation>(activation),
+  run({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, scale, t.bias, static_cast<Activation>(activation),
        t.y, t.type, nullptr, nullptr, threads});
   return true;
 }
@@ -64,12 +64,14 @@ py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits,
 }
 
 py::dict int8_header(uintptr_t packed, int64_t bytes) {
+  static constexpr const char* kLayouts[] = {"rows", "dot4", "chains", "windows"};  // by int8::Layout
   py::dict result;
   if (weight_only::is_packed(pointer<const uint8_t>(packed), bytes)) {
     const weight_only::Header& header = weight_only::header_of(pointer<const uint8_t>(packed), bytes);
     result["n"] = header.n;
     result["k"] = header.k;
     result["activation_bits"] = 16;
+    result["layout"] = "weight_only";
     result["groups"] = 0;
     result["items"] = py::make_tuple(0, 0, 0);
     return result;
@@ -79,6 +81,7 @@ py::dict int8_header(uintptr_t packed, int64_t bytes) {
   result["n"] = header.n;
   result["k"] = header.k;
   result["activation_bits"] = header.activation_bits;
+  result["layout"] = kLayouts[static_cast<int>(header.layout)];
   result["groups"] = depths.groups;
   result["items"] = py::make_tuple(depths.items[0], depths.items[1], depths.items[2]);
   return result;

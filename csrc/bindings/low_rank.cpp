@@ -36,7 +36,7 @@ void low_rank_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx,
 bool low_rank_linear_tensors(py::handle x, py::handle packed, py::handle bias, int activation, py::handle y,
                              int threads) {
   LinearTensors t;
-  if (!t.read(x, packed, py::none(), bias, y)) return false;
+  if (!t.read(x, packed, bias, activation, y)) return false;
   const MaybeReleaseGil gil(multiply_adds(t.m, low_rank::header_of(t.packed, t.packed_bytes)) > kReleaseGil);
   low_rank::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.bias,
                     static_cast<Activation>(activation), t.y, t.type, nullptr, threads});

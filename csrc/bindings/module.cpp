@@ -1,9 +1,13 @@
 // pycompress._C: the CPU kernels.
-#include "../common/isa.h"
+#include <string>
+#include <type_traits>
+
+#include "../common/check.h"
+#include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "../dense/gemm.h"
 #include "../int4/gemm.h"
 #include "../int8/gemm.h"
-#include "../low_rank/gemm.h"
 #include "../peak/peak.h"
 #include "../sparse/gemm.h"
 #include "../weight_only/gemm.h"
@@ -12,42 +16,50 @@
 namespace pycompress {
 namespace {
 
-template <class Kernel>
-py::dict describe(const char* op, const Kernel& kernel) {
-  py::dict row;
-  row["op"] = op;
-  row["name"] = kernel.name;
-  row["isa"] = isa_name(kernel.isa);
-  row["mr"] = kernel.mr;
-  row["nr"] = kernel.nr;
-  row["kr"] = kernel.kr;
-  row["available"] = isa_available(kernel.isa);
-  return row;
+// f(kernels) of every op.
+template <class F>
+void for_ops(F&& f) {
+  f(int8::kernels());
+  f(sparse::kernels());
+  f(dense::kernels());
+  f(int4::kernels());
+  f(weight_only::kernels());
 }
 
 py::list kernels() {
   py::list result;
-  int count = 0;
-  const int8::Kernel* dense = int8::kernels(&count);
-  for (int i = 0; i < count; ++i) result.append(describe("int8", dense[i]));
-  const sparse::Kernel* sparse = sparse::kernels(&count);
-  for (int i = 0; i < count; ++i) {
-    py::dict row = describe("sparse", sparse[i]);
-    row["format"] = sparse::format_name(sparse[i].format);
-    result.append(row);
-  }
-  const low_rank::Kernel* factors = low_rank::kernels(&count);
-  for (int i = 0; i < count; ++i) result.append(describe("low_rank", factors[i]));
-  const int4::Kernel* groups = int4::kernels(&count);
-  for (int i = 0; i < count; ++i) result.append(describe("int4", groups[i]));
-  const weight_only::Kernel* weights = weight_only::kernels(&count);
-  for (int i = 0; i < count; ++i) result.append(describe("weight_only", weights[i]));
+  for_ops([&](const auto& kernels) {
+    for (const auto* kernel : kernels) {
+      py::dict row;
+      row["op"] = kernels.op;
+      row["name"] = kernel->name;
+      row["isa"] = isa_name(kernel->isa);
+      row["mr"] = kernel->mr;
+      row["nr"] = kernel->nr;
+      row["kr"] = kernel->kr;
+      row["available"] = kernels.runs(*kernel);
+      if constexpr (std::is_same_v<decltype(kernel), const sparse::Kernel*>)
+        row["format"] = sparse::format_name(kernel->format);
+      result.append(row);
+    }
+  });
   return result;
+}
+
+std::string force_kernel(const std::string& op, const std::string& name) {
+  const char* before = nullptr;
+  std::string ops;
+  for_ops([&](auto& kernels) {
+    if (op == kernels.op) before = kernels.force(name.c_str());
+    ops += (ops.empty() ? "" : ", ") + std::string(kernels.op);
+  });
+  check(before != nullptr, "force_kernel: the op is '", op, "', expected one of ", ops);
+  return before;
 }
 
 py::dict instruction_sets() {
   py::dict result;
-  for (int i = 0; i < kIsaCount; ++i) result[isa_name(static_cast<Isa>(i))] = isa_detected(static_cast<Isa>(i));
+  for (const NamedIsa& known : kIsas) result[known.name] = isa_detected(known.isa);
   return result;
 }
 
@@ -64,6 +76,8 @@ PYBIND11_MODULE(_C, m) {
   bind_sparse(m);
   m.def("kernels", &kernels);
   m.def("instruction_sets", &instruction_sets);
+  m.def("cap_isa", [](const std::string& name) { return cap_isa(name.c_str()); });
+  m.def("force_kernel", &force_kernel);
   m.def("peak", [](const std::string& loop, double seconds, int threads) {
     py::gil_scoped_release release;
     return peak::operations(loop.c_str(), seconds, threads);

@@ -27,7 +27,7 @@ struct MaybeReleaseGil {
 void bind_cuda_blocks(py::module_& m);
 void bind_cuda_low_rank(py::module_& m);
 void bind_cuda_side_branch(py::module_& m);
-void bind_cuda_sparse(py::module_& m);
+void bind_cuda_bitmap(py::module_& m);
 void bind_cuda_structured(py::module_& m);
 void bind_cuda_weight_only(py::module_& m);
 void bind_int4(py::module_& m);

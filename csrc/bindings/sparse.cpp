@@ -30,12 +30,19 @@ void sparse_linear(uintptr_t x, int x_type, int64_t m, int64_t k, int64_t ldx, u
   sparse::linear(problem);
 }
 
-bool sparse_linear_tensors(py::handle x, py::handle packed, py::handle scale, py::handle bias, int activation,
-                           py::handle y, int threads) {
+// Behind int8 weights lies their scale; the header stands at the front of the buffer in any case.
+bool has_scale(const LinearTensors& t) {
+  return sparse::is_packed(t.packed, t.packed_bytes) &&
+         !sparse::is_float(reinterpret_cast<const sparse::Header*>(t.packed)->format);
+}
+
+bool sparse_linear_tensors(py::handle x, py::handle packed, py::handle bias, int activation, py::handle y,
+                           int threads) {
   LinearTensors t;
-  if (!t.read(x, packed, scale, bias, y)) return false;
+  if (!t.read(x, packed, bias, activation, y)) return false;
+  const float* scale = has_scale(t) ? t.scale_behind() : nullptr;
   const MaybeReleaseGil gil(t.m * t.n * t.k > kReleaseGil);
-  sparse::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, t.scale, t.bias,
+  sparse::linear({t.x, t.type, t.m, t.k, t.k, t.packed, t.packed_bytes, t.n, scale, t.bias,
                   static_cast<Activation>(activation), t.y, t.type, nullptr, nullptr, threads});
   return true;
 }

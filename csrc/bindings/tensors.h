@@ -2,6 +2,7 @@
 // ask each tensor for its address in Python.
 #pragma once
 
+#include "../common/check.h"
 #include "../int8/gemm.h"
 #include "dlpack.h"
 #include "python.h"
@@ -40,14 +41,14 @@ struct LinearTensors {
   Type type;
   int64_t m, k, packed_bytes, n;
   const uint8_t* packed;
-  const float *scale, *bias;  // or null
+  const float* bias;  // or null
   void* y;
 
-  // y is [..., n]; scale and bias may be None
-  bool read(py::handle x_object, py::handle packed_object, py::handle scale_object, py::handle bias_object,
+  // y is [..., n]; bias may be None; an activation that is none (below 0) is left alone, too.
+  bool read(py::handle x_object, py::handle packed_object, py::handle bias_object, int activation,
             py::handle y_object) {
     dlpack::Tensor from, weight, to;
-    if (!pycompress::read(x_object, &from) || !pycompress::read(packed_object, &weight) ||
+    if (activation < 0 || !pycompress::read(x_object, &from) || !pycompress::read(packed_object, &weight) ||
         !pycompress::read(y_object, &to))
       return false;
     type = type_of(from);
@@ -65,19 +66,21 @@ struct LinearTensors {
     y = to.pointer<void>();
     packed = weight.pointer<const uint8_t>();
     packed_bytes = weight.shape[0];
-    return channels(scale_object, &scale) && channels(bias_object, &bias);
+    bias = nullptr;
+    if (bias_object.is_none()) return true;
+    dlpack::Tensor offset;
+    if (!pycompress::read(bias_object, &offset) || !offset.is(dlpack::kFloat, 32) || offset.ndim != 1 ||
+        offset.shape[0] != n)
+      return false;
+    bias = offset.pointer<const float>();
+    return true;
   }
 
- private:
-  bool channels(py::handle object, const float** values) const {
-    *values = nullptr;
-    if (object.is_none()) return true;
-    dlpack::Tensor tensor;
-    if (!pycompress::read(object, &tensor) || !tensor.is(dlpack::kFloat, 32) || tensor.ndim != 1 ||
-        tensor.shape[0] != n)
-      return false;
-    *values = tensor.pointer<const float>();
-    return true;
+  // The scale float [n] that lies behind the packed weight, which is shorter by it from then on.
+  const float* scale_behind() {
+    packed_bytes -= n * static_cast<int64_t>(sizeof(float));
+    check(packed_bytes >= 0, "packed weight: unknown format, expected ", n, " scales behind it");
+    return reinterpret_cast<const float*>(packed + packed_bytes);
   }
 };
 

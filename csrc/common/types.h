@@ -8,6 +8,14 @@ namespace pycompress {
 
 enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3 };  // int32: the accumulators as they are
 constexpr size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+// Value `i` of a matrix.
+inline const uint8_t* value_of(const void* x, Type type, int64_t i) {
+  return static_cast<const uint8_t*>(x) + static_cast<size_t>(i) * size_of(type);
+}
+inline uint8_t* value_of(void* y, Type type, int64_t i) {
+  return static_cast<uint8_t*>(y) + static_cast<size_t>(i) * size_of(type);
+}
+
 enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4 };
 
 constexpr int64_t kMaxK = 65536;  // 255 * 127 * 65536 < 2^31: sums of int8 products never wrap

@@ -5,6 +5,7 @@
 
 #include "../common/check.h"
 #include "../common/kernels.h"
+#include "../common/prefetch.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
 #include "../common/tasks.h"
@@ -13,12 +14,6 @@
 
 namespace pycompress::int4 {
 namespace {
-
-const Kernel* const kKernels[] = {
-#if defined(PYCOMPRESS_X86)
-    &kAvx512Vnni, &kAvxVnni, &kAvx2,
-#endif
-    &kScalar};
 
 // Rows of a task: enough to pay for expanding the weights, and few enough for the L2.
 constexpr int kMaxTaskRows = 64, kMinTaskRows = 16;
@@ -36,15 +31,12 @@ class Worker {
       : p_(problem), header_(header), kernel_(kernel), shape_{header.k, 1} {
     const size_t q = round_up<size_t>(static_cast<size_t>(rows * shape_.stride()), 64), weights = kBlockK * kPanel;
     const size_t scales = weights / kUnit, v = static_cast<size_t>(rows) * kPanel, count = static_cast<size_t>(rows);
-    q_room_ = scratch.reserve(q + weights + (scales + v + 2 * count) * 4);
-    expanded_.weights = reinterpret_cast<int8_t*>(q_room_ + q);
+    room_.data = scratch.reserve(q + weights + (scales + v + 2 * count) * 4);
+    expanded_.weights = reinterpret_cast<int8_t*>(room_.data + q);
     expanded_.scale = reinterpret_cast<float*>(expanded_.weights + weights);
     v_ = expanded_.scale + scales;
-    own_scale_ = v_ + v;
-    own_zero_point_ = reinterpret_cast<int32_t*>(own_scale_ + count);
-    q_ = q_room_;
-    scale_ = own_scale_;
-    zero_point_ = own_zero_point_;
+    room_.scale = v_ + v;
+    room_.zero_point = reinterpret_cast<int32_t*>(room_.scale + count);
   }
 
   // Rows that are there already, from the task before, are not quantized again.
@@ -52,22 +44,14 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    if (p_.quantized != nullptr && p_.quantized->fits(shape_, kActivationBits)) {
-      q_ = p_.quantized->data + row * shape_.stride();
-      scale_ = p_.quantized->scale + row;
-      zero_point_ = p_.quantized->zero_point + row;
-      return;
-    }
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
-    int8::best_kernel().quantize(x, p_.x_type, p_.ldx, rows, shape_, (1 << kActivationBits) - 1, q_room_, own_scale_,
-                                 own_zero_point_);
+    q_ = int8::quantized_rows(p_, int8::best_kernel(), shape_, kActivationBits, row, rows, room_);
   }
 
   void multiply(int64_t panel) {
     const int64_t units = header_.units();
     if (rows_ <= kernel_.mr && kernel_.stream != nullptr) {
       fetch(panel, 0, rows_);
-      kernel_.stream(q_, shape_.stride(), rows_, panel_of(p_.packed, header_, panel, 0, units), v_);
+      kernel_.stream(q_.data, shape_.stride(), rows_, panel_of(p_.packed, header_, panel, 0, units), v_);
       return finish(panel, 0, rows_);
     }
     constexpr int64_t step = kBlockK / kUnit;
@@ -79,8 +63,8 @@ class Worker {
         const int end = std::min(rows_, row + kFinishRows);
         if (last) fetch(panel, row, end);
         for (int i = row; i < end; i += kernel_.mr)
-          kernel_.tile(q_ + i * shape_.stride() + unit * kUnit, shape_.stride(), std::min(kernel_.mr, end - i), block,
-                       expanded_, v_ + i * kPanel, unit > 0);
+          kernel_.tile(q_.data + i * shape_.stride() + unit * kUnit, shape_.stride(), std::min(kernel_.mr, end - i),
+                       block, expanded_, v_ + i * kPanel, unit > 0);
         if (last) finish(panel, row, end);
       }
     }
@@ -88,12 +72,11 @@ class Worker {
 
  private:
   uint8_t* result(int64_t panel, int row) const {
-    return static_cast<uint8_t*>(p_.y) + static_cast<size_t>((row_ + row) * p_.n + panel * kPanel) * size_of(p_.y_type);
+    return value_of(p_.y, p_.y_type, (row_ + row) * p_.n + panel * kPanel);
   }
 
-  // A store that misses would stall the next one.
   void fetch(int64_t panel, int row, int end) const {
-    for (; row < end; ++row) __builtin_prefetch(result(panel, row), 1);
+    prefetch_rows(result(panel, row), end - row, p_.n * static_cast<int64_t>(size_of(p_.y_type)), 1);
   }
 
   void finish(int64_t panel, int row, int end) const {
@@ -105,8 +88,8 @@ class Worker {
     const Epilogue epilogue{reinterpret_cast<const float*>(p_.packed + header_.offsets) + n,
                             bias,
                             p_.addend == nullptr ? 0 : int8::kAddendStride,
-                            scale_ + row,
-                            zero_point_ + row,
+                            q_.scale + row,
+                            q_.zero_point + row,
                             p_.activation,
                             p_.y_type};
     kernel_.finish(v_ + row * kPanel, end - row, columns, epilogue, result(panel, row), p_.n);
@@ -116,30 +99,27 @@ class Worker {
   const Header& header_;
   const Kernel& kernel_;
   const int8::ActivationShape shape_;
-  uint8_t* q_room_;
+  int8::RowRoom room_;
+  int8::Quantized q_;  // in the room, or where the caller quantized them
   Expanded expanded_;
-  float *v_, *own_scale_;
-  int32_t* own_zero_point_;
-  const uint8_t* q_;  // in the room, or where the caller quantized them
-  const float* scale_;
-  const int32_t* zero_point_;
+  float* v_;
   int64_t row_ = -1;
   int rows_ = 0;
 };
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  static const auto list = listed(kKernels);
-  *count = static_cast<int>(list.size());
-  return list.data();
+Kernels<Kernel>& kernels() {
+  static constexpr const Kernel* best_first[] = {
+#if defined(PYCOMPRESS_X86)
+      &kAvx512Vnni, &kAvxVnni, &kAvx2,
+#endif
+      &kScalar};
+  static Kernels<Kernel> all{"int4", best_first};
+  return all;
 }
 
-const Kernel& best_kernel() {
-  return *first_available(kKernels, [](const Kernel&) { return true; });
-}
-
-void linear(const Problem& p) { linear(p, best_kernel()); }
+void linear(const Problem& p) { linear(p, kernels().first()); }
 
 void linear(const Problem& p, const Kernel& kernel) {
   const Header& header = header_of(p.packed, p.packed_bytes);

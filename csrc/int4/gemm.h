@@ -24,7 +24,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/isa.h"
 #include "../int8/gemm.h"
 
 namespace pycompress::int4 {
@@ -80,9 +79,7 @@ struct Kernel {
   Finish finish;
 };
 
-// All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available.
-const Kernel* kernels(int* count);
-const Kernel& best_kernel();
+Kernels<Kernel>& kernels();
 
 // y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.
 struct Problem {

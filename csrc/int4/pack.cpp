@@ -5,20 +5,18 @@
 
 #include "../common/buffer.h"
 #include "../common/check.h"
+#include "../common/kernels.h"
 #include "../common/parallel.h"
 
 namespace pycompress::int4 {
 namespace {
 
-constexpr char kMagic[8] = {'p', 'y', 'c', '.', 'i', 'n', 't', '4'};
-constexpr uint32_t kVersion = 1;
+constexpr PackedFormat kFormat{{'p', 'y', 'c', '.', 'i', 'n', 't', '4'}, 1, "packed int4 weight", "int4_pack"};
 constexpr uint64_t kAlignment = 64;
 
 // Everything but the checksum follows from the shape.
 Header header_for(int64_t n, int64_t k, int group, bool symmetric, int activation_bits) {
   Header h{};
-  std::memcpy(h.magic, kMagic, sizeof(kMagic));
-  h.version = kVersion;
   h.n = static_cast<int32_t>(n);
   h.k = static_cast<int32_t>(k);
   h.group = group;
@@ -35,7 +33,7 @@ Header header_for(int64_t n, int64_t k, int group, bool symmetric, int activatio
   h.deep = end;
   h.nibbles = round_up(end + static_cast<uint64_t>(h.panels()), kAlignment);
   h.bytes = h.nibbles + static_cast<uint64_t>(h.panels() * h.units()) * kUnitBytes;
-  h.checksum = checksum_of(h);
+  kFormat.seal(h);
   return h;
 }
 
@@ -72,7 +70,7 @@ bool fits_deep(const int8_t* unit) {
 
 // What is made of the weights expanded: whether each panel is deep, and the offsets.
 void add_derived(const Header& h, uint8_t* packed) {
-  const Kernel& kernel = best_kernel();
+  const Kernel& kernel = kernels().first();
   const std::vector<uint8_t> ones(static_cast<size_t>(h.units()) * kUnit, 1);
   std::vector<int8_t> weights(ones.size() * kPanel);
   std::vector<float> scale(static_cast<size_t>(h.groups()) * kPanel);
@@ -127,14 +125,7 @@ std::vector<uint8_t> pack(const Weight& w, int threads) {
   return packed;
 }
 
-const Header& header_of(const uint8_t* packed, int64_t bytes) {
-  const auto* h = reinterpret_cast<const Header*>(packed);
-  const bool known = bytes >= static_cast<int64_t>(sizeof(Header)) && std::memcmp(h->magic, kMagic, 8) == 0 &&
-                     h->version == kVersion && h->checksum == checksum_of(*h) &&
-                     h->bytes == static_cast<uint64_t>(bytes);
-  check(known, "packed int4 weight: unknown format, expected what int4_pack of this version returns");
-  return *h;
-}
+const Header& header_of(const uint8_t* packed, int64_t bytes) { return kFormat.header_of<Header>(packed, bytes); }
 
 Panel panel_of(const uint8_t* packed, const Header& h, int64_t panel, int64_t unit, int64_t units) {
   const int group_units = h.group / kUnit;

@@ -13,10 +13,8 @@
 //
 // Two launches on the caller's stream, nothing waits: quantize() writes s, sx and zp into a workspace, linear() reads
 // them. The packed weight is one byte vector, the same for all kernels:
-//   Header (kHeaderBytes); int32 column_sum[n_pad]; int8 weights[n_pad][k_pad], zeros behind n and k; filler
-// Both operands are row-major along k (as mma and wgmma read them). A device buffer's content cannot be asked without
-// waiting for the device, so its length says which weight it holds: the filler makes it grow with k for one n, and
-// differ with n for one k.
+//   int32 column_sum[n_pad]; int8 weights[n_pad][k_pad], zeros behind n and k
+// Both operands are row-major along k (as mma and wgmma read them).
 //
 // The floor of the op: 2mnk operations at the tensor cores' int8 peak, or the bytes of x, s, weights and y at the
 // memory's bandwidth.
@@ -38,32 +36,15 @@ using Stream = CUstream_st*;  // cudaStream_t
 
 constexpr int kPadN = 128, kPadK = 64;  // bytes; the row stride of both operands is a multiple of kPadK
 
-struct Header {  // on the device
-  int32_t magic, n, k, activation_bits;
-};
-constexpr int32_t kMagic = 0x38637970;  // "pyc8"
-constexpr int kHeaderBytes = 128;
-
 struct PackedShape {
   int64_t n, k;
   PYCOMPRESS_HOST_DEVICE int64_t n_pad() const { return (n + kPadN - 1) / kPadN * kPadN; }
   PYCOMPRESS_HOST_DEVICE int64_t k_pad() const { return (k + kPadK - 1) / kPadK * kPadK; }
   // Byte offsets.
-  PYCOMPRESS_HOST_DEVICE int64_t column_sum() const { return kHeaderBytes; }
+  PYCOMPRESS_HOST_DEVICE int64_t column_sum() const { return 0; }
   PYCOMPRESS_HOST_DEVICE int64_t weights() const { return column_sum() + n_pad() * 4; }
-  PYCOMPRESS_HOST_DEVICE int64_t filler() const { return weights() + n_pad() * k_pad(); }
-  PYCOMPRESS_HOST_DEVICE int64_t bytes() const { return filler() + (k_pad() - k) * kPadN + (n_pad() - n); }
+  PYCOMPRESS_HOST_DEVICE int64_t bytes() const { return weights() + n_pad() * k_pad(); }
 };
-
-// The k of the packed weight of n channels that has this length, or 0 where none has.
-inline int64_t k_of(int64_t bytes, int64_t n) {
-  const PackedShape none{n, 0};
-  const int64_t rest = bytes - none.filler() - (none.n_pad() - n);  // n_pad k_pad + (k_pad - k) kPadN
-  if (n < 1 || rest < 0) return 0;
-  const int64_t k_pad = rest / none.n_pad() / kPadK * kPadK;  // the filler is shorter than kPadK n_pad
-  const int64_t k = k_pad - (rest - none.n_pad() * k_pad) / kPadN;
-  return k >= 1 && PackedShape{n, k}.bytes() == bytes ? k : 0;
-}
 
 // What quantize() made of the rows of x.
 struct Rows {
@@ -87,8 +68,7 @@ struct Input {
   const void* x;  // [m, k], row stride ldx (elements)
   Type type;
   int64_t m, k, ldx;
-  int activation_bits;   // 7 or 8; 0: what the header says
-  const Header* header;  // of the weight that the rows will meet, on the device; or null
+  int activation_bits;  // 7 or 8
   Before before = Before::none;
   const void* weight = nullptr;  // of the norm, [k] of x's type, or null: ones
   const void* bias = nullptr;    // of the layer norm, [k] of x's type, or null: zeros
@@ -139,8 +119,7 @@ void linear(const Problem& problem, const Kernel* forced = nullptr);
 
 // values int8 [n, k] dense on the device -> packed [PackedShape::bytes], and back. A -128 counts in *refused (int32 on
 // the device, which the caller set to 0 and reads).
-void pack(const int8_t* values, int64_t n, int64_t k, int activation_bits, uint8_t* packed, int32_t* refused,
-          Stream stream);
+void pack(const int8_t* values, int64_t n, int64_t k, uint8_t* packed, int32_t* refused, Stream stream);
 void unpack(const uint8_t* packed, int64_t n, int64_t k, int8_t* values, Stream stream);
 
 // s back to what the op calls q: uint8 [m, k] dense.

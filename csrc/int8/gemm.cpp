@@ -3,12 +3,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 
 #include "../common/check.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "../common/prefetch.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
 #include "kernel_list.h"
@@ -16,12 +16,6 @@
 
 namespace pycompress::int8 {
 namespace {
-
-const Kernel* const kKernels[] = {
-#if defined(PYCOMPRESS_X86)
-    &kAvx512Vnni, &kAvxVnni, &kAvx2, &kAvx2Windows,
-#endif
-    &kScalar};
 
 // Quantized rows of one task, at most: they are walked block by block, so they need not fit the L2 as a whole.
 constexpr ptrdiff_t kActivationBytes = 1024 * 1024;
@@ -35,17 +29,17 @@ thread_local Scratch scratch;
 
 const Kernel& kernel_for(const Header& header) {
   bool known = false;
-  for (const Kernel* kernel : kKernels) {
-    if (kernel->layout != header.layout || kernel->nr != header.nr) continue;
-    if (isa_available(kernel->isa)) return *kernel;
-    known = true;
-  }
-  check(known, "packed int8 weight: no kernel reads layout ", static_cast<uint32_t>(header.layout), " with panels of ",
-        header.nr);
-  check(false,
+  const Kernel* kernel = kernels().first([&](const Kernel& of) {
+    const bool reads = of.layout == header.layout && of.nr == header.nr;
+    known = known || reads;
+    return reads;
+  });
+  check(kernel != nullptr || known, "packed int8 weight: no kernel reads layout ", static_cast<uint32_t>(header.layout),
+        " with panels of ", header.nr);
+  check(kernel != nullptr,
         "packed int8 weight: it was packed for an instruction set that this processor lacks or PYCOMPRESS_ISA "
-        "excludes; pack the canonical weight again here");
-  std::abort();
+        "excludes, or for another kernel than the one that is forced; pack the canonical weight again here");
+  return *kernel;
 }
 
 // One thread's share of a call: it quantizes some rows into its scratch, then multiplies them with panels of weights.
@@ -56,13 +50,10 @@ class Worker {
     const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(kernel.nr);
     const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
     const size_t bytes = (static_cast<size_t>(shape_.stride()) * rows + 63) / 64 * 64;
-    room_ = scratch.reserve(bytes + (sums + 2 * rows) * 4);
-    sums_ = reinterpret_cast<int32_t*>(room_ + bytes);
-    own_scale_ = reinterpret_cast<float*>(sums_ + sums);
-    own_zero_point_ = reinterpret_cast<int32_t*>(own_scale_ + rows);
-    activations_ = room_;
-    scale_ = own_scale_;
-    zero_point_ = own_zero_point_;
+    room_.data = scratch.reserve(bytes + (sums + 2 * rows) * 4);
+    sums_ = reinterpret_cast<int32_t*>(room_.data + bytes);
+    room_.scale = reinterpret_cast<float*>(sums_ + sums);
+    room_.zero_point = reinterpret_cast<int32_t*>(room_.scale + rows);
   }
 
   // Rows that are there already, from the task before, are not quantized again.
@@ -70,22 +61,13 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    const Quantized* q = p_.quantized;
-    if (q != nullptr && q->fits(shape_, header_.activation_bits)) {
-      activations_ = q->data + row * shape_.stride();
-      scale_ = q->scale + row;
-      zero_point_ = q->zero_point + row;
-      return;
-    }
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
-    const int amax = (1 << header_.activation_bits) - 1;
-    kernel_.quantize(x, p_.x_type, p_.ldx, rows, shape_, amax, room_, own_scale_, own_zero_point_);
+    q_ = quantized_rows(p_, kernel_, shape_, header_.activation_bits, row, rows, room_);
   }
 
   // The thread that has the first panel of some rows hands out their scales.
   void report() const {
-    if (p_.row_scale != nullptr) std::copy_n(scale_, rows_, p_.row_scale + row_);
-    if (p_.zero_point != nullptr) std::copy_n(zero_point_, rows_, p_.zero_point + row_);
+    if (p_.row_scale != nullptr) std::copy_n(q_.scale, rows_, p_.row_scale + row_);
+    if (p_.zero_point != nullptr) std::copy_n(q_.zero_point, rows_, p_.zero_point + row_);
   }
 
   // Block by block of k, so that the rows' share of a block stays in L2 while all panels pass over it, and a panel's
@@ -108,7 +90,7 @@ class Worker {
     const auto* blocks = reinterpret_cast<const uint64_t*>(p_.packed + header_.blocks) + panel * shape_.blocks();
     const uint8_t* weights = p_.packed + blocks[block];
     const ptrdiff_t stride = shape_.stride();
-    const uint8_t* a = activations_ + shape_.offset(block);
+    const uint8_t* a = q_.data + shape_.offset(block);
     const int mr = kernel_.mr, nr = kernel_.nr, length = shape_.length(block);
     for (int i = row; i < end; i += mr)
       kernel_.tile(a + i * stride, stride, std::min(mr, end - i), weights, length, sums + i * nr, block > 0);
@@ -126,7 +108,7 @@ class Worker {
     for (int i = 0; i < rows_; i += step) {
       const int count = std::min(step, rows_ - i);
       uint8_t* at = y + static_cast<size_t>(i) * y_stride;
-      for (int r = 0; r < count; ++r) __builtin_prefetch(at + static_cast<size_t>(r) * y_stride, 1);
+      prefetch_rows(at, count, static_cast<int64_t>(y_stride), 1);
       add_block(panel, shape_.blocks() - 1, sums, i, i + count);
       float room[kMaxTaskRows * kAddendStride];  // of whole tiles: a step may have more than kFinishRows
       const float* bias = p_.bias == nullptr ? nullptr : p_.bias + n;
@@ -135,8 +117,8 @@ class Worker {
                               p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
                               bias,
                               p_.addend == nullptr ? 0 : kAddendStride,
-                              scale_ + i,
-                              zero_point_ + i,
+                              q_.scale + i,
+                              q_.zero_point + i,
                               p_.activation,
                               p_.y_type};
       kernel_.finish(sums + i * nr, nr, count, columns, epilogue, at, p_.n);
@@ -147,12 +129,8 @@ class Worker {
   const Header& header_;
   const Kernel& kernel_;
   const ActivationShape shape_;
-  uint8_t* room_;
-  float* own_scale_;
-  int32_t* own_zero_point_;
-  const uint8_t* activations_;  // in the room, or where the caller quantized them
-  const float* scale_;
-  const int32_t* zero_point_;
+  RowRoom room_;
+  Quantized q_;  // in the room, or where the caller quantized them
   int32_t* sums_;
   int64_t row_ = -1;
   int rows_ = 0;
@@ -160,29 +138,22 @@ class Worker {
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  static const auto list = listed(kKernels);
-  *count = static_cast<int>(list.size());
-  return list.data();
+Kernels<Kernel>& kernels() {
+  static constexpr const Kernel* best_first[] = {
+#if defined(PYCOMPRESS_X86)
+      &kAvx512Vnni, &kAvxVnni, &kAvx2, &kAvx2Windows,
+#endif
+      &kScalar};
+  static Kernels<Kernel> all{"int8", best_first};
+  return all;
 }
 
-const Kernel& best_kernel() {
-  return *first_available(kKernels, [](const Kernel&) { return true; });
-}
+const Kernel& best_kernel() { return kernels().first(); }
+
+const Kernel& kernel_named(const char* name) { return kernels().named(name); }
 
 const Kernel* kernel_for(Layout layout) {
-  return first_available(kKernels, [&](const Kernel& kernel) { return kernel.layout == layout; });
-}
-
-const Kernel& kernel_named(const char* name) {
-  for (const Kernel* kernel : kKernels) {
-    if (std::strcmp(kernel->name, name) != 0) continue;
-    check(isa_available(kernel->isa), "kernel ", name, " needs ", isa_name(kernel->isa),
-          ", which this processor lacks or PYCOMPRESS_ISA excludes");
-    return *kernel;
-  }
-  check(false, "no int8 kernel is named '", name, "'");
-  std::abort();
+  return kernels().first([&](const Kernel& kernel) { return kernel.layout == layout; });
 }
 
 void linear(const Problem& p) { linear(p, kernel_for(header_of(p.packed, p.packed_bytes))); }
@@ -231,7 +202,7 @@ void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t
   const ActivationShape shape{static_cast<int>(k), 1};
   uint8_t* row = scratch.reserve(static_cast<size_t>(shape.stride()));
   for (int64_t i = 0; i < m; ++i) {
-    const auto* at = static_cast<const uint8_t*>(x) + static_cast<size_t>(i * ldx) * size_of(type);
+    const auto* at = value_of(x, type, i * ldx);
     kernel.quantize(at, type, ldx, 1, shape, (1 << bits) - 1, row, scale + i, zero_point + i);
     std::memcpy(q + i * k, row, static_cast<size_t>(k));
   }

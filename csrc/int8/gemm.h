@@ -86,11 +86,10 @@ struct Kernel {
   Finish finish;
 };
 
-// All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available.
-const Kernel* kernels(int* count);
+Kernels<Kernel>& kernels();
 const Kernel& best_kernel();
-const Kernel* kernel_for(Layout layout);       // the first that reads it and runs here, or null
 const Kernel& kernel_named(const char* name);  // throws where there is none, or the processor cannot run it
+const Kernel* kernel_for(Layout layout);       // the first that reads it and runs here, or null
 
 // Rows that were quantized before the call: what Quantize made of all m.
 struct Quantized {
@@ -103,6 +102,26 @@ struct Quantized {
     return shape.k == wanted.k && shape.versions == wanted.versions && activation_bits == bits;
   }
 };
+
+// Where a thread quantizes its rows.
+struct RowRoom {
+  uint8_t* data;
+  float* scale;
+  int32_t* zero_point;
+};
+
+// Rows [row, row + rows) of a problem as an op multiplies them: those that the caller has, where they fit; else
+// quantized into the room.
+template <class Problem>
+Quantized quantized_rows(const Problem& p, const Kernel& kernel, ActivationShape shape, int bits, int64_t row, int rows,
+                         const RowRoom& room) {
+  if (p.quantized != nullptr && p.quantized->fits(shape, bits))
+    return {shape, bits, p.quantized->data + row * shape.stride(), p.quantized->scale + row,
+            p.quantized->zero_point + row};
+  kernel.quantize(value_of(p.x, p.x_type, row * p.ldx), p.x_type, p.ldx, rows, shape, (1 << bits) - 1, room.data,
+                  room.scale, room.zero_point);
+  return {shape, bits, room.data, room.scale, room.zero_point};
+}
 
 // A matrix [m, n] that is added before the activation, made as it is needed, in the cache; it has the bias in it.
 constexpr int kAddendStride = 32;

@@ -11,8 +11,7 @@
 namespace pycompress::int8 {
 namespace {
 
-constexpr char kMagic[8] = {'p', 'y', 'c', '.', 'i', 'n', 't', '8'};
-constexpr uint32_t kVersion = 1;
+constexpr PackedFormat kFormat{{'p', 'y', 'c', '.', 'i', 'n', 't', '8'}, 1, "packed int8 weight", "int8_pack"};
 constexpr int kNr = 16, kLanes = 2 * kNr;  // of the chains layout: two 16-bit lanes per channel
 
 // --- the chains layout --------------------------------------------------------------------------------------------
@@ -237,8 +236,6 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
         "int8_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)");
 
   Header header{};
-  std::memcpy(header.magic, kMagic, sizeof(kMagic));
-  header.version = kVersion;
   header.layout = kernel.layout;
   header.n = static_cast<int32_t>(n);
   header.k = static_cast<int32_t>(k);
@@ -279,7 +276,7 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
     at = round_up<uint64_t>(at + block.size(), 64);
   }
   header.bytes = at;
-  header.checksum = checksum_of(header);
+  kFormat.seal(header);
 
   std::vector<uint8_t> out(at, 0);
   std::memcpy(out.data(), &header, sizeof(header));
@@ -289,17 +286,7 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
   return out;
 }
 
-const Header& header_of(const uint8_t* packed, int64_t bytes) {
-  check(bytes >= static_cast<int64_t>(sizeof(Header)), "packed int8 weight: ", bytes, " bytes, expected at least ",
-        sizeof(Header));
-  const Header& header = *reinterpret_cast<const Header*>(packed);
-  check(std::memcmp(header.magic, kMagic, sizeof(kMagic)) == 0 && header.version == kVersion,
-        "packed int8 weight: unknown format, expected what int8_pack of this version returns");
-  check(header.checksum == checksum_of(header), "packed int8 weight: its header was changed");
-  check(header.bytes == static_cast<uint64_t>(bytes), "packed int8 weight: ", bytes, " bytes, its header says ",
-        header.bytes);
-  return header;
-}
+const Header& header_of(const uint8_t* packed, int64_t bytes) { return kFormat.header_of<Header>(packed, bytes); }
 
 namespace {
 

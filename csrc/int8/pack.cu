@@ -9,18 +9,10 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// One block per padded channel; the last block writes what stands before and behind them.
+// One block per padded channel.
 __global__ void __launch_bounds__(kThreads)
-    int8_pack(const int8_t* values, PackedShape shape, int activation_bits, uint8_t* packed, int32_t* refused) {
-  const int64_t n_pad = shape.n_pad(), k_pad = shape.k_pad(), channel = blockIdx.x;
-  if (channel == n_pad) {
-    for (int64_t i = threadIdx.x; i < shape.column_sum(); i += kThreads) packed[i] = 0;
-    for (int64_t i = shape.filler() + threadIdx.x; i < shape.bytes(); i += kThreads) packed[i] = 0;
-    __syncthreads();
-    const Header header{kMagic, static_cast<int32_t>(shape.n), static_cast<int32_t>(shape.k), activation_bits};
-    if (threadIdx.x == 0) *reinterpret_cast<Header*>(packed) = header;
-    return;
-  }
+    int8_pack(const int8_t* values, PackedShape shape, uint8_t* packed, int32_t* refused) {
+  const int64_t k_pad = shape.k_pad(), channel = blockIdx.x;
   auto* weights = reinterpret_cast<int8_t*>(packed + shape.weights()) + channel * k_pad;
   int sum = 0;
   bool bad = false;
@@ -59,15 +51,11 @@ gpu::Launch blocks(int64_t count, size_t shared, Stream stream) {
 
 }  // namespace
 
-void pack(const int8_t* values, int64_t n, int64_t k, int activation_bits, uint8_t* packed, int32_t* refused,
-          Stream stream) {
+void pack(const int8_t* values, int64_t n, int64_t k, uint8_t* packed, int32_t* refused, Stream stream) {
   check(n >= 1 && n <= 1 << 24, "int8_pack: out_features is ", n, ", expected 1 to ", 1 << 24);
   check(k >= 1 && k <= kMaxK, "int8_pack: in_features is ", k, ", expected 1 to ", kMaxK);
-  check(activation_bits == 7 || activation_bits == 8, "int8_pack: activation_bits is ", activation_bits,
-        ", expected 7 or 8");
   const PackedShape shape{n, k};
-  const gpu::Launch at = blocks(shape.n_pad() + 1, kThreads / 32 * 4, stream);
-  gpu::launch<int8_pack>("int8_pack", at, values, shape, activation_bits, packed, refused);
+  gpu::launch<int8_pack>("int8_pack", blocks(shape.n_pad(), kThreads / 32 * 4, stream), values, shape, packed, refused);
 }
 
 void unpack(const uint8_t* packed, int64_t n, int64_t k, int8_t* values, Stream stream) {

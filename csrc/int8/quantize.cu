@@ -31,8 +31,7 @@ struct Target {
   int k_pad;
   float* scale;
   int32_t* zero_point;
-  int activation_bits;  // 0: what the header says
-  const Header* header;
+  int activation_bits;
 };
 
 // act(gate) x, where act is the activation of a gate.
@@ -101,7 +100,7 @@ __device__ inline void reduce(float (&values)[kCount], F combine) {
 
 __device__ inline Rounding finish_range(Range& range, const Target& out, int64_t row) {
   reduce(range.values, Maximum{});
-  const Rounding rounding(range, out.activation_bits != 0 ? out.activation_bits : out.header->activation_bits);
+  const Rounding rounding(range, out.activation_bits);
   if (threadIdx.x == 0) {
     out.scale[row] = rounding.scale;
     out.zero_point[row] = rounding.zero_point;
@@ -242,9 +241,8 @@ bool aligned(const void* pointer, int64_t stride_bytes) {
 }  // namespace
 
 void quantize(const Input& input, const Rows& rows, Stream stream) {
-  check(input.activation_bits == 7 || input.activation_bits == 8 ||
-            (input.activation_bits == 0 && input.header != nullptr),
-        "int8_quantize: activation_bits is ", input.activation_bits, ", expected 7 or 8");
+  check(input.activation_bits == 7 || input.activation_bits == 8, "int8_quantize: activation_bits is ",
+        input.activation_bits, ", expected 7 or 8");
   check(input.k >= 1 && input.k <= kMaxK, "int8_quantize: x has ", input.k, " columns, expected 1 to ", kMaxK);
   if (input.m == 0) return;
   const auto size = static_cast<int64_t>(size_of(input.type));
@@ -262,12 +260,8 @@ void quantize(const Input& input, const Rows& rows, Stream stream) {
                   aligned(input.gate, gate_stride),
                   aligned(input.weight, 0),
                   aligned(input.bias, 0)};
-  const Target out{rows.s,
-                   static_cast<int>(PackedShape{1, input.k}.k_pad()),
-                   rows.scale,
-                   rows.zero_point,
-                   input.activation_bits,
-                   input.header};
+  const Target out{rows.s, static_cast<int>(PackedShape{1, input.k}.k_pad()), rows.scale, rows.zero_point,
+                   input.activation_bits};
   switch (input.type) {
     case Type::float32:
       return quantize_as<Type::float32>(input, in, out, stream);

@@ -15,7 +15,6 @@
 namespace pycompress::low_rank::branch {
 namespace {
 
-using int8::cuda::Header;
 using int8::cuda::Range;
 using int8::cuda::Rounding;
 using int8::cuda::Vector;
@@ -29,7 +28,7 @@ struct Arguments {
   int64_t m, ldx;
   int k, k_pad;
   bool vectors;  // all rows of x are aligned to 16 bytes, and k is a multiple of 8
-  const Header* header;
+  int activation_bits;
   const uint16_t* down;  // [rank_pad][k_pad]
   int rank, rank_pad;
   Between to;
@@ -186,7 +185,7 @@ __device__ inline const Rounding* finish_ranges(const Arguments& of, const Range
       range.values[i] = most;
     }
     if (lane != 0) continue;
-    const Rounding rounding(range, of.header->activation_bits);
+    const Rounding rounding(range, of.activation_bits);
     roundings[row] = rounding;
     const int64_t at = static_cast<int64_t>(blockIdx.x) * kRows + row;
     if (at >= of.m) continue;
@@ -273,6 +272,8 @@ void quantize_down(const Problem& p) {
   check(shape.n >= 1 && shape.k >= 1 && shape.k <= kMaxK && shape.rank >= 1 && shape.rank <= kMaxRank,
         "low_rank_linear: the packed weight is ", shape.n, "x", shape.k, " of rank ", shape.rank,
         ", expected n >= 1, k from 1 to ", kMaxK, " and a rank from 1 to ", kMaxRank);
+  check(p.activation_bits == 7 || p.activation_bits == 8, "low_rank_linear: activation_bits is ", p.activation_bits,
+        ", expected 7 or 8");
   check(divide_up(p.m, kRows) <= 0x7fffffff, "low_rank_linear: x has ", p.m, " rows, more than one launch can take");
   if (p.m == 0) return;
   const Arguments arguments{static_cast<const uint16_t*>(p.x),
@@ -281,7 +282,7 @@ void quantize_down(const Problem& p) {
                             static_cast<int>(shape.k),
                             static_cast<int>(shape.k_pad()),
                             reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.ldx % 8 == 0 && shape.k % 8 == 0,
-                            reinterpret_cast<const Header*>(p.residual),
+                            p.activation_bits,
                             p.factors,
                             static_cast<int>(shape.rank),
                             static_cast<int>(shape.rank_pad()),

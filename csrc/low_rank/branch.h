@@ -52,6 +52,7 @@ struct Problem {
   Type type;       // of x and y: float16 or bfloat16
   int64_t m, ldx;  // ldx: the row stride, elements
   cuda::Factors shape;
+  int activation_bits;        // of the residual: 7 or 8
   const uint16_t* factors;    // aligned to 16 bytes
   const uint8_t* residual;    // aligned to 16 bytes
   const float* weight_scale;  // [n]

@@ -50,7 +50,7 @@ struct Matrix {
 };
 
 // The packed weight: bfloat16 down [rank_pad][k_pad], then up [n_pad][rank_pad], zero filled; behind them the lower 16
-// bits of the same float32 values, which no kernel reads (pycompress/ops/cuda_low_rank.py makes it). The rank is a
+// bits of the same float32 values, which no kernel reads (pycompress/ops/cuda/low_rank.py makes it). The rank is a
 // multiple of kTile, with zeros behind what it was.
 struct Factors {
   int64_t n, k, rank;

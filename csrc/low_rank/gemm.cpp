@@ -7,23 +7,17 @@
 #include "../common/check.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "../common/prefetch.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
 #include "../int4/gemm.h"
 #include "../int8/pack.h"
 #include "../sparse/gemm.h"
 #include "../sparse/pack.h"
-#include "kernel_list.h"
 #include "pack.h"
 
 namespace pycompress::low_rank {
 namespace {
-
-const Kernel* const kKernels[] = {
-#if defined(PYCOMPRESS_X86)
-    &kAvx2,
-#endif
-    &kScalar};
 
 // Positions at a time; up to here a panel, 32 KiB, passes all rows of a task at once.
 constexpr int64_t kBlockK = 512;
@@ -75,7 +69,7 @@ struct Factors {
 // Some rows of a call, on so many threads: x -> t -> y. The buffers are the calling thread's.
 class Rows {
  public:
-  Rows(const Problem& problem, const Factors& factors, const Kernel& kernel, int64_t max_rows, int threads)
+  Rows(const Problem& problem, const Factors& factors, const dense::Kernel& kernel, int64_t max_rows, int threads)
       : p_(problem), f_(factors), h_(factors.header), kernel_(kernel), threads_(threads) {
     const size_t rows = static_cast<size_t>(max_rows);
     ldt_ = f_.is_float() ? round_up<int64_t>(h_.rank, kPanel) : h_.rank;
@@ -100,8 +94,8 @@ class Rows {
 
   void run(int64_t row, int rows) {
     rows_ = rows;
-    x_ = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
-    y_ = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row * p_.n) * size_of(p_.y_type);
+    x_ = value_of(p_.x, p_.x_type, row * p_.ldx);
+    y_ = value_of(p_.y, p_.y_type, row * p_.n);
     floats_ = static_cast<const float*>(x_);
     if (x_room_ != nullptr) {
       kernel_.load(x_, p_.x_type, p_.ldx, rows, h_.k, x_room_, ld_floats_);
@@ -137,7 +131,7 @@ class Rows {
   // How many panels of k positions stay in the L1 together.
   static int64_t group_of(int64_t k) { return std::clamp<int64_t>(kGroupBytes / (k * kPanel * 4), 1, kMaxGroup); }
 
-  void multiply(const Product& product) const { (is_few() ? kernel_.few : kernel_.many)(product); }
+  void multiply(const dense::Product& product) const { (is_few() ? kernel_.few : kernel_.many)(product); }
 
   // t = x down^T: blocks of k outside, so that the rows' share of one stays in the L2 while all panels pass, then as
   // many panels as stay in the L1 with it.
@@ -175,15 +169,11 @@ class Rows {
                 ldc});
   }
 
-  uint8_t* result(int64_t row, int64_t n) const {
-    return static_cast<uint8_t*>(y_) + static_cast<size_t>(row * p_.n + n) * size_of(p_.y_type);
-  }
+  uint8_t* result(int64_t row, int64_t n) const { return value_of(y_, p_.y_type, row * p_.n + n); }
 
-  // Brings lines of y in: rows lie too far apart for the hardware to see it, and a store that misses stalls the next.
   void fetch(int64_t row, int rows, int64_t n, int columns) const {
     const int64_t y_size = static_cast<int64_t>(size_of(p_.y_type));
-    for (int m = 0; m < rows; ++m)
-      for (int64_t byte = 0; byte < columns * y_size; byte += 64) __builtin_prefetch(result(row + m, n) + byte, 1);
+    prefetch_rows(result(row, n), rows, p_.n * y_size, columns * y_size);
   }
 
   // y = act(bias + t up^T), straight into y where nothing is left to do there. Some panels at a time, as many as stay
@@ -294,7 +284,7 @@ class Rows {
   const Problem& p_;
   const Factors& f_;
   const Header& h_;
-  const Kernel& kernel_;
+  const dense::Kernel& kernel_;
   const int threads_;
   int8::ActivationShape shape_{};
   int rows_ = 0;
@@ -310,16 +300,6 @@ class Rows {
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  static const auto list = listed(kKernels);
-  *count = static_cast<int>(list.size());
-  return list.data();
-}
-
-const Kernel& best_kernel() {
-  return *first_available(kKernels, [](const Kernel&) { return true; });
-}
-
 void linear(const Problem& p) {
   const Header& header = header_of(p.packed, p.packed_bytes);
   check(p.k == header.k, "low_rank_linear: x is [", p.m, ", ", p.k, "], the packed weight expects k = ", header.k);
@@ -327,7 +307,7 @@ void linear(const Problem& p) {
   check(p.x_type != Type::int32 && p.y_type != Type::int32, "low_rank_linear: x or y is int32, expected a float type");
   if (p.m == 0) return;
   const Factors factors(p.packed, header);
-  const Kernel& kernel = best_kernel();
+  const dense::Kernel& kernel = dense::kernels().first();
 
   const uint64_t bytes = header.down.bytes + header.up.bytes;
   const double weights = static_cast<double>(bytes + header.residual.bytes);

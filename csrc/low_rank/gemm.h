@@ -1,4 +1,4 @@
-// Low-rank linear: the contract of the op. `scalar.cpp` is its specification.
+// Low-rank linear: the contract of the op. Its products are those of csrc/dense, and of the residual's own op.
 //
 //   y[m, n] = act(x down^T up^T + x R^T + bias)      down [r, k], up [n, r]; R [n, k]: the residual, or nothing
 //
@@ -30,51 +30,12 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/isa.h"
-#include "../common/types.h"
+#include "../dense/gemm.h"
 
 namespace pycompress::low_rank {
 
-constexpr int kPanel = 16;   // channels of one panel of a packed float32 matrix: float [panels][k][kPanel], zero padded
-constexpr int kFewRows = 3;  // up to here `few` runs
-
-// c[rows][panels * kPanel] = start + a[rows][k] . panels, row stride ldc. start: null for zeros; else float
-// [panels * kPanel] with row stride lds, 0 where all rows start alike. It may be c.
-struct Product {
-  const float* a;
-  ptrdiff_t lda;
-  int rows;
-  const float* panels;  // those of one matrix, `stride` floats apart
-  ptrdiff_t stride;
-  int panel_count;
-  int64_t k;
-  const float* start;
-  ptrdiff_t lds;
-  float* c;
-  ptrdiff_t ldc;
-};
-using Multiply = void (*)(const Product& product);
-
-// x[rows, k] (row stride ldx) as float32, row stride ldo.
-using Load = void (*)(const void* x, Type type, ptrdiff_t ldx, int rows, int64_t k, float* out, ptrdiff_t ldo);
-
-// y[rows, columns] (row stride ldy) = act(c[rows][columns]), rounded to type.
-using Finish = void (*)(const float* c, ptrdiff_t ldc, int rows, int columns, Activation activation, Type type, void* y,
-                        ptrdiff_t ldy);
-
-struct Kernel {
-  const char* name;
-  Isa isa;
-  int mr, nr, kr;
-  Multiply many;  // one chain of fma a result
-  Multiply few;   // rows <= kFewRows, phases
-  Load load;
-  Finish finish;
-};
-
-// All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available.
-const Kernel* kernels(int* count);
-const Kernel& best_kernel();
+using dense::kFewRows;
+using dense::kPanel;
 
 // y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.
 struct Problem {

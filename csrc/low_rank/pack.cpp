@@ -6,6 +6,7 @@
 
 #include "../common/buffer.h"
 #include "../common/check.h"
+#include "../dense/pack.h"
 #include "../int4/pack.h"
 #include "../int8/pack.h"
 #include "../sparse/pack.h"
@@ -13,23 +14,8 @@
 namespace pycompress::low_rank {
 namespace {
 
-constexpr char kMagic[8] = {'p', 'y', 'c', '.', 'l', 'o', 'w', '1'};
-constexpr uint32_t kVersion = 1;
+constexpr PackedFormat kFormat{{'p', 'y', 'c', '.', 'l', 'o', 'w', '1'}, 1, "packed low-rank weight", "low_rank_pack"};
 constexpr size_t kAlignment = 64;
-
-// float [n, k] -> [panels][k][kPanel]
-std::vector<float> panels_of(const float* matrix, int64_t n, int64_t k) {
-  std::vector<float> panels(static_cast<size_t>(round_up<int64_t>(n, kPanel) * k));
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t i = 0; i < k; ++i)
-      panels[static_cast<size_t>((row / kPanel * k + i) * kPanel + row % kPanel)] = matrix[row * k + i];
-  return panels;
-}
-
-void matrix_of(const float* panels, int64_t n, int64_t k, float* matrix) {
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t i = 0; i < k; ++i) matrix[row * k + i] = panels[(row / kPanel * k + i) * kPanel + row % kPanel];
-}
 
 template <class T>
 Part append_part(std::vector<uint8_t>& out, const T* values, int64_t count) {
@@ -46,7 +32,7 @@ Part append_part(std::vector<uint8_t>& out, const std::vector<T>& values) {
 }
 
 Part append_factor(std::vector<uint8_t>& out, const Weight& w, const void* matrix, int64_t n, int64_t k, int threads) {
-  if (w.bits == 32) return append_part(out, panels_of(static_cast<const float*>(matrix), n, k));
+  if (w.bits == 32) return append_part(out, dense::pack(static_cast<const float*>(matrix), n, k));
   const auto* values = static_cast<const int8_t*>(matrix);
   return append_part(out, int8::pack(int8::best_kernel(), values, n, k, w.activation_bits, threads));
 }
@@ -106,8 +92,6 @@ const char* residual_name(Residual residual) {
 std::vector<uint8_t> pack(const Weight& w, int threads) {
   check_weight(w);
   Header header{};
-  std::memcpy(header.magic, kMagic, sizeof(kMagic));
-  header.version = kVersion;
   header.residual_kind = w.residual_kind;
   header.n = static_cast<int32_t>(w.n);
   header.k = static_cast<int32_t>(w.k);
@@ -120,25 +104,16 @@ std::vector<uint8_t> pack(const Weight& w, int threads) {
   header.down_scale = append_part(out, w.down_scale, w.rank);
   header.up_scale = append_part(out, w.up_scale, w.n);
   header.residual = w.residual_kind == Residual::dense
-                        ? append_part(out, panels_of(static_cast<const float*>(w.residual), w.n, w.k))
+                        ? append_part(out, dense::pack(static_cast<const float*>(w.residual), w.n, w.k))
                         : append_part(out, static_cast<const uint8_t*>(w.residual), w.residual_bytes);
   header.residual_scale = append_part(out, w.residual_scale, w.n);
   header.bytes = out.size();
-  header.checksum = checksum_of(header);
+  kFormat.seal(header);
   std::memcpy(out.data(), &header, sizeof(header));
   return out;
 }
 
-const Header& header_of(const uint8_t* packed, int64_t bytes) {
-  const bool whole = bytes >= static_cast<int64_t>(sizeof(Header)) && std::memcmp(packed, kMagic, sizeof(kMagic)) == 0;
-  check(whole, "packed low-rank weight: unknown format of ", bytes, " bytes, expected what low_rank_pack returns");
-  const Header& header = *reinterpret_cast<const Header*>(packed);
-  check(header.version == kVersion && header.checksum == checksum_of(header),
-        "packed low-rank weight: its header was changed, or another version made it");
-  check(header.bytes == static_cast<uint64_t>(bytes), "packed low-rank weight: ", bytes, " bytes, its header says ",
-        header.bytes);
-  return header;
-}
+const Header& header_of(const uint8_t* packed, int64_t bytes) { return kFormat.header_of<Header>(packed, bytes); }
 
 void unpack(const uint8_t* packed, int64_t bytes, const Parts& parts) {
   const Header& h = header_of(packed, bytes);
@@ -148,7 +123,7 @@ void unpack(const uint8_t* packed, int64_t bytes, const Parts& parts) {
   const auto factor = [&](const Part& part, int64_t n, int64_t k, void* to) {
     if (to == nullptr) return;
     const uint8_t* at = packed + part.offset;
-    if (h.bits == 32) return matrix_of(reinterpret_cast<const float*>(at), n, k, static_cast<float*>(to));
+    if (h.bits == 32) return dense::unpack(reinterpret_cast<const float*>(at), n, k, static_cast<float*>(to));
     int8::unpack(at, static_cast<int64_t>(part.bytes), static_cast<int8_t*>(to));
   };
   factor(h.down, h.rank, h.k, parts.down);
@@ -158,8 +133,8 @@ void unpack(const uint8_t* packed, int64_t bytes, const Parts& parts) {
   copy(h.residual_scale, parts.residual_scale);
   if (h.residual_kind != Residual::dense) return copy(h.residual, parts.residual);
   if (parts.residual != nullptr)
-    matrix_of(reinterpret_cast<const float*>(packed + h.residual.offset), h.n, h.k,
-              static_cast<float*>(parts.residual));
+    dense::unpack(reinterpret_cast<const float*>(packed + h.residual.offset), h.n, h.k,
+                  static_cast<float*>(parts.residual));
 }
 
 }  // namespace pycompress::low_rank

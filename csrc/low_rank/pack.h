@@ -1,7 +1,7 @@
 // Packing: the factors, and what the residual's own op packed, in one relocatable buffer; and back.
 //
-// float32 matrices lie in panels of 16 channels, float [panels][k][16], zero padded (gemm.h); int8 factors and an int8,
-// int4 or sparse residual are buffers of their own ops (csrc/int8/pack.h, ...) inside this one.
+// float32 matrices lie in panels (csrc/dense/pack.h); int8 factors and an int8, int4 or sparse residual are buffers of
+// their own ops (csrc/int8/pack.h, ...) inside this one.
 #pragma once
 
 #include <cstdint>

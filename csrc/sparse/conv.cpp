@@ -52,7 +52,7 @@ class Worker {
   // The image as float32.
   void image_at(int64_t image) {
     image_ = image;
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(image * pixels_) * size_of(p_.type);
+    const auto* x = value_of(p_.x, p_.type, image * pixels_);
     if (p_.type != Type::float32) {
       kernel_.load(x, p_.type, pixels_, 1, pixels_, 1, converted_);
       x = reinterpret_cast<const uint8_t*>(converted_);
@@ -93,8 +93,7 @@ class Worker {
     epilogue.bias = p_.bias == nullptr ? nullptr : p_.bias + n;
     epilogue.activation = p_.activation;
     epilogue.type = p_.type;
-    auto* y = static_cast<uint8_t*>(p_.y) +
-              static_cast<size_t>((task.image * p_.n + n) * positions + task.row) * size_of(p_.type);
+    auto* y = value_of(p_.y, p_.type, (task.image * p_.n + n) * positions + task.row);
     kernel_.finish_channels(sums, task.width, task.rows, static_cast<int>(std::min<int64_t>(header_.nb, p_.n - n)),
                             epilogue, y, positions);
   }

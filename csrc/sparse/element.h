@@ -1,4 +1,4 @@
-// What the values of a packed sparse weight are on CUDA, and its code in the shape of the buffer.
+// What the values of a packed sparse weight are on CUDA.
 #pragma once
 
 #include <cstdint>

@@ -76,7 +76,7 @@ class Finish {
   const typename Output<kElement>::Columns columns_;
 };
 
-// The kernel's argument of a problem whose packed int8 weight begins as that of csrc/int8/cuda.h: Header, column_sum.
+// The kernel's argument of a problem whose packed int8 weight begins as that of csrc/int8/cuda.h: column_sum.
 template <Element kElement, class Problem>
 Output<kElement> output_of(const Problem& p) {
   if constexpr (kElement == Element::int8) {

@@ -2,10 +2,10 @@
 #include "gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "../common/check.h"
 #include "../common/kernels.h"
+#include "../common/prefetch.h"
 #include "../common/scratch.h"
 #include "kernel_list.h"
 #include "pack.h"
@@ -13,12 +13,6 @@
 
 namespace pycompress::sparse {
 namespace {
-
-const Kernel* const kKernels[] = {
-#if defined(PYCOMPRESS_X86)
-    &kAvx2Rows,   &kAvx2Panels,   &kAvx2Quads,   &kAvx2Quads4,
-#endif
-    &kScalarRows, &kScalarPanels, &kScalarQuads, &kScalarQuads4};
 
 thread_local Scratch scratch;
 
@@ -33,16 +27,16 @@ class Worker {
     const size_t bytes = is_float(header.format) ? 0 : static_cast<size_t>(shape().stride()) * rows;
     tile_ = scratch.reserve(tile + sums + (bytes + 63) / 64 * 64 + rows * 8);
     sums_ = tile_ + tile;
-    bytes_ = sums_ + sums;
-    scale_ = reinterpret_cast<float*>(bytes_ + (bytes + 63) / 64 * 64);
-    zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
+    room_.data = sums_ + sums;
+    room_.scale = reinterpret_cast<float*>(room_.data + (bytes + 63) / 64 * 64);
+    room_.zero_point = reinterpret_cast<int32_t*>(room_.scale + rows);
   }
 
   void run(const Task& task) {
     load(task);
-    if (task.first_block == 0 && p_.row_scale != nullptr) std::copy_n(scale_, task.rows, p_.row_scale + task.row);
+    if (task.first_block == 0 && p_.row_scale != nullptr) std::copy_n(q_.scale, task.rows, p_.row_scale + task.row);
     if (task.first_block == 0 && p_.zero_point != nullptr)
-      std::copy_n(zero_point_, task.rows, p_.zero_point + task.row);
+      std::copy_n(q_.zero_point, task.rows, p_.zero_point + task.row);
     multiply(
         p_.packed, header_, kernel_, task, tile_, sums_, [&](int64_t block) { fetch(task, block); },
         [&](int64_t block, const uint8_t* sums) { finish(task, block, sums); });
@@ -51,36 +45,22 @@ class Worker {
  private:
   int8::ActivationShape shape() const { return {header_.k, 1}; }
 
-  uint8_t* result(const Task& task, int64_t n) const {
-    return static_cast<uint8_t*>(p_.y) + static_cast<size_t>(task.row * p_.n + n) * size_of(p_.y_type);
-  }
+  uint8_t* result(const Task& task, int64_t n) const { return value_of(p_.y, p_.y_type, task.row * p_.n + n); }
 
-  // Brings the lines of y in while the last sums are computed: the rows lie too far apart for the hardware to see it.
   void fetch(const Task& task, int64_t block) const {
     const int64_t n = block * header_.nb, y_size = static_cast<int64_t>(size_of(p_.y_type));
-    const int64_t length = std::min<int64_t>(header_.nb, p_.n - n) * y_size;
-    const uint8_t* y = result(task, n);
-    for (int m = 0; m < task.rows; ++m)
-      for (int64_t byte = 0; byte < length; byte += 64) __builtin_prefetch(y + m * p_.n * y_size + byte, 1);
+    prefetch_rows(result(task, n), task.rows, p_.n * y_size, std::min<int64_t>(header_.nb, p_.n - n) * y_size);
   }
 
   // The tile stays for all tasks of the same rows.
   void load(const Task& task) {
     if (task.row == row_) return;
     row_ = task.row;
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(task.row * p_.ldx) * size_of(p_.x_type);
-    if (is_float(header_.format)) return kernel_.load(x, p_.x_type, p_.ldx, task.rows, header_.k, task.width, tile_);
-    const uint8_t* bytes = bytes_;
-    const int8::Quantized* q = p_.quantized;
-    if (q != nullptr && q->fits(shape(), header_.activation_bits)) {
-      bytes = q->data + task.row * shape().stride();
-      std::copy_n(q->scale + task.row, task.rows, scale_);
-      std::copy_n(q->zero_point + task.row, task.rows, zero_point_);
-    } else {
-      const int amax = (1 << header_.activation_bits) - 1;
-      int8::best_kernel().quantize(x, p_.x_type, p_.ldx, task.rows, shape(), amax, bytes_, scale_, zero_point_);
-    }
-    kernel_.load(bytes, Type::float32, shape().stride(), task.rows, header_.k, task.width, tile_);
+    if (is_float(header_.format))
+      return kernel_.load(value_of(p_.x, p_.x_type, task.row * p_.ldx), p_.x_type, p_.ldx, task.rows, header_.k,
+                          task.width, tile_);
+    q_ = int8::quantized_rows(p_, int8::best_kernel(), shape(), header_.activation_bits, task.row, task.rows, room_);
+    kernel_.load(q_.data, Type::float32, shape().stride(), task.rows, header_.k, task.width, tile_);
   }
 
   void finish(const Task& task, int64_t block, const uint8_t* sums) const {
@@ -95,8 +75,8 @@ class Worker {
                                     p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
                                     bias,
                                     p_.addend == nullptr ? 0 : int8::kAddendStride,
-                                    scale_,
-                                    zero_point_,
+                                    q_.scale,
+                                    q_.zero_point,
                                     p_.activation,
                                     p_.y_type};
       kernel_.finish(sums + static_cast<size_t>((n - first) * task.width) * 4, task.width, task.rows, columns, epilogue,
@@ -107,25 +87,28 @@ class Worker {
   const Problem& p_;
   const Header& header_;
   const Kernel& kernel_;
-  uint8_t *tile_, *sums_, *bytes_;
-  float* scale_;
-  int32_t* zero_point_;
+  uint8_t *tile_, *sums_;
+  int8::RowRoom room_;
+  int8::Quantized q_;  // in the room, or where the caller quantized them
   int64_t row_ = -1;
 };
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  static const auto list = listed(kKernels);
-  *count = static_cast<int>(list.size());
-  return list.data();
+Kernels<Kernel>& kernels() {
+  static constexpr const Kernel* best_first[] = {
+#if defined(PYCOMPRESS_X86)
+      &kAvx2Rows,   &kAvx2Panels,   &kAvx2Quads,   &kAvx2Quads4,
+#endif
+      &kScalarRows, &kScalarPanels, &kScalarQuads, &kScalarQuads4};
+  static Kernels<Kernel> all{"sparse", best_first};
+  return all;
 }
 
 const Kernel& kernel_for(Format format) {
-  const auto fits = [&](const Kernel& kernel) { return kernel.format == format; };
-  if (const Kernel* kernel = first_available(kKernels, fits)) return *kernel;
-  check(false, "no sparse kernel for format ", static_cast<uint32_t>(format));
-  std::abort();
+  const Kernel* kernel = kernels().first([&](const Kernel& of) { return of.format == format; });
+  check(kernel != nullptr, "sparse_linear: the kernel that is forced reads no weights packed as ", format_name(format));
+  return *kernel;
 }
 
 void linear(const Problem& p) {
@@ -141,8 +124,8 @@ void linear(const Problem& p) {
     return int8::linear({p.x, p.x_type, p.m, p.k, p.ldx, p.packed + header.blocks, inner, p.n, p.weight_scale, p.bias,
                          p.activation, p.y, p.y_type, p.row_scale, p.zero_point, p.threads, p.quantized, p.addend});
   }
-  if (p.m == 0) return;
   const Kernel& kernel = kernel_for(header.format);
+  if (p.m == 0) return;
 
   const Tasks tasks(header, kernel, 1, p.m, p.threads);
   tasks.run([&] { return Worker(p, header, kernel, tasks.width(), tasks.task_blocks()); });

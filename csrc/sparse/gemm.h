@@ -86,9 +86,8 @@ struct Kernel {
   FinishChannels finish_channels;
 };
 
-// All kernels that were compiled, best first.
-const Kernel* kernels(int* count);
-const Kernel& kernel_for(Format format);  // the first whose instruction set is available
+Kernels<Kernel>& kernels();
+const Kernel& kernel_for(Format format);  // the first that reads it and runs here
 
 // y[m, n] for x[m, k] with row stride ldx (elements). `packed` is what pack() made. y is dense, row stride n.
 struct Problem {

@@ -12,8 +12,7 @@
 namespace pycompress::sparse {
 namespace {
 
-constexpr char kMagic[8] = {'p', 'y', 'c', '.', 's', 'p', 'm', 'm'};
-constexpr uint32_t kVersion = 1;
+constexpr PackedFormat kFormat{{'p', 'y', 'c', '.', 's', 'p', 'm', 'm'}, 1, "packed sparse weight", "sparse_pack"};
 // From this density on a single row of x takes its weights by bitmask: an eighth of a byte a position, where indices
 // cost a byte a weight, and time per position, not per weight.
 constexpr double kBitsDensity = 0.4;
@@ -378,8 +377,6 @@ std::vector<uint8_t> pack(Format format, const uint8_t* mask, const void* values
         "sparse_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)");
 
   Header header{};
-  std::memcpy(header.magic, kMagic, sizeof(kMagic));
-  header.version = kVersion;
   header.format = format;
   header.n = static_cast<int32_t>(n);
   header.k = static_cast<int32_t>(k);
@@ -400,7 +397,7 @@ std::vector<uint8_t> pack(Format format, const uint8_t* mask, const void* values
     const std::vector<uint8_t> inner = int8::pack(*kernel, dense_int8(source).data(), n, k, activation_bits, threads);
     header.blocks = round_up<uint64_t>(sizeof(Header), 64);
     header.bytes = header.blocks + inner.size();
-    header.checksum = checksum_of(header);
+    kFormat.seal(header);
     std::vector<uint8_t> out(header.bytes, 0);
     std::memcpy(out.data(), &header, sizeof(header));
     std::memcpy(out.data() + header.blocks, inner.data(), inner.size());
@@ -424,7 +421,7 @@ std::vector<uint8_t> pack(Format format, const uint8_t* mask, const void* values
     at = round_up<uint64_t>(at + block.size(), 64);
   }
   header.bytes = at + 64;  // vector loads may read past the last values
-  header.checksum = checksum_of(header);
+  kFormat.seal(header);
 
   std::vector<uint8_t> out(header.bytes, 0);
   std::memcpy(out.data(), &header, sizeof(header));
@@ -434,20 +431,9 @@ std::vector<uint8_t> pack(Format format, const uint8_t* mask, const void* values
   return out;
 }
 
-bool is_packed(const uint8_t* packed, int64_t bytes) {
-  return bytes >= static_cast<int64_t>(sizeof(Header)) && std::memcmp(packed, kMagic, sizeof(kMagic)) == 0;
-}
+bool is_packed(const uint8_t* packed, int64_t bytes) { return kFormat.begins(packed, bytes); }
 
-const Header& header_of(const uint8_t* packed, int64_t bytes) {
-  check(is_packed(packed, bytes), "packed sparse weight: unknown format of ", bytes,
-        " bytes, expected what sparse_pack returns");
-  const Header& header = *reinterpret_cast<const Header*>(packed);
-  check(header.version == kVersion && header.checksum == checksum_of(header),
-        "packed sparse weight: its header was changed, or another version made it");
-  check(header.bytes == static_cast<uint64_t>(bytes), "packed sparse weight: ", bytes, " bytes, its header says ",
-        header.bytes);
-  return header;
-}
+const Header& header_of(const uint8_t* packed, int64_t bytes) { return kFormat.header_of<Header>(packed, bytes); }
 
 Block block_of(const uint8_t* packed, const Header& header, int64_t n_block, int64_t k_block) {
   const auto* offsets = reinterpret_cast<const uint64_t*>(packed + header.blocks);

@@ -2,7 +2,7 @@
 //
 //   int8   y[m, n] = act(scale[n] * sum_k x[m, k] v[n, k] + bias[n])       v int8 in [-127, 127]
 //   int4   y[m, n] = act(sum_g scale[n, g] * sum_{k in g} x[m, k] (v[n, k] - zero_point[n, g]) + bias[n])
-//          v and zero points 0 .. 15, scales bfloat16, groups of 32, 64 or 128 positions (methods/int4.py)
+//          v and zero points 0 .. 15, scales bfloat16, groups of 32, 64 or 128 positions (weights/int4.py)
 //
 // x and y are float16 or bfloat16, of one type. The integers (of int4: less their zero point) are exact in both types,
 // so the tensor cores multiply what is stored and nothing is rounded on the way to them; scales are applied in float32,
@@ -78,7 +78,7 @@ void linear(const Problem& problem);                    // as plan() says for th
 void linear(const Problem& problem, const Plan& plan);  // forced: benchmarks and tests
 
 // Canonical tensors on the device -> packed [shape.bytes()], and back. values: int8 [n, k] (a -128 counts in *refused,
-// which the caller set to 0 and reads), or for int4 as methods/int4.py has them, with scale bfloat16 [n, groups] and
+// which the caller set to 0 and reads), or for int4 as weights/int4.py has them, with scale bfloat16 [n, groups] and
 // zero_point uint8 [n, ceil(groups / 2)], null where symmetric.
 struct Canonical {
   const uint8_t* values;

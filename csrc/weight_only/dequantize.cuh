@@ -3,8 +3,8 @@
 // first position. Which bits belong together: shuffle.h.
 #pragma once
 
+#include "../common/types.h"
 #include "../cuda/device.cuh"
-#include "../int8/gemm.h"
 
 namespace pycompress::weight_only::cuda {
 namespace {

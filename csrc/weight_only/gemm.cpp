@@ -8,21 +8,15 @@
 #include "../common/round.h"
 #include "../common/scratch.h"
 #include "../common/tasks.h"
+#include "../dense/gemm.h"
 #include "../int4/pack.h"
-#include "../low_rank/gemm.h"
 #include "kernel_list.h"
 #include "pack.h"
 
 namespace pycompress::weight_only {
 namespace {
 
-const Kernel* const kKernels[] = {
-#if defined(PYCOMPRESS_X86)
-    &kAvx2,
-#endif
-    &kScalar};
-
-static_assert(kPanel == low_rank::kPanel && kPanel == int4::kPanel);
+static_assert(kPanel == dense::kPanel && kPanel == int4::kPanel);
 static_assert(kBlockK % 128 == 0, "a block begins a group");
 
 constexpr int kMaxTaskRows = 96;
@@ -57,7 +51,7 @@ struct Source {
 // One thread's share of a call.
 class Worker {
  public:
-  Worker(const Source& source, const Kernel& kernel, const low_rank::Kernel& product, int64_t rows)
+  Worker(const Source& source, const Kernel& kernel, const dense::Kernel& product, int64_t rows)
       : source_(source), p_(source.p), kernel_(kernel), product_(product) {
     const int64_t converted = p_.x_type == Type::float32 ? 0 : rows * p_.k;
     auto* room = reinterpret_cast<float*>(
@@ -71,7 +65,7 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    const auto* x = static_cast<const uint8_t*>(p_.x) + static_cast<size_t>(row * p_.ldx) * size_of(p_.x_type);
+    const auto* x = value_of(p_.x, p_.x_type, row * p_.ldx);
     if (p_.x_type == Type::float32) {
       x_ = reinterpret_cast<const float*>(x);
       ldx_ = p_.ldx;
@@ -84,7 +78,7 @@ class Worker {
 
   void multiply(int64_t panel) {
     // By the rows of the call: those of a task depend on the threads.
-    const auto sum = p_.m <= low_rank::kFewRows ? product_.few : product_.many;
+    const auto sum = p_.m <= dense::kFewRows ? product_.few : product_.many;
     for (int64_t begin = 0; begin < p_.k; begin += kBlockK) {
       const int64_t length = std::min<int64_t>(kBlockK, p_.k - begin);
       source_.expand(kernel_, panel, begin, length, panel_);
@@ -103,14 +97,14 @@ class Worker {
         const float bias = p_.bias == nullptr ? 0.0f : p_.bias[n + c];
         v = p_.weight_scale == nullptr ? v + bias : v * p_.weight_scale[n + c] + bias;
       }
-    auto* y = static_cast<uint8_t*>(p_.y) + static_cast<size_t>(row_ * p_.n + n) * size_of(p_.y_type);
+    auto* y = value_of(p_.y, p_.y_type, row_ * p_.n + n);
     product_.finish(sums_, kPanel, rows_, columns, p_.activation, p_.y_type, y, p_.n);
   }
 
   const Source& source_;
   const Problem& p_;
   const Kernel& kernel_;
-  const low_rank::Kernel& product_;
+  const dense::Kernel& product_;
   float *panel_, *sums_, *x_room_;
   const float* x_ = nullptr;
   int64_t ldx_ = 0, row_ = -1;
@@ -119,14 +113,14 @@ class Worker {
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  static const auto list = listed(kKernels);
-  *count = static_cast<int>(list.size());
-  return list.data();
-}
-
-const Kernel& best_kernel() {
-  return *first_available(kKernels, [](const Kernel&) { return true; });
+Kernels<Kernel>& kernels() {
+  static constexpr const Kernel* best_first[] = {
+#if defined(PYCOMPRESS_X86)
+      &kAvx2,
+#endif
+      &kScalar};
+  static Kernels<Kernel> all{"weight_only", best_first};
+  return all;
 }
 
 void linear(const Problem& p) {
@@ -138,8 +132,8 @@ void linear(const Problem& p) {
         ": the packed weight keeps its activations as floats, there are no integers to give");
   if (p.m == 0) return;
 
-  const Kernel& kernel = best_kernel();
-  const low_rank::Kernel& product = low_rank::best_kernel();
+  const Kernel& kernel = kernels().first();
+  const dense::Kernel& product = dense::kernels().first();
   const Tasks tasks(p.m, divide_up(p.n, kPanel), p.k, kPanel, kMaxTaskRows, 1, p.threads);
   tasks.run([&] { return Worker(source, kernel, product, tasks.rows); });
 }

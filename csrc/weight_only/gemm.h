@@ -15,7 +15,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/isa.h"
 #include "../int4/gemm.h"
 
 namespace pycompress::weight_only {
@@ -35,10 +34,7 @@ struct Kernel {
   ExpandInt4 expand_int4;
 };
 
-// All kernels that were compiled, best first. Dispatch takes the first whose instruction set is available. The floats
-// are multiplied by the kernels of csrc/low_rank.
-const Kernel* kernels(int* count);
-const Kernel& best_kernel();
+Kernels<Kernel>& kernels();  // the floats are multiplied by those of csrc/dense
 
 // y[m, n] for x[m, k] with row stride ldx (elements). `packed`: int8 (pack.h) or int4 (csrc/int4/pack.h).
 struct Problem {

@@ -17,11 +17,6 @@
 // Beside the int4 weights, for each 32 channels and each group, in memory order of the groups: bfloat16 scale[8][4],
 // channel c at [c % 8][c / 8]; then, where there are zero points, bytes [8][2]: of channel c in byte [c % 8][c / 16],
 // the low nibble where c / 8 is even.
-//
-// A device buffer's content cannot be asked without waiting for the device, so its length says which weight it holds:
-// filler behind it makes the length grow with k for one n, and with n for one k; for one n and k it says the group's
-// size (where sizes make a difference) and whether there are zero points. That of the int8 kernels' packed weight
-// (csrc/int8/cuda.h) is odd where this one is even.
 #pragma once
 
 #include <cstdint>
@@ -89,18 +84,7 @@ struct Packed {
   PYCOMPRESS_HOST_DEVICE int64_t scales(int64_t block_n, int64_t group_index) const {
     return n_pad() * k_pad() * static_cast<int>(bits) / 8 + (block_n * groups() + group_index) * group_bytes();
   }
-  PYCOMPRESS_HOST_DEVICE int64_t used() const { return scales(n_pad() / kBlockN, 0); }
-  int64_t bytes() const { return used() + (k - 1) % kStep * (kPadN * static_cast<int>(bits) / 8) + (n - 1) % kPadN; }
+  PYCOMPRESS_HOST_DEVICE int64_t bytes() const { return scales(n_pad() / kBlockN, 0); }
 };
-
-// The int4 weight [n, k] that a buffer of this length holds; group 0: none.
-inline Packed int4_of(int64_t bytes, int64_t n, int64_t k) {
-  for (const int group : {32, 64, 128})
-    for (const bool symmetric : {false, true}) {
-      const Packed shape{Bits::four, n, k, group, symmetric};
-      if (shape.bytes() == bytes) return shape;
-    }
-  return {Bits::four, n, k};
-}
 
 }  // namespace pycompress::weight_only::cuda

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +25,10 @@ from torch import Tensor, nn
 
 from pycompress import ops
 from pycompress.benchmark.environment import versions
-from pycompress.benchmark.harness import Timing, ratio
+from pycompress.benchmark.harness import Timing
 from pycompress.benchmark.peers import UnavailableError, relative_error
-from pycompress.benchmark.results import Record
-from pycompress.methods.weight import Weight
+from pycompress.benchmark.results import Record, microseconds, time_ratios
+from pycompress.weights import Weight
 
 MOST_SETS = 64
 CALLS = 32  # in a graph, at least
@@ -65,7 +66,7 @@ class Case(NamedTuple):
 
     op: str
     builds: Mapping[str, Build]
-    every_kernel: Callable[[], Mapping[str, Build]]
+    every_kernel: Callable[[], Mapping[str, Build]] = dict
     shapes: Sequence[tuple[int, int, int]] = MANY_ROWS
     weight: Callable[[int, int], Weight] | None = None
 
@@ -196,14 +197,14 @@ def measure_cuda(
     quartiles), or `unavailable`: why not.
     """
     for m, k, n in shapes:
-        sets = sets_of(m, k, n, case.weight)
+        cell, sets = {"op": case.op, "m": m, "k": k, "n": n}, sets_of(m, k, n, case.weight)
         ready: dict[str, Candidate] = {}
         records: list[Record] = []
         for name, build in builds.items():
             try:
                 ready[name] = prepare(build, sets)
             except (UnavailableError, RuntimeError) as error:
-                records.append({"op": case.op, "m": m, "k": k, "n": n, "candidate": name, "unavailable": str(error)})
+                records.append({**cell, "candidate": name, "unavailable": str(error)})
         seconds: dict[str, list[float]] = {name: [] for name in ready}
         for turn in range(rounds + 1):
             for name, candidate in ready.items():
@@ -216,21 +217,15 @@ def measure_cuda(
             own, y = timings[name], candidate.runs[0]()
             records.append(
                 {
-                    "op": case.op,
-                    "m": m,
-                    "k": k,
-                    "n": n,
+                    **cell,
                     "candidate": name,
-                    "us": own.median * 1e6,
-                    "us_quartiles": [value * 1e6 for value in own.quartiles],
+                    **microseconds(own),
                     "tops": 2e-12 * m * k * n / own.median,
                     "host_us": host_microseconds(candidate.runs[0]),
                     "kernels": kernel_names(candidate.runs[0]),
                     "state": state,
                     "relative_error": relative_error(y.float(), expected) if y.is_floating_point() else None,
-                    "time_ratio": {
-                        other: list(ratio(timing, own)) for other, timing in timings.items() if other != name
-                    },
+                    "time_ratio": time_ratios(name, timings),
                 }
             )
         yield records
@@ -259,7 +254,7 @@ def run_cuda(
     rounds: int,
     output: Path | None,
 ) -> Iterator[str]:
-    """Measures the cases, on their own shapes where none are given, yields what to print, and writes JSON lines.
+    """Measures the cases, on their own shapes where none are given, yields what to print, and writes JSON lines as they come.
 
     Raises:
         RuntimeError: there is no device, and why.
@@ -267,15 +262,23 @@ def run_cuda(
     why = ops.cuda_error()
     if why is not None:
         raise RuntimeError(f"the CUDA benchmark needs a device: {why}")
-    header = {"environment": environment()}
-    yield json.dumps(header)
-    with torch.inference_mode():
-        found = [header]
+    with ExitStack() as stack:
+        file = None
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(output.open("w"))
+
+        def keep(*records: Record) -> None:
+            if file is not None:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.flush()  # whoever stops the run keeps what was measured
+
+        stack.enter_context(torch.inference_mode())
+        header: Record = {"environment": environment()}
+        keep(header)
+        yield json.dumps(header)
         for case in cases:
             builds = {**case.builds, **(case.every_kernel() if every_kernel else {})}
             for records in measure_cuda(case, shapes or case.shapes, builds, rounds=rounds):
-                found += records
+                keep(*records)
                 yield from lines(records)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(line) + "\n" for line in found))

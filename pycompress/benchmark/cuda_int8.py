@@ -14,7 +14,8 @@ from pycompress.benchmark.cuda import Build, Case, Run, Set, event_seconds, torc
 from pycompress.benchmark.peers import UnavailableError
 from pycompress.methods.int8 import Int8
 from pycompress.nn.int8 import Int8Linear
-from pycompress.ops import cuda
+from pycompress.ops.cuda import int8
+from pycompress.ops.cuda.native import stream_of
 
 # (m, k, n)
 CUDA_SHAPES = (
@@ -42,12 +43,11 @@ def our_product(kernel: str = "") -> Build:
     """The GEMM with its epilogue alone, rows quantized before; by one kernel, or by the one that dispatch takes."""
 
     def build(one: Set) -> Run:
-        layer, k = _layer(one.linear), one.x.shape[1]
-        rows, _, _ = cuda.int8_rows(one.x, k, 8)
+        layer, rows = _layer(one.linear), int8.rows(one.x, one.x.shape[1], 8)
         y = one.x.new_empty((one.x.shape[0], layer.n))
 
         def run() -> Tensor:
-            cuda.int8_multiply(rows, k, layer.packed, y, layer.weight_scale, layer.bias, kernel=kernel)
+            int8.multiply(rows, layer.packed, layer.form, y, layer.bias, kernel=kernel)
             return y
 
         return run
@@ -56,7 +56,7 @@ def our_product(kernel: str = "") -> Build:
 
 
 def our_quantizer(one: Set) -> Run:
-    return lambda: cuda.int8_rows(one.x, one.x.shape[1], 8)[0]
+    return lambda: int8.rows(one.x, one.x.shape[1], 8).workspace
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -161,25 +161,14 @@ class CublasLt:
         product = self._created("cublasLtMatmulDescCreate", self.COMPUTE_32I, self.R_32I)
         transpose = ctypes.c_int32(self.OP_T)
         self._call("cublasLtMatmulDescSetAttribute", product, self.TRANSA, ctypes.byref(transpose), ctypes.c_size_t(4))
-        layouts = [
-            self._created(
-                "cublasLtMatrixLayoutCreate",
-                kind,
-                ctypes.c_uint64(rows),
-                ctypes.c_uint64(columns),
-                ctypes.c_int64(rows),
-            )
-            for kind, rows, columns in ((self.R_8I, k, n), (self.R_8I, k, m), (self.R_32I, n, m))
-        ]
+        layouts = []
+        for kind, rows, columns in ((self.R_8I, k, n), (self.R_8I, k, m), (self.R_32I, n, m)):
+            sizes = ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows)
+            layouts.append(self._created("cublasLtMatrixLayoutCreate", kind, *sizes))
         preference = self._created("cublasLtMatmulPreferenceCreate")
-        size = ctypes.c_size_t(self.WORKSPACE)
-        self._call(
-            "cublasLtMatmulPreferenceSetAttribute",
-            preference,
-            self.MAX_WORKSPACE,
-            ctypes.byref(size),
-            ctypes.c_size_t(8),
-        )
+        size, bytes_of_size = ctypes.c_size_t(self.WORKSPACE), ctypes.c_size_t(8)
+        attribute = self.MAX_WORKSPACE, ctypes.byref(size), bytes_of_size
+        self._call("cublasLtMatmulPreferenceSetAttribute", preference, *attribute)
         results, count = ctypes.create_string_buffer(self.RESULT_BYTES * self.ALGORITHMS), ctypes.c_int()
         self._call(
             "cublasLtMatmulAlgoGetHeuristic", self.handle, product, *layouts, layouts[2], preference, self.ALGORITHMS,
@@ -194,7 +183,7 @@ class CublasLt:
             self._call(
                 "cublasLtMatmul", self.handle, product, ctypes.byref(one_), a, layouts[0], b, layouts[1],
                 ctypes.byref(zero), c, layouts[2], c, layouts[2], ctypes.byref(results, self.RESULT_BYTES * algorithm),
-                ctypes.c_void_p(self.workspace.data_ptr()), size, ctypes.c_void_p(cuda.stream_of(q.device.index)),
+                ctypes.c_void_p(self.workspace.data_ptr()), size, ctypes.c_void_p(stream_of(q.device.index)),
             )  # fmt: skip
             return y
 

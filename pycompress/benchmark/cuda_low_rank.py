@@ -10,8 +10,8 @@ from torch import nn
 from pycompress.benchmark.cuda import Build, Case, Run, Set, torch_dense
 from pycompress.benchmark.cuda_int8 import ours as dense_int8
 from pycompress.methods.int8 import Int8
-from pycompress.methods.low_rank import LowRankWeight
 from pycompress.nn.low_rank import LowRankLinear
+from pycompress.weights import LowRankWeight
 
 BRANCH_RANK = 32
 
@@ -45,19 +45,9 @@ def torch_two_linears(one: Set) -> Run:
     return lambda: nn.functional.linear(nn.functional.linear(one.x, down), up, bias)
 
 
-def nothing_more() -> Mapping[str, Build]:
-    """There are several launches in a layer: none of its kernels is forced alone."""
-    return {}
-
-
 DENSE: Mapping[str, Build] = {"torch_bf16": torch_dense(torch.bfloat16), "pycompress_dense_int8": dense_int8}
 
-LOW_RANK_WIDE = (
-    Case(
-        "low_rank_wide_cuda",
-        {"pycompress_low_rank": ours, **DENSE, "torch_two_linears": torch_two_linears},
-        nothing_more,
-        weight=an_eighth,
-    ),
-)
-SIDE_BRANCH = (Case("side_branch_cuda", {"pycompress_side_branch": ours, **DENSE}, nothing_more, weight=beside_int8),)
+# There are several launches in a layer: none of its kernels is forced alone.
+_WIDE = {"pycompress_low_rank": ours, **DENSE, "torch_two_linears": torch_two_linears}
+LOW_RANK_WIDE = (Case("low_rank_wide_cuda", _WIDE, weight=an_eighth),)
+SIDE_BRANCH = (Case("side_branch_cuda", {"pycompress_side_branch": ours, **DENSE}, weight=beside_int8),)

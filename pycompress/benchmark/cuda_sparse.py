@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from pycompress.benchmark.cuda import Build, Case, Run, Set, torch_dense
 from pycompress.benchmark.cuda_int8 import ours as dense_int8
 from pycompress.benchmark.peers import UnavailableError
-from pycompress.methods.sparse import Sparse, SparseWeight
-from pycompress.methods.weight import Weight
+from pycompress.methods.sparse import Sparse
 from pycompress.nn.sparse import SparseLinear
-from pycompress.ops import cuda, cuda_blocks, cuda_structured, cuda_tiles
+from pycompress.ops.cuda import native, sparse
+from pycompress.ops.cuda.sparse_layout import ELEMENTS
+from pycompress.weights import SparseWeight, Weight
 
 BLOCKS = (("64x64", 80), ("64x64", 90), ("32x32", 80), ("16x16", 80))  # and zeros in per cent
 
@@ -46,8 +47,7 @@ def ours(bits: int) -> Build:
 def our_kernel(bits: int, name: str) -> Build:
     def build(one: Set) -> Run:
         layer = _layer(one, bits)
-        linear = cuda_structured.linear if layer.packed.dim() == 3 else cuda_blocks.linear
-        return lambda: linear(one.x, layer.packed, layer.n, layer.weight_scale, layer.bias, "none", name)
+        return lambda: sparse.linear(one.x, layer.packed, layer.form, layer.bias, "none", name)
 
     return build
 
@@ -55,10 +55,10 @@ def our_kernel(bits: int, name: str) -> Build:
 def every_kernel(table: str, size: int | None = None) -> dict[str, Build]:
     """The layers by each kernel of the native function's table that takes blocks of this size and runs here."""
     major, minor = torch.cuda.get_device_capability()
-    bits = {cuda_tiles.ELEMENTS[torch.bfloat16]: 32, cuda_tiles.ELEMENTS[torch.int8]: 8}
+    bits = {ELEMENTS[torch.bfloat16]: 32, ELEMENTS[torch.int8]: 8}
     return {
         f"pycompress_{row['name']}": our_kernel(bits[row["element"]], row["name"])
-        for row in getattr(cuda.native("bench"), table)()
+        for row in getattr(native.native("bench"), table)()
         if row["element"] in bits
         and row.get("size") == size
         and (row["arch"] == 80 or 10 * major + minor == row["arch"])

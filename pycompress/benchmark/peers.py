@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from pycompress.benchmark.harness import interleave
-from pycompress.methods.int4 import Int4Weight, pack_nibbles
+from pycompress.weights import Int4Weight
+from pycompress.weights.int4 import pack_nibbles
 
 
 class UnavailableError(Exception):
@@ -49,8 +50,7 @@ def module_call(layer: nn.Module) -> Bind:
     return bind
 
 
-def torch_fp32(linear: nn.Linear) -> Bind:
-    return module_call(linear)
+torch_fp32 = torch_two = module_call
 
 
 def torch_dynamic(engine: str) -> Build:
@@ -123,7 +123,7 @@ def ort_fp32(linear: nn.Linear) -> Bind:
     weight, bias = _arrays(linear)
     nodes = [Node("MatMul", ["x", "weight"], ["product"]), Node("Add", ["product", "bias"], ["y"])]
     constants = {"weight": np.ascontiguousarray(weight.T), "bias": bias}
-    return _ort_linear(linear.in_features, linear.out_features, nodes, constants, spinning=False)
+    return _ort_linear(linear.in_features, linear.out_features, nodes, constants)
 
 
 class TwoLinears(nn.Module):
@@ -139,10 +139,6 @@ class TwoLinears(nn.Module):
         return y
 
 
-def torch_two(factors: TwoLinears) -> Bind:
-    return module_call(factors)
-
-
 def ort_two(factors: TwoLinears) -> Bind:
     """Two MatMul and an Add."""
     down, (up, bias) = factors.down.weight.detach().numpy(), _arrays(factors.up)
@@ -152,7 +148,7 @@ def ort_two(factors: TwoLinears) -> Bind:
         Node("Add", ["product", "bias"], ["y"]),
     ]
     constants = {"down": np.ascontiguousarray(down.T), "up": np.ascontiguousarray(up.T), "bias": bias}
-    return _ort_linear(down.shape[1], up.shape[0], nodes, constants, spinning=False)
+    return _ort_linear(down.shape[1], up.shape[0], nodes, constants)
 
 
 def ort_int8(signed: bool, *, spinning: bool = False) -> Build:
@@ -237,12 +233,7 @@ def _arrays(linear: nn.Linear) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, An
 
 
 def _ort_linear(
-    k: int,
-    n: int,
-    nodes: list[Node],
-    constants: dict[str, np.ndarray[Any, Any]],
-    *,
-    spinning: bool,
+    k: int, n: int, nodes: list[Node], constants: dict[str, np.ndarray[Any, Any]], *, spinning: bool = False
 ) -> Bind:
     """A session for a graph x [m, k] -> y [m, n]."""
     try:
@@ -279,12 +270,17 @@ def dense_linear(k: int, n: int, weights: str = "gaussian") -> nn.Linear:
     if weights not in ("gaussian", "uniform"):
         raise ValueError(f'weights is {weights!r}, expected "gaussian" or "uniform"')
     generator = torch.Generator().manual_seed(k * 65537 + n)
-    linear = nn.Linear(k, n)
+    return _filled(nn.Linear(k, n), generator, weights)
+
+
+def _filled(linear: nn.Linear, generator: torch.Generator, weights: str = "gaussian") -> nn.Linear:
+    """The layer with random numbers, which need no gradient."""
+    bound = linear.in_features**-0.5
     for parameter in linear.parameters():
         if weights == "gaussian":
-            nn.init.normal_(parameter, std=k**-0.5, generator=generator)
+            nn.init.normal_(parameter, std=bound, generator=generator)
         else:
-            nn.init.uniform_(parameter, -(k**-0.5), k**-0.5, generator=generator)
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
         parameter.requires_grad_(False)
     return linear
 
@@ -294,9 +290,7 @@ def two_linears(k: int, rank: int, n: int, *, bias: bool = True) -> TwoLinears:
     generator = torch.Generator().manual_seed(k * 65537 + n)
     factors = TwoLinears(k, rank, n, bias=bias)
     for linear in (factors.down, factors.up):
-        for parameter in linear.parameters():
-            nn.init.normal_(parameter, std=linear.in_features**-0.5, generator=generator)
-            parameter.requires_grad_(False)
+        _filled(linear, generator)
     return factors
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pycompress.benchmark.environment import Environment
-from pycompress.benchmark.harness import geometric_mean
+from pycompress.benchmark.harness import Timing, geometric_mean, ratio
 
 Record = dict[str, Any]
 
@@ -25,6 +25,17 @@ def best_ratio(record: Record, peers: Iterable[str]) -> float:
     Peers that did not run are left out; raises ValueError where none did.
     """
     return float(min(record["time_ratio"][peer][0] for peer in peers if peer in record["time_ratio"]))
+
+
+def microseconds(timing: Timing) -> Record:
+    """What a record says about the time of a candidate: the median and the quartiles of its rounds."""
+    return {"us": timing.median * 1e6, "us_quartiles": [value * 1e6 for value in timing.quartiles]}
+
+
+def time_ratios(name: str, timings: Mapping[str, Timing], references: Iterable[str] | None = None) -> Record:
+    """Median and quartiles of the time of each other candidate, or of the references, over that of this one."""
+    others = timings if references is None else references
+    return {other: list(ratio(timings[other], timings[name])) for other in others if other != name}
 
 
 @dataclass(frozen=True)

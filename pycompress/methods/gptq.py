@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pycompress.methods.groups import Grid, Rounded, searched
-from pycompress.methods.inputs import DAMPING
+from pycompress.methods.inputs import damped_root
 
 
 def rounded(w: Tensor, moment: Tensor, group: int, *, symmetric: bool) -> Rounded | None:
@@ -44,13 +44,10 @@ def rounded(w: Tensor, moment: Tensor, group: int, *, symmetric: bool) -> Rounde
 
 def _spread(moment: Tensor) -> Tensor | None:
     """float64 [k, k], upper triangular with ones on the diagonal: U, each row over its diagonal."""
-    damping = DAMPING * float(moment.diagonal().mean())
-    if damping == 0:
+    root = damped_root(moment, "Int4")
+    if root is None:
         return None
-    factor, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(len(moment), dtype=torch.float64))
-    if int(failed):
-        raise ValueError("Int4: the second moment of the inputs has negative eigenvalues, expected none")
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
     return upper / upper.diagonal()[:, None]
 
 

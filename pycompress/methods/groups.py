@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-TOP = 15  # the largest integer; the smallest is 0
-SYMMETRIC_ZERO_POINT = 8
-# Of a scale: normal in float32, and so small that 15 steps, the largest weight, are finite.
-SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, 2.0**124
+from pycompress.weights.int4 import LARGEST_SCALE, SMALLEST_SCALE, SYMMETRIC_ZERO_POINT, TOP
 
 # The search tries these shares of each group's range, and then, for the best of them, the scale that fits its integers best.
 # Denser shares, more rounds and other zero points would win 1 % of the error (all-MiniLM-L6-v2, groups of 32: the whole range

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pycompress.weights.weight import described
+
 # Added to the diagonal of the second moment, as a share of its mean: enough for directions that calibration never showed to count.
 # Between 1e-6 and 1e-2 it changes the embeddings of a MiniLM by less than 0.001 in cosine.
 DAMPING = 1e-2
@@ -39,9 +41,9 @@ class InputStatistics:
             return
         moment, mean = self.second_moment, self.mean
         if moment is None or moment.dtype != torch.float64 or moment.dim() != 2 or len(set(moment.shape)) != 1:
-            raise ValueError(f"InputStatistics: second_moment is {_kind(moment)}, expected float64 [k, k]")
+            raise ValueError(f"InputStatistics: second_moment is {described(moment)}, expected float64 [k, k]")
         if mean is None or mean.dtype != torch.float64 or mean.shape != moment.shape[:1]:
-            raise ValueError(f"InputStatistics: mean is {_kind(mean)}, expected float64 [{moment.shape[0]}]")
+            raise ValueError(f"InputStatistics: mean is {described(mean)}, expected float64 [{moment.shape[0]}]")
         for name, tensor in (("second_moment", moment), ("mean", mean)):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"InputStatistics: {name} holds NaN or Inf, expected finite values")
@@ -58,9 +60,17 @@ class InputStatistics:
         means = [part.mean * (part.rows / rows) for part in parts if part.mean is not None]
         return cls(rows, torch.stack(moments).sum(dim=0), torch.stack(means).sum(dim=0))
 
+    def moment(self, kind: str, k: int) -> Tensor:
+        """The second moment, for a weight [n, k]; ``kind``: who asks. Raises ValueError where there is none, or of another size."""
+        if self.second_moment is None:
+            raise ValueError(f"{kind}: inputs are those of an embedding, expected a second moment")
+        if len(self.second_moment) != k:
+            raise ValueError(f"{kind}: inputs are {len(self.second_moment)} features wide, the weight has k = {k}")
+        return self.second_moment
+
     def __repr__(self) -> str:
-        tensor = self.counts if self.second_moment is None else self.second_moment
-        return f"InputStatistics(rows={self.rows}, {'counts' if self.second_moment is None else 'second_moment'}={_kind(tensor)})"
+        name = "counts" if self.second_moment is None else "second_moment"
+        return f"InputStatistics(rows={self.rows}, {name}={described(getattr(self, name))})"
 
     def _check_counts(self, counts: Tensor) -> None:
         if self.second_moment is not None or self.mean is not None:
@@ -68,11 +78,27 @@ class InputStatistics:
                 "InputStatistics: counts and second_moment or mean were given, expected the one or the others"
             )
         if counts.dtype != torch.int64 or counts.dim() != 1:
-            raise ValueError(f"InputStatistics: counts is {_kind(counts)}, expected int64 [num_embeddings]")
+            raise ValueError(f"InputStatistics: counts is {described(counts)}, expected int64 [num_embeddings]")
         if bool((counts < 0).any()) or int(counts.sum()) != self.rows:
             raise ValueError(
                 f"InputStatistics: counts add up to {int(counts.sum())}, expected numbers from 0 that make {self.rows} rows"
             )
+
+
+def damped_root(moment: Tensor, kind: str) -> Tensor | None:
+    """L, float64 [k, k], with L L^T the damped second moment; None where the inputs are all zero, and say nothing.
+
+    Raises:
+        ValueError: the second moment is that of no inputs: it has negative eigenvalues; ``kind``: who asks.
+    """
+    damping = DAMPING * float(moment.diagonal().mean())
+    if damping == 0:
+        return None
+    factor, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(len(moment), dtype=torch.float64))
+    if int(failed):
+        raise ValueError(f"{kind}: the second moment of the inputs has negative eigenvalues, expected none")
+    root: Tensor = factor
+    return root
 
 
 class Metric:
@@ -87,17 +113,8 @@ class Metric:
 
     def whitened(self, w: Tensor) -> Tensor:
         """w L, float64 [n, k], with L L^T the damped second moment."""
-        if self.moment is None:
-            return w
-        damping = DAMPING * float(self.moment.diagonal().mean())
-        if damping == 0:  # inputs that are always zero say nothing
-            return w
-        damped = self.moment + damping * torch.eye(len(self.moment), dtype=torch.float64)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            raise ValueError("LowRank: the second moment of the inputs has negative eigenvalues, expected none")
-        white: Tensor = w @ factor
-        return white
+        root = None if self.moment is None else damped_root(self.moment, "LowRank")
+        return w if root is None else w @ root
 
     def squares(self, rows: Tensor) -> Tensor:
         """The mean squares of what rows float64 [r, k] make of the inputs: float64 [r]."""
@@ -105,7 +122,3 @@ class Metric:
 
     def norm(self, rows: Tensor) -> float:
         return float(self.squares(rows).sum().sqrt())
-
-
-def _kind(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

@@ -6,38 +6,23 @@ inputs into the weight; that is not done here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pycompress.methods import break_even, low_rank_conv, svd
-from pycompress.methods.break_even import Residual
-from pycompress.methods.dense import DenseWeight
 from pycompress.methods.inputs import DAMPING, InputStatistics, Metric
-from pycompress.methods.int4 import Int4, Int4Weight
-from pycompress.methods.int8 import Int8, Int8Weight
-from pycompress.methods.low_rank_conv import DECOMPOSITIONS, LowRankConv2dWeight, Shape4
-from pycompress.methods.sparse import SparseWeight
+from pycompress.methods.int8 import Int8
+from pycompress.methods.method import CalibratedMethod, Method, Refused, Timing, finite_matrix, is_method
 from pycompress.methods.svd import balanced
-from pycompress.methods.weight import (
-    CalibratedMethod,
-    Expected,
-    Method,
-    Refused,
-    check_tensors,
-    finite_matrix,
-    is_method,
-    matrix_shape,
-)
-
-# What may stand beside the factors, by the name of its method.
-RESIDUALS: dict[str, type[Residual]] = {kind.name: kind for kind in (Int8Weight, Int4Weight, SparseWeight, DenseWeight)}
-_PREFIX = "residual_"
+from pycompress.profiles import DEFAULT, Profile, profile
+from pycompress.weights import Weight
+from pycompress.weights.low_rank import RESIDUAL, LowRankWeight, unshared_bits
+from pycompress.weights.low_rank_conv import DECOMPOSITIONS, LowRankConv2dWeight, Ranks, Shape4, largest_ranks
 
 BREAK_EVEN = "break-even"
 
@@ -50,14 +35,14 @@ class LowRank:
     one with the smallest ||(W - W_r) X||_F. Both project the outputs on their r leading directions.
 
     Args:
-        rank: from 1 to min(n, k); or "break-even": the largest rank that is measured, here and now, to be not slower than the dense
-            layer (linear layers without a residual only).
+        rank: from 1 to min(n, k); or "break-even": the largest rank that ``compress()`` measures, here and now, to be not slower
+            than the dense layer (linear layers without a residual only).
         energy: instead of a rank: the smallest one that keeps this share of ||W X||_F^2 (of ||W||_F^2 without inputs), in (0, 1].
         error: instead of a rank: the smallest one with ||(W - W_r) X||_F at most this share of ||W X||_F, in [0, 1).
         bits: 32 (default: float32 factors) or 8: factors quantized per row as :class:`Int8` does it.
         activation_bits: 7 (default) or 8, for 8-bit factors: the range in which the layer quantizes what each of them meets.
-        residual: the method that compresses what the factors leave: ``Int8``, ``Int4``, ``Sparse`` or ``Dense``. ``Int4`` is given
-            the inputs too.
+        residual: the method that compresses what the factors leave: ``Int8``, ``Int4`` (which is given the inputs too), ``Sparse``,
+            ``Dense``, or another whose weights are registered and have no residual of their own.
         alternations: how often factors and residual are fitted again in turn, each to what the other leaves; of all rounds the one
             with the smallest error of the outputs is taken.
         algorithm: ``exact`` (LAPACK, in float64), ``randomized`` (see methods/svd.py for its bound; needs a rank) or ``auto``:
@@ -66,6 +51,7 @@ class LowRank:
             that of both its sides, or the size of a side that is smaller).
         embeddings: take embeddings too, each token counting as often as calibration met it.
         rank_guard: refuse a rank whose layer would not be smaller and faster than the dense one (an embedding: smaller).
+        profile: the machine by whose speeds ``rank_guard`` judges (see :mod:`pycompress.profiles`).
         inputs: what the layer's inputs look like; ``compress(..., calibration=...)`` sets it for each layer.
     Raises:
         TypeError: an argument of another type. ValueError: another value, or not exactly one of rank, energy and error.
@@ -84,14 +70,15 @@ class LowRank:
     decomposition: str = field(default="channel", kw_only=True)
     embeddings: bool = field(default=False, kw_only=True)
     rank_guard: bool = field(default=True, kw_only=True)
+    profile: str | Profile = field(default=DEFAULT, kw_only=True)
     inputs: InputStatistics | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_size()
-        for name, known in (("bits", (8, 32)), ("activation_bits", (7, 8))):
-            value = getattr(self, name)
-            if type(value) is not int or value not in known:
-                raise ValueError(f"LowRank: {name} is {value!r}, expected {known[0]} or {known[1]}")
+        for option in LowRankWeight.options:
+            if option.name in ("bits", "activation_bits"):
+                option.check("LowRank", getattr(self, option.name))
+        profile("LowRank", "profile", self.profile)
         for name, names in (("algorithm", svd.ALGORITHMS), ("decomposition", DECOMPOSITIONS)):
             if getattr(self, name) not in names:
                 raise ValueError(f"LowRank: {name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
@@ -126,10 +113,11 @@ class LowRank:
         residual, alternations = self.residual, self.alternations
         if residual is not None and not is_method(residual):
             raise TypeError(f"LowRank: residual is {residual!r}, expected a method such as Int8() or None")
-        if residual is not None and residual.name not in RESIDUALS:
-            raise ValueError(f"LowRank: residual is {residual!r}, expected Int8, Int4, Sparse or Dense")
-        if isinstance(residual, Int8 | Int4) and residual.activation_bits == 16:
-            raise ValueError(f"LowRank: residual is {residual!r}, expected activation_bits {_shared_bits(residual)}")
+        if residual is not None and residual.name not in RESIDUAL.known():
+            known = ", ".join(RESIDUAL.known())
+            raise ValueError(f"LowRank: residual is {residual!r}, expected one that makes weights of {known}")
+        if expected := unshared_bits(residual):
+            raise ValueError(f"LowRank: residual is {residual!r}, expected activation_bits {expected}")
         if residual is not None and self.rank == BREAK_EVEN:
             raise ValueError(
                 f"LowRank: rank is {BREAK_EVEN!r} beside a residual, expected a number: it is measured without"
@@ -152,7 +140,7 @@ class LowRank:
     # --- what it takes --------------------------------------------------------------------------------------------
 
     def refuses(self, kind: str) -> str:
-        """Why it cannot take layers of a kind, ``Linear``, ``Conv2d`` or ``Embedding``; '' where it can."""
+        """Why it does not take layers of a kind, ``Linear``, ``Conv2d`` or ``Embedding``, for the sake of its options; or ''."""
         if kind == "Linear":
             return ""
         if kind == "Embedding" and not self.embeddings:
@@ -171,6 +159,34 @@ class LowRank:
     def for_convolution(self, shape: Shape4, stride: tuple[int, int]) -> Method:
         """The method for a convolution with a weight [n, channels, height, width]; it too is given the matrix [n, k]."""
         return _OfConvolution(self, shape, stride)
+
+    def measured(self, shape: tuple[int, int], time: Timing) -> LowRank:
+        """The method for a linear layer [n, k]: with the rank that "break-even" stands for, found by bisection on random factors.
+
+        Args:
+            time: gives the microseconds of the dense layer, and of the one with a weight in its place.
+        Raises:
+            Refused: no rank makes a layer that is smaller, and not slower.
+        """
+        if self.rank != BREAK_EVEN:
+            return self
+        n, k = shape
+
+        def is_fast(rank: int) -> bool:
+            dense_us, us = time(self._random(n, k, rank))
+            return us <= dense_us
+
+        rank = break_even.largest(min(n, k, break_even.largest_smaller(shape, self.bits)), is_fast)
+        if rank == 0:
+            raise Refused(f"no rank of a {n}x{k} layer is measured to be faster than the dense one here")
+        return replace(self, rank=rank, rank_guard=False)  # which would only estimate what was measured
+
+    def _random(self, n: int, k: int, rank: int) -> LowRankWeight:
+        dice = torch.Generator().manual_seed(0)
+        if self.bits == 32:
+            return LowRankWeight(torch.randn(rank, k, generator=dice), torch.randn(n, rank, generator=dice))
+        down, up = (torch.randint(-127, 128, size, dtype=torch.int8, generator=dice) for size in ((rank, k), (n, rank)))
+        return LowRankWeight(down, up, torch.ones(rank), torch.ones(n), self.activation_bits)
 
     # --- compression ----------------------------------------------------------------------------------------------
 
@@ -212,22 +228,18 @@ class LowRank:
         """None where the weight decides."""
         rank, most = self.rank, min(shape)
         if rank == BREAK_EVEN:
-            rank = break_even.measured(shape, self.bits, self.activation_bits)
-            if rank == 0:
-                raise Refused(
-                    f"no rank of a {shape[0]}x{shape[1]} layer is measured to be faster than the dense one here"
-                )
+            raise ValueError(
+                f"LowRank: rank is {BREAK_EVEN!r}, expected that measured() has put a number in its place, as compress() lets it"
+            )
         assert not isinstance(rank, str)
         if rank is not None and rank > most:
             raise ValueError(f"LowRank: rank is {rank}, expected at most {most} for a weight [{shape[0]}, {shape[1]}]")
         return rank
 
-    def _guard(self, shape: tuple[int, int], rank: int, residual: Residual | None) -> None:
+    def _guard(self, shape: tuple[int, int], rank: int, residual: Weight | None) -> None:
         if not self.rank_guard:
             return
-        most = break_even.estimated(shape, self.bits, residual)
-        if self.rank == BREAK_EVEN:  # whose time was measured
-            most = break_even.largest_smaller(shape, self.bits, residual)
+        most = break_even.estimated(shape, self.bits, profile("LowRank", "profile", self.profile), residual)
         if rank <= most:
             return
         n, k = shape
@@ -236,14 +248,7 @@ class LowRank:
         raise Refused(f"rank {rank}{beside} would not be smaller and faster than dense {n}x{k}: {limit}")
 
     def metric(self, k: int) -> Metric:
-        inputs = self.inputs
-        if inputs is None:
-            return Metric()
-        if inputs.second_moment is None:
-            raise ValueError("LowRank: inputs are those of an embedding, expected a second moment")
-        if len(inputs.second_moment) != k:
-            raise ValueError(f"LowRank: inputs are {len(inputs.second_moment)} features wide, the weight has k = {k}")
-        return Metric(inputs.second_moment)
+        return Metric(None if self.inputs is None else self.inputs.moment("LowRank", k))
 
     def split(self, target: Tensor, metric: Metric, rank: int | None) -> tuple[Tensor, Tensor]:
         """target float64 [n, k] -> down [r, k] and up [n, r], float64. The columns of up are the leading directions of the outputs,
@@ -282,7 +287,7 @@ class LowRank:
         """
         size = metric.squares(down).sqrt()  # of what each row of down gives: root mean square over the inputs
         share = torch.where(size > 0, size.sqrt(), 1.0)
-        int8 = Int8(self.activation_bits)
+        int8 = Int8(self.activation_bits, fit=self.profile)
         first, second = (int8.compress(m.float().contiguous()) for m in (down / share[:, None], up * share))
         return LowRankWeight(first.values, second.values, first.scale, second.scale, self.activation_bits)
 
@@ -294,7 +299,6 @@ class LowRank:
         if self.inputs is not None and isinstance(method, CalibratedMethod):
             method = method.with_inputs(self.inputs)
         residual = method.compress((target - factors.decompress()).float())
-        assert isinstance(residual, Int8Weight | Int4Weight | SparseWeight | DenseWeight)
         return replace(factors, residual=residual)
 
     def _alternated(self, target: Tensor, best: LowRankWeight, metric: Metric) -> LowRankWeight:
@@ -352,7 +356,7 @@ class _OfConvolution:
         return Metric(columns.mean(dim=-1).reshape(c * height, c * height))
 
     def _tucker(self, w4: Tensor) -> LowRankConv2dWeight:
-        rank, most = self.method.rank, low_rank_conv.largest_ranks("tucker", self.shape)
+        rank, most = self.method.rank, largest_ranks("tucker", self.shape)
         if rank is None:
             return low_rank_conv.tucker(w4, low_rank_conv.tucker_ranks(w4, self.method.lost, self.stride))
         assert isinstance(rank, int)
@@ -360,11 +364,11 @@ class _OfConvolution:
             raise ValueError(f"LowRank: rank is {rank}, expected at most {max(most)} for a weight {list(self.shape)}")
         return low_rank_conv.tucker(w4, (min(rank, most[0]), min(rank, most[1])))
 
-    def _guard(self, ranks: low_rank_conv.Ranks) -> None:
+    def _guard(self, ranks: Ranks) -> None:
         if not self.method.rank_guard or self._is_better(ranks):
             return
-        limits = low_rank_conv.largest_ranks(self.method.decomposition, self.shape)
-        even: low_rank_conv.Ranks = ()
+        limits = largest_ranks(self.method.decomposition, self.shape)
+        even: Ranks = ()
         for rank in range(1, max(limits) + 1):
             smaller = tuple(min(rank, limit) for limit in limits)
             if not self._is_better(smaller):
@@ -376,206 +380,7 @@ class _OfConvolution:
             f"{'x'.join(map(str, self.shape))}: {limit}"
         )
 
-    def _is_better(self, ranks: low_rank_conv.Ranks) -> bool:
-        kind = self.method.decomposition
-        time = low_rank_conv.cost(kind, self.shape, ranks, self.stride)
+    def _is_better(self, ranks: Ranks) -> bool:
+        kind, machine = self.method.decomposition, profile("LowRank", "profile", self.method.profile)
+        time = low_rank_conv.cost(kind, self.shape, ranks, self.stride, machine)
         return time < 1 and low_rank_conv.share_of_bytes(kind, self.shape, ranks) < 1
-
-
-# --- the canonical weight -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankWeight:
-    """The canonical low-rank weight, up @ down (+ residual): what is saved, exported and compared; independent of any processor.
-
-    Attributes:
-        down: float32 or int8 [r, k], 1 <= r <= min(n, k); finite; integers in [-127, 127].
-        up: [n, r] of the same dtype.
-        down_scale, up_scale: float32 [r] and [n], positive and finite, for int8: a row is its integers times its scale. None
-            for float32.
-        activation_bits: 7 or 8 for int8, the range in which the layer quantizes what each factor meets. None for float32.
-        residual: the canonical weight [n, k] of what the factors leave, or None.
-    Raises:
-        ValueError: a field that breaks these rules.
-    """
-
-    name: ClassVar[str] = "low_rank"
-
-    down: Tensor
-    up: Tensor
-    down_scale: Tensor | None = None
-    up_scale: Tensor | None = None
-    activation_bits: int | None = None
-    residual: Residual | None = None
-
-    def __post_init__(self) -> None:
-        self._check_factors()
-        self._check_quantization()
-        residual = self.residual
-        if residual is not None and not isinstance(residual, tuple(RESIDUALS.values())):
-            raise ValueError(f"LowRankWeight: the residual is {type(residual).__name__}, expected {_RESIDUAL_TYPES}")
-        if residual is not None and residual.shape != self.shape:
-            raise ValueError(
-                f"LowRankWeight: the residual is {list(residual.shape)}, expected {list(self.shape)} as the factors make it"
-            )
-        if isinstance(residual, Int8Weight | Int4Weight) and residual.activation_bits == 16:
-            raise ValueError(f"LowRankWeight: the residual's activation_bits is 16, expected {_shared_bits(residual)}")
-
-    def _check_factors(self) -> None:
-        down, up = self.down, self.up
-        for name, factor in (("down", down), ("up", up)):
-            if factor.dtype not in (torch.float32, torch.int8) or factor.dim() != 2:
-                raise ValueError(
-                    f"LowRankWeight: {name} is {factor.dtype} {list(factor.shape)}, expected a float32 or int8 matrix"
-                )
-        if down.dtype != up.dtype or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"LowRankWeight: up is {up.dtype} {list(up.shape)}, expected {down.dtype} [n, {down.shape[0]}] as down is "
-                f"{list(down.shape)}"
-            )
-        _checked_rank(matrix_shape("LowRankWeight", self.shape), down.shape[0])
-        for name, tensor in self._own_tensors().items():
-            if tensor.device.type != "cpu":
-                raise ValueError(f"LowRankWeight: {name} is on {tensor.device}, expected the CPU")
-        for name, factor in (("down", down), ("up", up)):
-            if factor.dtype == torch.int8 and int(factor.amin()) < -127:
-                raise ValueError(f"LowRankWeight: {name} holds -128, expected integers in [-127, 127]")
-            if factor.dtype == torch.float32 and not bool(torch.isfinite(factor).all()):
-                raise ValueError(f"LowRankWeight: {name} holds NaN or Inf, expected finite values")
-
-    def _check_quantization(self) -> None:
-        bits, scales = self.activation_bits, {"down_scale": self.down_scale, "up_scale": self.up_scale}
-        if self.bits == 32:
-            given = [name for name, scale in scales.items() if scale is not None]
-            if given or bits is not None:
-                raise ValueError(
-                    f"LowRankWeight: {', '.join([*given, f'activation_bits {bits!r}'])} given, expected none for float32 factors"
-                )
-            return
-        _checked_activation_bits(bits)
-        for (name, scale), size in zip(scales.items(), (self.rank, self.shape[0]), strict=True):
-            if scale is None or scale.dtype != torch.float32 or scale.shape != (size,):
-                found = "None" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-                raise ValueError(f"LowRankWeight: {name} is {found}, expected float32 [{size}] for int8 factors")
-            if not bool(((scale > 0) & torch.isfinite(scale)).all()):
-                raise ValueError(f"LowRankWeight: a {name} is not a positive finite number")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up.shape[0], self.down.shape[1]
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def bits(self) -> int:
-        """Of a factor's weight: 32 or 8."""
-        return 32 if self.down.dtype == torch.float32 else 8
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """down float32 [r, k], up float32 [n, r], with their scales."""
-        down, up = self.down.to(torch.float32), self.up.to(torch.float32)
-        if self.down_scale is None or self.up_scale is None:
-            return down, up
-        return down * self.down_scale[:, None], up * self.up_scale[:, None]
-
-    def decompress(self) -> Tensor:
-        """float32 [n, k]."""
-        down, up = self.factors()
-        product = up @ down
-        return product if self.residual is None else product + self.residual.decompress()
-
-    # --- stored form ----------------------------------------------------------------------------------------------
-
-    def _own_tensors(self) -> dict[str, Tensor]:
-        stored = {"down": self.down, "up": self.up, "down_scale": self.down_scale, "up_scale": self.up_scale}
-        return {name: tensor for name, tensor in stored.items() if tensor is not None}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by the names that it has below the layer's; the residual's behind ``residual_``."""
-        residual = {} if self.residual is None else self.residual.tensors()
-        return {**self._own_tensors(), **{_PREFIX + name: tensor for name, tensor in residual.items()}}
-
-    def settings(self) -> dict[str, Any]:
-        """The rest, for JSON."""
-        rest: dict[str, Any] = {"rank": self.rank, "bits": self.bits}
-        if self.activation_bits is not None:
-            rest["activation_bits"] = self.activation_bits
-        if self.residual is not None:
-            rest["residual"] = {"method": self.residual.name, **self.residual.settings()}
-        return rest
-
-    @classmethod
-    def expected(cls, shape: tuple[int, int], settings: Mapping[str, object]) -> Expected:
-        """Shape and dtype of each of the :meth:`tensors` of a weight [n, k] with these settings; allocates nothing.
-
-        Raises:
-            ValueError: a setting that is missing, unknown, of the wrong type or out of range, or an impossible shape.
-        """
-        n, k = matrix_shape(cls.__name__, shape)
-        rank, bits = _checked_rank((n, k), settings.get("rank")), settings.get("bits")
-        if type(bits) is not int or bits not in (8, 32):
-            raise ValueError(f"LowRankWeight: bits is {bits!r}, expected 8 or 32")
-        names = {"rank", "bits"} | ({"activation_bits"} if bits == 8 else set())
-        if set(settings) - {"residual"} != names:
-            raise ValueError(
-                f"LowRankWeight: the settings are {list(settings)}, expected {sorted(names)} and possibly 'residual'"
-            )
-        dtype = torch.int8 if bits == 8 else torch.float32
-        tensors: Expected = {"down": ((rank, k), dtype), "up": ((n, rank), dtype)}
-        if bits == 8:
-            _checked_activation_bits(settings["activation_bits"])
-            tensors |= {"down_scale": ((rank,), torch.float32), "up_scale": ((n,), torch.float32)}
-        if "residual" not in settings:
-            return tensors
-        kind, rest = _residual_of(settings["residual"])
-        return {**tensors, **{_PREFIX + name: form for name, form in kind.expected((n, k), rest).items()}}
-
-    @classmethod
-    def from_tensors(
-        cls, shape: tuple[int, int], tensors: Mapping[str, Tensor], settings: Mapping[str, object]
-    ) -> LowRankWeight:
-        """The inverse of :meth:`tensors` and :meth:`settings`. Raises ValueError where anything does not fit."""
-        check_tensors(cls.__name__, tensors, cls.expected(shape, settings))
-        residual = None
-        if "residual" in settings:
-            kind, rest = _residual_of(settings["residual"])
-            own = {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
-            residual = kind.from_tensors(shape, own, rest)
-        bits = settings.get("activation_bits")
-        assert bits is None or isinstance(bits, int)
-        return cls(tensors["down"], tensors["up"], tensors.get("down_scale"), tensors.get("up_scale"), bits, residual)
-
-
-_RESIDUAL_TYPES = "Int8Weight, Int4Weight, SparseWeight, DenseWeight or None"
-
-
-def _shared_bits(residual: Method | Residual) -> str:
-    """The activation_bits that a residual may have, which is multiplied with the quantized rows of the layer."""
-    return "8" if residual.name == Int4.name else "7 or 8"
-
-
-def _checked_rank(shape: tuple[int, int], rank: object) -> int:
-    n, k = shape
-    if type(rank) is not int or not 1 <= rank <= min(n, k):
-        raise ValueError(f"LowRankWeight: rank is {rank!r}, expected 1 to {min(n, k)} for a weight [{n}, {k}]")
-    return rank
-
-
-def _checked_activation_bits(bits: object) -> None:
-    if type(bits) is not int or bits not in (7, 8):
-        raise ValueError(f"LowRankWeight: activation_bits is {bits!r}, expected 7 or 8 for int8 factors")
-
-
-def _residual_of(settings: object) -> tuple[type[Residual], dict[str, object]]:
-    """The class of the residual that a file describes, and its own settings."""
-    if not isinstance(settings, Mapping):
-        raise ValueError(
-            f"LowRankWeight: residual is {settings!r}, expected a dictionary with a method and its settings"
-        )
-    method = settings.get("method")
-    if not isinstance(method, str) or method not in RESIDUALS:
-        raise ValueError(f"LowRankWeight: the residual's method is {method!r}, expected one of {', '.join(RESIDUALS)}")
-    return RESIDUALS[method], {name: value for name, value in settings.items() if name != "method"}

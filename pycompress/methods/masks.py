@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pycompress.weights.sparse import magnitude_bits
+
 # Output channels x consecutive input features that stay or go together.
 BLOCKS = {
     "unstructured": (1, 1), "16x1": (16, 1), "16x4": (16, 4), "1x4": (1, 4),
@@ -27,18 +29,6 @@ Keys = NDArray[np.signedinteger[Any]]
 Mask = NDArray[np.bool_]
 
 
-def nonzero(values: NDArray[Any]) -> Mask:
-    """Where float32 or int8 is not zero. By its bits: -0 is zero, a subnormal is not, whatever torch.set_flush_denormal says."""
-    if values.dtype == np.float32:
-        return np.asarray(_magnitude_bits(values) != 0)
-    return np.asarray(values != 0)
-
-
-def _magnitude_bits(values: NDArray[Any]) -> Keys:
-    """int32, in the order of |values|: IEEE floats without their sign order as their bits do."""
-    return np.asarray(values.view(np.int32) & 0x7FFFFFFF)
-
-
 def block_keys(importance: Floats, block: tuple[int, int]) -> Keys:
     """One key a block: [ceil(n / rows), ceil(k / columns)], in the order of the block's sum of squares.
 
@@ -46,7 +36,7 @@ def block_keys(importance: Floats, block: tuple[int, int]) -> Keys:
     fixed number of blocks this keeps the largest sum of squares there is (swapping a kept block for another cannot raise it).
     """
     if block == (1, 1):
-        return _magnitude_bits(importance)
+        return magnitude_bits(importance)
     (n, k), (rows, columns) = importance.shape, block
     sums = np.zeros((-(-n // rows), -(-k // columns)))
     # Squares of float32 are exact in float64; added in this order, whatever the processor's vectors.
@@ -87,7 +77,7 @@ def n_of_m(importance: Floats, kept: int, group: int) -> Mask:
     """
     n, k = importance.shape
     padded = np.full((n, -(-k // group) * group), -1, np.int32)  # behind k: smaller than any key
-    padded[:, :k] = _magnitude_bits(importance)
+    padded[:, :k] = magnitude_bits(importance)
     keys = np.ascontiguousarray(padded.reshape(-1, group).T)
     keep = np.empty(keys.shape, np.bool_)
     for i, own in enumerate(keys):  # a weight stays if fewer than `kept` of its group come before it

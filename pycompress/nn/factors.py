@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pycompress.nn.layer import CompressedLayer
+from pycompress.ops.checks import check_float
 
 
 class FactorsLayer(CompressedLayer):
@@ -20,28 +21,34 @@ class FactorsLayer(CompressedLayer):
 
     def _derive(self) -> None:
         """Works out what follows from the settings, which a state dict may change: too slow for each call."""
-        self._shapes = {name: torch.Size(size) for name, (size, _) in self._expected().items()}
+        names = self.weight_type.names(self.settings)
+        expected = self._expected()
+        self._shapes = {name: torch.Size(expected[stored][0]) for name, stored in names.items()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._derive()
 
-    def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([tensors[name].flatten() for name in self._expected()])
+    def _pack(self, parts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, str]:
+        return torch.cat([tensor.flatten() for tensor in parts.values()]).to(device), ""
 
     def _unpack(self) -> dict[str, Tensor]:
         """Views of ``packed``."""
         parts = self.packed.split([size.numel() for size in self._shapes.values()])
         return {name: part.view(size) for part, (name, size) in zip(parts, self._shapes.items(), strict=True)}
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's, float32, made at each access."""
-        if self.packed.is_meta:
-            return torch.empty(self.dense_shape, device="meta")
-        return self.canonical().decompress().view(self.dense_shape)
+    def check(self, x: Tensor) -> None:
+        """Raises TypeError for an input of another dtype than kernels read, and RuntimeError for one on another device.
+
+        Of a weight on meta, and an input that is not, some of torch's operators make a result that nothing was written to.
+        """
+        check_float(type(self).__name__, x)
+        if x.device != self.packed.device:
+            raise RuntimeError(
+                f"{type(self).__name__}: x is on {x.device}, expected {self.packed.device}, where the layer is"
+            )
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> int | None:
         """Of a stored weight: 32."""
         return 32

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
 from pycompress import ops
-from pycompress.methods.int8 import Int8, Int8Weight
+from pycompress.methods.int8 import Int8
+from pycompress.nn.layer import setting
 from pycompress.nn.linear import CompressedLinear
+from pycompress.weights import Int8Weight
 
 
 class Int8Linear(CompressedLinear):
@@ -22,17 +21,11 @@ class Int8Linear(CompressedLinear):
 
     weight_type = Int8Weight
     default_method = Int8()
+    op = ops.OPS["int8"]
     has_cuda_kernels = True
 
-    weight_scale: Tensor
-
-    @property
-    def activation_bits(self) -> int:
-        return int(self.settings["activation_bits"])
-
-    @property
-    def weight_bits(self) -> int:
-        return int(self.settings["weight_bits"])
+    activation_bits: int = setting("activation_bits", "8 or 7, or 16 where activations stay in floating point.")
+    weight_bits: int = setting("weight_bits", "8 or 7.")
 
     @property
     def label(self) -> str:
@@ -43,24 +36,3 @@ class Int8Linear(CompressedLinear):
     def weight(self) -> Tensor:
         """int8 [n, k], unpacked at each access."""
         return self._tensors()["weight"]
-
-    def canonical(self) -> Int8Weight:
-        """The canonical weight, on the CPU, unpacked at each call."""
-        return Int8Weight(self.weight.cpu(), self.weight_scale.cpu(), self.activation_bits, self.weight_bits)
-
-    def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return ops.int8_pack(tensors["weight"], self.activation_bits)
-
-    def _unpack(self) -> dict[str, Tensor]:
-        return {"weight": ops.int8_unpack(self.packed, (self.out_features, self.in_features))}
-
-    @staticmethod
-    def _product(
-        x: Tensor, packed: Tensor, n: int, scale: Tensor | None, bias: Tensor | None, activation: str  # noqa: ARG004
-    ) -> Tensor:  # fmt: skip
-        return ops.int8_linear(x, packed, scale, bias, activation)  # type: ignore[arg-type]
-
-    @staticmethod
-    def _dense(packed: Tensor, shape: tuple[int, int], scale: Tensor | None) -> Tensor:
-        assert scale is not None
-        return ops.int8_unpack(packed, shape).to(torch.float32) * scale[:, None]

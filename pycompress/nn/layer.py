@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import ops
-from pycompress.methods.weight import Method, Weight
-from pycompress.nn.dense import dense_weight
-from pycompress.nn.geometry import Conv2dGeometry
+from pycompress.kinds import Kind, kind_of
+from pycompress.methods.method import Method
+from pycompress.weights import Weight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def setting(name: str, doc: str) -> Any:
+    """A property: what the layer's settings have under a name, or None."""
+    return property(lambda layer: layer.settings.get(name), doc=doc)
 
 
 class CompressedLayer(nn.Module):
@@ -28,24 +33,27 @@ class CompressedLayer(nn.Module):
     Attributes:
         n, k: outputs, and inputs that each is made of: the shape of the canonical weight.
         settings: what the canonical weight is besides its tensors (:meth:`Weight.settings`).
+        form: how ``packed`` lies in memory (:mod:`pycompress.ops.form`).
+        op: what packs, unpacks and multiplies such weights; None for layers made of torch's own operators.
         activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh`` or ``silu``, fused behind the product.
-        geometry: of a convolution; None for a linear layer.
+        geometry: what its kind has to know besides weight and bias; None for a linear layer.
         has_cuda_kernels: whether the layer runs on a CUDA device; others can be moved there, but not called.
 
-    Scale and bias stay float32 whatever ``.to(dtype)`` says.
+    The bias stays float32 whatever ``.to(dtype)`` says.
     """
 
     weight_type: ClassVar[type[Weight]]
+    op: ClassVar[ops.Op | None] = None
     default_method: ClassVar[Method]
-    dense_kind: ClassVar[str]  # the class of the dense layer whose place it takes
-    geometry: Conv2dGeometry | None = None
+    kind: ClassVar[Kind]  # of the dense layer whose place it takes
     has_cuda_kernels: ClassVar[bool] = False
 
-    weight_scale: Tensor | None
     bias: Tensor | None
     packed: Tensor
 
-    def __init__(self, weight: Weight, bias: Tensor | None = None, activation: str = "none") -> None:
+    def __init__(
+        self, weight: Weight, bias: Tensor | None = None, activation: str = "none", geometry: Any = None
+    ) -> None:
         super().__init__()
         kind = type(self).__name__
         if not isinstance(weight, self.weight_type):
@@ -55,66 +63,74 @@ class CompressedLayer(nn.Module):
         self.n, self.k = weight.shape
         self.settings = weight.settings()
         self.activation = activation
+        self.geometry = geometry
+        if reason := self.misfit(geometry, self.settings):
+            raise ValueError(f"{kind}: {reason}")
         if bias is not None:
             if bias.shape != (self.n,):
                 raise ValueError(f"{kind}: bias is {list(bias.shape)}, expected [{self.n}]")
             bias = bias.detach().to("cpu", torch.float32, copy=True)
             if not torch.isfinite(bias).all():
                 raise ValueError(f"{kind}: the bias holds NaN or Inf, expected finite values")
-        tensors = weight.tensors()
-        scale = tensors.get("weight_scale")
-        self.register_buffer("weight_scale", None if scale is None else scale.clone())
+        packed, self.form = self._pack(weight.parts())
         self.register_buffer("bias", bias)
-        self.register_buffer("packed", self._pack(tensors), persistent=False)
+        self.register_buffer("packed", packed, persistent=False)
 
     @classmethod
     def from_dense(cls, dense: nn.Module, method: Method | None = None, activation: str = "none") -> Self:
         """From a dense layer, pruned by torch or not. Raises ValueError where its weight holds NaN or Inf."""
-        return cls.replacing(dense, (method or cls.default_method).compress(dense_weight(dense)), activation)
+        kind = cls._kind_of(dense)
+        if reason := cls.misfit(kind.geometry(dense)):
+            raise ValueError(f"{cls.__name__}: {reason}")
+        weight = kind.fitted(method or cls.default_method, dense).compress(kind.matrix(dense))
+        return cls.replacing(dense, weight, activation)
 
     @classmethod
     def replacing(cls, dense: nn.Module, weight: Weight, activation: str = "none") -> Self:
         """What takes the place of a dense layer, whose weight is compressed already. Raises TypeError for another kind."""
-        raise NotImplementedError
+        kind = cls._kind_of(dense)
+        return cls.build(weight, kind.geometry(dense), kind.bias(dense), activation)
+
+    @classmethod
+    def _kind_of(cls, dense: nn.Module) -> Kind:
+        kind = kind_of(dense)
+        if kind is None or kind.name != cls.kind.name:
+            raise TypeError(f"{cls.__name__}: the dense layer is {type(dense).__name__}, expected {cls.kind.title}")
+        return kind
+
+    @classmethod
+    def build(cls, weight: Weight, geometry: Any, bias: Tensor | None = None, activation: str = "none") -> Self:
+        """From a canonical weight and the geometry of its kind: how all layers of the table are made."""
+        return cls(weight, geometry=geometry, bias=bias, activation=activation)
+
+    @classmethod
+    def misfit(cls, geometry: Any, settings: Mapping[str, Any] | None = None) -> str:  # noqa: ARG003
+        """Why such a layer cannot have a geometry, or a weight of these settings; '' where it can. None: not known yet."""
+        return ""
 
     # --- what a subclass has of its own ---------------------------------------------------------------------------
 
-    def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The tensors of a canonical weight with the layer's shape and settings -> the packed vector (uint8)."""
-        raise NotImplementedError
+    def extra_repr(self) -> str:
+        fused = "" if self.activation == "none" else f", activation={self.activation}"
+        sizes = self.kind.describe(self.n, self.k, self.geometry)
+        bias = f", bias={self.bias is not None}" if self.kind.epilogue else ""
+        return f"{sizes}{bias}, {self._details()}{fused}"
 
-    def _unpack(self) -> dict[str, Tensor]:
-        """The tensors that went into ``packed``: all of the canonical weight's but ``weight_scale``."""
-        raise NotImplementedError
-
-    def _with_weight(self, weight: Weight, bias: Tensor | None) -> Self:
-        """A layer like this one with another weight and bias."""
-        raise NotImplementedError
-
-    def _sizes(self) -> str:
-        """The dense layer's own arguments, for ``repr``."""
-        raise NotImplementedError
+    def _details(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
-        raise NotImplementedError
+        return self.kind.weight_shape(self.n, self.k, self.geometry)
 
-    @staticmethod
-    def _dense(packed: Tensor, shape: tuple[int, int], scale: Tensor | None) -> Tensor:
-        """float32 [n, k], of tensors alone: it runs inside compiled graphs."""
-        raise NotImplementedError
-
-    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:  # noqa: ARG002
-        """The settings under which the layer takes these tensors from a state dict; usually its own."""
-        return self.settings
-
-    def extra_repr(self) -> str:
-        fused = "" if self.activation == "none" else f", activation={self.activation}"
-        return f"{self._sizes()}, bias={self.bias is not None}, {self._details()}{fused}"
-
-    def _details(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's, float32, made at each access."""
+        if self.packed.is_meta:
+            return torch.empty(self.dense_shape, device="meta")
+        weight: Tensor = self.canonical().decompress()
+        return weight.view(self.dense_shape)
 
     @property
     def label(self) -> str:
@@ -126,18 +142,34 @@ class CompressedLayer(nn.Module):
     def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return self.weight_type.expected((self.n, self.k), self.settings)
 
+    def _pack(self, parts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, str]:
+        """The parts of a canonical weight with the layer's shape and settings -> the packed vector there, and its form."""
+        assert self.op is not None
+        return self.op.pack(parts, (self.n, self.k), self.settings, device)
+
+    def _unpack(self) -> dict[str, Tensor]:
+        """The parts that went into ``packed``."""
+        assert self.op is not None
+        return self.op.unpack(self.packed, self.form)
+
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the canonical weight, unpacked at each call; on the meta device without data, as the layer's own are."""
         if self.packed.is_meta:
             return {
                 name: torch.empty(size, dtype=kind, device="meta") for name, (size, kind) in self._expected().items()
             }
-        tensors = self._unpack()
-        return tensors if self.weight_scale is None else {**tensors, "weight_scale": self.weight_scale}
+        parts = self._unpack()
+        return {stored: parts[name] for name, stored in self.weight_type.names(self.settings).items()}
 
-    def canonical(self) -> Weight:
-        """The canonical weight, unpacked at each call."""
-        return self.weight_type.from_tensors((self.n, self.k), self._tensors(), self.settings)
+    @property
+    def weight_scale(self) -> Tensor | None:
+        """float32 [n], one per output channel, unpacked at each access; None where the weight has no such scale."""
+        return self._tensors()["weight_scale"] if "weight_scale" in self._expected() else None
+
+    def canonical(self) -> Any:
+        """The canonical weight, a ``weight_type`` on the CPU, unpacked at each call."""
+        tensors = {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        return self.weight_type.from_tensors((self.n, self.k), tensors, self.settings)
 
     def canonical_bytes(self) -> int:
         """Size of the tensors of the canonical weight, which is not unpacked for it."""
@@ -145,19 +177,27 @@ class CompressedLayer(nn.Module):
 
     def same_weight(self, other: CompressedLayer) -> bool:
         """Whether the canonical weights are equal: they are packed alike then."""
-        if type(self) is not type(other) or self.settings != other.settings:
+        if type(self) is not type(other) or (self.settings, self.form) != (other.settings, other.form):
             return False
-        pairs = [(self.packed, other.packed), (self.weight_scale, other.weight_scale)]
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+        return self.packed is other.packed or torch.equal(self.packed, other.packed)
 
     def share(self, other: CompressedLayer) -> None:
         """Use the packed weight of ``other``, whose canonical weight is the same (tied weights)."""
-        self.packed, self.weight_scale = other.packed, other.weight_scale
+        self.packed, self.form = other.packed, other.form
+
+    def tie(self, earlier: list[CompressedLayer]) -> bool:
+        """Shares the packed weight of the first of the earlier layers whose weight is the same; joins these where there is none.
+        Returns whether there was one."""
+        for other in earlier:
+            if other.same_weight(self):
+                self.share(other)
+                return True
+        earlier.append(self)
+        return False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in self._tensors().items():
-            if name not in self._buffers:
-                destination[prefix + name] = tensor
+            destination[prefix + name] = tensor
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -180,8 +220,7 @@ class CompressedLayer(nn.Module):
             error_msgs.append(f"{prefix}{', '.join(names[:-1])} or {names[-1]}: {error}")
             return
         if not missing:
-            self.packed, self.weight_scale, self.bias = fresh.packed, fresh.weight_scale, fresh.bias
-            self.settings = fresh.settings
+            self.packed, self.form, self.bias, self.settings = fresh.packed, fresh.form, fresh.bias, fresh.settings
 
     def _with_tensors(self, found: Mapping[str, Any]) -> Self:
         """A layer like this one with other tensors: any of the canonical weight's and the bias."""
@@ -191,22 +230,23 @@ class CompressedLayer(nn.Module):
         tensors = {name: value.detach().cpu() for name, value in found.items() if name != "bias"}
         if tensors.keys() != self._expected().keys():
             tensors = {**self._tensors(), **tensors}
-        weight = self.weight_type.from_tensors((self.n, self.k), tensors, self._settings_with(tensors))
-        return self._with_weight(weight, found.get("bias", self.bias))
+        settings = self.weight_type.measured(tensors, self.settings)  # another rank, more or fewer non-zeros
+        weight = self.weight_type.from_tensors((self.n, self.k), tensors, settings)
+        return self.build(weight, self.geometry, found.get("bias", self.bias), self.activation)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle may be opened on another processor, so it holds the canonical weight.
         state = self.__dict__.copy()
         state["_buffers"] = {**self._buffers, **self._tensors()}
-        del state["_buffers"]["packed"]
+        del state["_buffers"]["packed"], state["form"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        tensors = {name: self._buffers[name] for name in self._expected()}
-        for name in tensors.keys() - {"weight_scale"}:
-            del self._buffers[name]
-        self._buffers["packed"] = self._pack(tensors)  # type: ignore[arg-type]
+        names = self.weight_type.names(self.settings)
+        parts: dict[str, Any] = {name: self._buffers.pop(stored) for name, stored in names.items()}
+        self._buffers.pop("weight_scale", None)  # None in older pickles
+        self._buffers["packed"], self.form = self._pack(parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Without the detour over __getstate__: nothing to unpack here, and layers that share a weight go on sharing it.
@@ -216,29 +256,21 @@ class CompressedLayer(nn.Module):
         return copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002
-        # `.to(dtype)`, `.half()` and the like are meant for activations: scale and bias follow the device, not the dtype.
+        # `.to(dtype)`, `.half()` and the like are meant for activations: the bias follows the device, not the dtype.
         moved: dict[str, Tensor] = {}  # all of them or, where packing refuses, none
+        form = self.form
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
             if name == "packed" and self._packs_anew(buffer.device, there := fn(buffer.new_empty(0)).device):
-                moved[name] = self._pack({key: tensor.to(there) for key, tensor in self._unpack().items()})
+                moved[name], form = self._pack(self._unpack(), there)
                 continue
             applied = fn(buffer)
             moved[name] = applied if applied.dtype == buffer.dtype else buffer.to(applied.device)
         self._buffers.update(moved)
+        self.form = form
         return self
 
     def _packs_anew(self, old: torch.device, new: torch.device) -> bool:
         """Whether the layer's kernels read another layout on the new device."""
         return self.has_cuda_kernels and {old.type, new.type} == {"cpu", "cuda"}
-
-
-# The activations, for the layers that autograd differentiates.
-DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
-    "silu": nn.functional.silu,
-}

@@ -5,21 +5,19 @@ They run in torch's own convolutions (oneDNN): a k x k convolution with fewer ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from pycompress import ops
+from pycompress.kinds import Conv2dGeometry
 from pycompress.methods.low_rank import LowRank
-from pycompress.methods.low_rank_conv import LowRankConv2dWeight, Ranks
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.factors import FactorsLayer
-from pycompress.nn.geometry import Conv2dGeometry
-from pycompress.nn.layer import DIFFERENTIABLE
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from pycompress.nn.layer import setting
+from pycompress.weights import LowRankConv2dWeight
+from pycompress.weights.low_rank_conv import Ranks
 
 
 class LowRankConv2d(FactorsLayer, CompressedConv2d):
@@ -54,18 +52,7 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
             _stages(self.decomposition, [tuple(shape) for shape in self._shapes.values()], self.geometry)
         )
 
-    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        ranks = [len(tensors[name]) for name in ("down", "core") if name in tensors]
-        return {**self.settings, "ranks": ranks} if "ranks" in self.settings else {**self.settings, "rank": ranks[0]}
-
-    def canonical(self) -> LowRankConv2dWeight:
-        """The canonical weight, whose tensors are views of ``packed``."""
-        return LowRankConv2dWeight.from_tensors((self.n, self.k), self._tensors(), self.settings)
-
-    @property
-    def decomposition(self) -> str:
-        """``channel``, ``spatial`` or ``tucker``."""
-        return str(self.settings["decomposition"])
+    decomposition: str = setting("decomposition", "``channel``, ``spatial`` or ``tucker``.")
 
     @property
     def ranks(self) -> Ranks:
@@ -78,13 +65,12 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
         return f"low rank {'x'.join(map(str, self.ranks))} {self.decomposition}"
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
-        if input.dtype not in _DTYPES:
-            raise TypeError(f"LowRankConv2d: x is {input.dtype}, expected float32, bfloat16 or float16")
+        self.check(input)
         y = input.float()
         last = len(self.stages) - 1
         for i, (weight, stage) in enumerate(zip(self._unpack().values(), self.stages, strict=True)):
             y = conv2d(y, weight, self.bias if i == last else None, stage.stride, stage.padding, stage.dilation)
-        return DIFFERENTIABLE[self.activation](y).to(input.dtype)
+        return ops.DIFFERENTIABLE[self.activation](y).to(input.dtype)
 
     def _details(self) -> str:
         return f"decomposition={self.decomposition}, ranks={self.ranks}"

@@ -5,16 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from pycompress import ops
-from pycompress.methods.sparse import Sparse, SparseWeight
-from pycompress.nn.layer import CompressedLayer
+from pycompress.methods.sparse import Sparse
+from pycompress.nn.layer import CompressedLayer, setting
 from pycompress.nn.linear import CompressedLinear
+from pycompress.weights import SparseWeight
 
 
 class SparseLayer(CompressedLayer):
@@ -25,22 +20,12 @@ class SparseLayer(CompressedLayer):
     """
 
     weight_type = SparseWeight
+    op = ops.OPS["sparse"]
     default_method = Sparse()  # keeps the zeros that are there
 
-    @property
-    def bits(self) -> int:
-        """Of a stored weight: 32 or 8."""
-        return int(self.settings["bits"])
-
-    @property
-    def activation_bits(self) -> int | None:
-        """7 or 8 for int8, None for float32."""
-        return self.settings.get("activation_bits")
-
-    @property
-    def nnz(self) -> int:
-        """How many weights are stored."""
-        return int(self.settings["nnz"])
+    bits: int = setting("bits", "Of a stored weight: 32 or 8.")
+    activation_bits: int | None = setting("activation_bits", "7 or 8 for int8, None for float32.")
+    nnz: int = setting("nnz", "How many weights are stored.")
 
     @property
     def density(self) -> float:
@@ -49,39 +34,11 @@ class SparseLayer(CompressedLayer):
 
     @property
     def format(self) -> str:
-        """One of ``ops.SPARSE_FORMATS``, or of ``ops.CUDA_SPARSE_FORMATS`` on a CUDA device: the one that packing chose; '' on the
+        """One of ``ops.SPARSE_FORMATS``, or the layout on a CUDA device: the one that packing chose; '' on the
         meta device, and where the layer was moved to a device that has no kernels for it.
         """
         packed_here = self.packed.is_cpu or (self.packed.is_cuda and self.has_cuda_kernels)
-        return ops.sparse_format(self.packed) if packed_here else ""
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's, float32 with its zeros, made at each access."""
-        if self.packed.is_meta:
-            return torch.empty(self.dense_shape, device="meta")
-        return self.canonical().decompress().view(self.dense_shape)
-
-    def canonical(self) -> SparseWeight:
-        """The canonical weight, on the CPU, unpacked at each call."""
-        tensors = {name: tensor.cpu() for name, tensor in self._tensors().items()}
-        return SparseWeight.from_tensors((self.n, self.k), tensors, self.settings)
-
-    def _pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        mask, values = tensors["weight_mask"], tensors["weight_values"]
-        return ops.sparse_pack(mask, values, self.k, self.activation_bits or 0)
-
-    def _unpack(self) -> dict[str, Tensor]:
-        mask, values = ops.sparse_unpack(self.packed, (self.n, self.k, self.nnz, self.bits))
-        return {"weight_mask": mask, "weight_values": values}
-
-    @staticmethod
-    def _dense(packed: Tensor, shape: tuple[int, int], scale: Tensor | None) -> Tensor:
-        weight = ops.sparse_dense(packed, (*shape, 32 if scale is None else 8))
-        return weight if scale is None else weight.to(torch.float32) * scale[:, None]
-
-    def _settings_with(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {**self.settings, "nnz": tensors["weight_values"].numel()}
+        return ops.parse(self.form).layout if packed_here else ""
 
     def _details(self) -> str:
         bits = f"bits={self.bits}" + (f", activation_bits={self.activation_bits}" if self.activation_bits else "")
@@ -105,9 +62,3 @@ class SparseLinear(SparseLayer, CompressedLinear):
     """
 
     has_cuda_kernels = True
-
-    @staticmethod
-    def _product(
-        x: Tensor, packed: Tensor, n: int, scale: Tensor | None, bias: Tensor | None, activation: str
-    ) -> Tensor:
-        return ops.sparse_linear(x, packed, n, scale, bias, activation)

@@ -8,9 +8,6 @@ so sparse weights are lowered with their zeros. 4-bit weights need a newer opset
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import nn
 
 try:
@@ -21,50 +18,57 @@ except ImportError as error:
         f'pycompress.onnx needs onnx and onnxruntime ({error}): pip install "pycompress[onnx]"'
     ) from error
 
-from pycompress.nn.int4 import Int4Linear
-from pycompress.nn.int8 import Int8Linear
-from pycompress.nn.low_rank import LowRankLinear
-from pycompress.nn.low_rank_conv import LowRankConv2d
-from pycompress.nn.low_rank_embedding import LowRankEmbedding
-from pycompress.nn.sparse import SparseLinear
-from pycompress.nn.sparse_conv import SparseConv2d
+from pycompress.nn import LAYERS, CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
-from pycompress.onnx.graph import MAX_WEIGHT_BYTES, OPSET, Graph
-from pycompress.onnx.int4 import BLOCKS_OPSET, lower_int4_linear
+from pycompress.onnx.dense import lower_conv2d, lower_linear
+from pycompress.onnx.graph import BLOCKS_OPSET, MAX_WEIGHT_BYTES, OPSET, Graph, Lowering
+from pycompress.onnx.int4 import lower_int4_linear
 from pycompress.onnx.int8 import integers, lower_int8_linear
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
-from pycompress.onnx.sparse import lower_sparse_conv2d, lower_sparse_linear
+from pycompress.onnx.sparse import lower_sparse_linear
 
 __all__ = [
-    "ACTIVATIONS", "BLOCKS_OPSET", "LOWERINGS", "MAX_WEIGHT_BYTES", "OPSET", "Graph", "integers", "lower", "lower_int4_linear",
-    "lower_int8_linear", "lower_low_rank_conv2d", "lower_low_rank_embedding", "lower_low_rank_linear", "lower_sparse_conv2d",
-    "lower_sparse_linear", "session",
+    "ACTIVATIONS", "BLOCKS_OPSET", "DENSE", "LOWERINGS", "MAX_WEIGHT_BYTES", "OPSET", "Graph", "integers", "lower", "lowering_of",
+    "session",
 ]  # fmt: skip
 
-LOWERINGS: dict[type[nn.Module], Callable[[Any], onnx.ModelProto]] = {
-    Int8Linear: lower_int8_linear,
-    Int4Linear: lower_int4_linear,
-    SparseLinear: lower_sparse_linear,
-    SparseConv2d: lower_sparse_conv2d,
-    LowRankLinear: lower_low_rank_linear,
-    LowRankConv2d: lower_low_rank_conv2d,
-    LowRankEmbedding: lower_low_rank_embedding,
+# By kind of layer and weight, as in nn.LAYERS.
+LOWERINGS: dict[tuple[str, str], Lowering] = {
+    ("linear", "int8"): lower_int8_linear,
+    ("linear", "int4"): lower_int4_linear,
+    ("linear", "sparse"): lower_sparse_linear,
+    ("linear", "low_rank"): lower_low_rank_linear,
+    ("conv2d", "low_rank"): lower_low_rank_conv2d,
+    ("embedding", "low_rank"): lower_low_rank_embedding,
 }
+# By kind: with the decompressed weight, for weights that have no lowering of their own.
+DENSE: dict[str, Lowering] = {"linear": lower_linear, "conv2d": lower_conv2d}
+
+
+def lowering_of(layer: CompressedLayer) -> Lowering | None:
+    """A layer's lowering: that of its kind and weight, a method ``lower(graph, x)`` of its own, or the dense one of its kind."""
+    found = LOWERINGS.get((layer.kind.name, layer.weight_type.name))
+    if found is None and hasattr(layer, "lower"):
+        return lambda graph, x, layer: layer.lower(graph, x)
+    return found or DENSE.get(layer.kind.name)
 
 
 def lower(layer: nn.Module) -> onnx.ModelProto:
     """Lowers a compressed layer to a model of standard ONNX operators, which the ONNX checker has passed.
 
-    Args:
-        layer: of a type in LOWERINGS, whose function describes the inputs and outputs of the model.
+    The input is x, the items of the layer's kind: float32 rows [m, k] or images, int64 tokens. The outputs are y, float32, and what
+    the lowering shows besides.
+
     Raises:
         TypeError: there is no lowering for this type of layer. ValueError: the weight is larger than 2 GiB.
     """
-    lowering = LOWERINGS.get(type(layer))
-    if lowering is None:
-        known = ", ".join(kind.__name__ for kind in LOWERINGS)
+    lowering = lowering_of(layer) if isinstance(layer, CompressedLayer) else None
+    if lowering is None or not isinstance(layer, CompressedLayer):
+        known = ", ".join(kind.__name__ for kind in LAYERS.values())
         raise TypeError(f"lower: the layer is {type(layer).__name__}, expected one of: {known}")
-    model = lowering(layer)
+    graph = Graph()
+    graph.node("Identity", lowering(graph, "x", layer), output="y")
+    model = graph.model(layer)
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,21 +11,32 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from pycompress.nn.geometry import Conv2dGeometry
+from pycompress.kinds import Conv2dGeometry
 from pycompress.nn.layer import CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
 
 OPSET = 20  # what torch.onnx.export writes by default; onnxruntime reads it since 1.17
+BLOCKS_OPSET = 21  # the first with 4-bit integers, and with a DequantizeLinear that has a scale per block
 MAX_WEIGHT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
 
 
 class Graph:
-    """A graph under construction, for an opset. All methods but the last return the name of the value they add."""
+    """A graph under construction. Most methods return the name of the value they add.
 
-    def __init__(self, opset: int = OPSET) -> None:
-        self.opset = opset
+    Attributes:
+        opset: raised by what needs a newer one.
+        shown: the outputs besides y.
+    """
+
+    def __init__(self) -> None:
+        self.opset = OPSET
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.shown: list[onnx.ValueInfoProto] = []
+
+    def show(self, name: str, dtype: int, *size: str | int) -> None:
+        """Makes a value an output; a string stands for any size."""
+        self.shown.append(helper.make_tensor_value_info(name, dtype, list(size)))
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
         """Stores the value as an initializer; one of this name and value serves again.
@@ -42,6 +54,7 @@ class Graph:
     def nibbles(self, name: str, values: npt.NDArray[np.uint8]) -> str:
         """Stores integers from 0 to 15 as uint4: two a byte, the earlier one in the low half, across the ends of rows. Raises as
         :meth:`weight` does."""
+        self.opset = max(self.opset, BLOCKS_OPSET)
         _check_size(values.shape, (values.size + 1) // 2)
         low, high = np.pad(values.reshape(-1), (0, values.size % 2)).reshape(-1, 2).T
         packed = (low | high << 4).tobytes()
@@ -73,7 +86,7 @@ class Graph:
         operands = [x, self.weight(name, weight), *([] if bias is None else [self.constant("bias", array(bias))])]
         return self.node(
             "Conv", *operands, kernel_shape=geometry.kernel_size, strides=geometry.stride, pads=[top, left, bottom, right],
-            dilations=geometry.dilation,
+            dilations=geometry.dilation, group=geometry.groups,
         )  # fmt: skip
 
     def bias(self, v: str, layer: CompressedLayer) -> str:
@@ -84,9 +97,12 @@ class Graph:
         """Applies the activation of a layer."""
         return ACTIVATIONS[layer.activation](self, v)
 
-    def model(self, name: str, x: onnx.ValueInfoProto, outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
-        """The finished model."""
-        proto = helper.make_graph(self.nodes, name, [x], outputs, self.initializers)
+    def model(self, layer: CompressedLayer) -> onnx.ModelProto:
+        """The finished model: x to y, as large as the layer's kind has them, and what is shown."""
+        sizes = layer.kind.sizes(layer.n, layer.k, layer.geometry)
+        x = helper.make_tensor_value_info("x", TensorProto.INT64 if layer.kind.tokens else TensorProto.FLOAT, sizes[0])
+        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes[1])
+        proto = helper.make_graph(self.nodes, layer.kind.name, [x], [y, *self.shown], self.initializers)
         opset = helper.make_opsetid("", self.opset)
         # The oldest file version that holds this opset, so that older runtimes read it too.
         ir_version = helper.find_min_ir_version_for([opset])
@@ -104,13 +120,4 @@ def array(tensor: Tensor) -> npt.NDArray[np.float32]:
     return found
 
 
-def floats(name: str, *size: str | int) -> onnx.ValueInfoProto:
-    """A float32 input or output; a string stands for any size."""
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(size))
-
-
-def images(layer: CompressedLayer) -> tuple[onnx.ValueInfoProto, onnx.ValueInfoProto]:
-    """Input and output of a convolution: x and y."""
-    assert layer.geometry is not None
-    x = floats("x", "images", layer.geometry.in_channels, "height", "width")
-    return x, floats("y", "images", layer.n, "out_height", "out_width")
+Lowering = Callable[[Graph, str, Any], str]  # (graph, x, layer) -> y, the names of values

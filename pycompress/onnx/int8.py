@@ -6,22 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from pycompress.methods.int8 import Int8Weight
-from pycompress.methods.sparse import SparseWeight
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.sparse import SparseLinear
-from pycompress.onnx.graph import Graph, array, floats
+from pycompress.onnx.graph import Graph, array
+from pycompress.weights import Int8Weight, SparseWeight
 
 
-def lower_int8_linear(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
-    """Lowers an Int8Linear, or a SparseLinear with int8 weights, with in_features k and out_features n.
+def lower_int8_linear(graph: Graph, x: str, layer: Int8Linear | SparseLinear) -> str:
+    """An Int8Linear, or a SparseLinear with int8 weights: x float32 [m, k] -> y float32 [m, n].
 
-    The input is x, float32 [m, k], for any m. The outputs are y, float32 [m, n]; q, uint8 [m, k], the
-    quantized rows of x; and acc, int32 [m, n] = (q - zero point) . weight^T.
+    Shown besides are q, uint8 [m, k], the quantized rows of x; and acc, int32 [m, n] = (q - zero point) . weight^T.
 
     The graph takes the float32 steps of the layer one operator at a time, in the layer's order. So q and
     acc, and y after the activations none and relu, are the layer's own to the bit. A row of x with NaN or
@@ -35,25 +32,20 @@ def lower_int8_linear(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
     DequantizeLinear and MatMul, the layer's up to rounding. NaN and Inf spread as they do in the layer.
     """
     if layer.settings["activation_bits"] == 16:
-        return _lower_weight_only(layer)
-    graph = Graph()
-    v, broken = int8_product(graph, "x", *integers(layer.canonical()))
-    poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken, output="y")
-    outputs = [floats("y", "m", layer.n), *integer_outputs("", layer.k, layer.n)]
-    return graph.model("int8_linear", floats("x", "m", layer.k), outputs)
+        v = graph.node("MatMul", x, _dequantized(graph, layer.canonical()))
+        return graph.activation(graph.bias(v, layer), layer)
+    v, broken = int8_product(graph, x, *integers(layer.canonical()))
+    return poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken)
 
 
-def _lower_weight_only(layer: Int8Linear | SparseLinear) -> onnx.ModelProto:
-    graph, weight = Graph(), layer.canonical()
+def _dequantized(graph: Graph, weight: Int8Weight | SparseWeight) -> str:
+    """float32 [k, n]."""
     assert isinstance(weight, Int8Weight)
     values_t = graph.weight("weight", weight.values.cpu().numpy().T)
     # ONNX Runtime's session.x64quantprecision gives a weight without zero points one for all channels, and then refuses it.
-    zero_point = graph.constant("zero_point", np.zeros(layer.n), np.int8)
+    zero_point = graph.constant("zero_point", np.zeros(len(weight.scale)), np.int8)
     scale = graph.constant("weight_scale", array(weight.scale))
-    dense = graph.node("DequantizeLinear", values_t, scale, zero_point, axis=1)
-    v = graph.bias(graph.node("MatMul", "x", dense), layer)
-    graph.node("Identity", graph.activation(v, layer), output="y")
-    return graph.model("int8_linear", floats("x", "m", layer.k), [floats("y", "m", layer.n)])
+    return graph.node("DequantizeLinear", values_t, scale, zero_point, axis=1)
 
 
 def integers(weight: Int8Weight | SparseWeight) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], int]:
@@ -78,7 +70,7 @@ def int8_product(
     Args:
         x: float32 [m, k].
         values, weight_scale, amax: int8 [n, k], float32 [n] and the largest activation.
-        prefix: of the names under which the graph has q, acc, and the weight's constants.
+        prefix: of the names under which the graph shows q and acc, and has the weight's constants.
     Returns:
         (float(acc) * scale of x) * weight_scale, float32 [m, n]; and bool [m, 1]: where x holds NaN or Inf. These rows go on
         as zeros: NaN has no place in a Cast to uint8.
@@ -89,6 +81,8 @@ def int8_product(
     column_sum = graph.constant(prefix + "column_sum", values.sum(axis=1, dtype=np.int32)[None, :], np.int32)
     shift = graph.node("Mul", graph.node("Cast", zero_point, to=TensorProto.INT32), column_sum)
     acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t), shift, output=prefix + "acc")
+    graph.show(q, TensorProto.UINT8, "m", values.shape[1])
+    graph.show(acc, TensorProto.INT32, "m", values.shape[0])
     v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
     return graph.node("Mul", v, graph.constant(prefix + "weight_scale", weight_scale[None, :])), broken
 
@@ -105,15 +99,6 @@ def without_broken(graph: Graph, x: str) -> tuple[str, str]:
 def poisoned(graph: Graph, v: str, broken: str, output: str = "") -> str:
     """v, with NaN in the rows that are broken."""
     return graph.node("Where", broken, graph.constant("nan", np.nan), v, output=output)
-
-
-def integer_outputs(prefix: str, k: int, n: int) -> list[onnx.ValueInfoProto]:
-    """q and acc of an :func:`int8_product` with this prefix."""
-    value = helper.make_tensor_value_info
-    return [
-        value(prefix + "q", TensorProto.UINT8, ["m", k]),
-        value(prefix + "acc", TensorProto.INT32, ["m", n]),
-    ]
 
 
 def quantized(graph: Graph, x: str, amax: int, output: str) -> tuple[str, str, str]:

@@ -1,89 +1,91 @@
-"""The ops of pycompress as torch sees them: schemas, fakes, checks. The only door to the native module ``_C``.
+"""The ops of pycompress as torch sees them: schemas, fakes, checks.
 
-Every op is registered with ``torch.library`` (``define`` and ``impl``, the cheapest of its ways to dispatch), so that
-``torch.compile(fullgraph=True)``, ``torch.export`` and ``FakeTensor`` work. The layers call the functions of this package.
+A weight is packed into one uint8 vector and a *form*, the string that says how it lies there (:mod:`pycompress.ops.form`); each
+weight's ops stand in ``OPS``, a table that is open for others' (:mod:`pycompress.ops.registry`). They are registered with
+``torch.library`` (``define`` and ``impl``, the cheapest of its ways to dispatch), so that ``torch.compile(fullgraph=True)``,
+``torch.export`` and ``FakeTensor`` work. The layers call the functions of this package.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycompress.ops.activation import DIFFERENTIABLE
+from pycompress.ops.checks import ACTIVATIONS, MAX_IN_FEATURES
+from pycompress.ops.cpu.native import bandwidth, capped, extension_error, forced, instruction_sets, kernels, peak
 from pycompress.ops.cuda import cuda_error, cuda_kernels
-from pycompress.ops.int4 import int4_dense, int4_header, int4_linear, int4_pack, int4_unpack
-from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_pack, int8_quantize, int8_unpack
+from pycompress.ops.form import Form, parse
+from pycompress.ops.int4 import int4_linear
+from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_quantize
 from pycompress.ops.int8_fused import int8_fused_linear
-from pycompress.ops.low_rank import (
-    RESIDUALS,
-    LowRankSizes,
-    LowRankTensors,
-    cuda_low_rank_sizes,
-    low_rank_dense,
-    low_rank_header,
-    low_rank_intermediate,
-    low_rank_linear,
-    low_rank_pack,
-    low_rank_unpack,
-)
-from pycompress.ops.native import (
-    ACTIVATIONS,
-    MAX_IN_FEATURES,
-    bandwidth,
-    extension_error,
-    instruction_sets,
-    kernels,
-    peak,
-)
-from pycompress.ops.sparse import (
-    CUDA_SPARSE_FORMATS,
-    MAX_STEP,
-    SPARSE_FORMATS,
-    sparse_accumulate,
-    sparse_conv2d,
-    sparse_dense,
-    sparse_format,
-    sparse_header,
-    sparse_linear,
-    sparse_pack,
-    sparse_unpack,
-)
+from pycompress.ops.low_rank import low_rank_intermediate, low_rank_linear, low_rank_residual
+from pycompress.ops.registry import OPS, Op
+from pycompress.ops.sparse import MAX_STEP, SPARSE_FORMATS, sparse_accumulate, sparse_conv2d, sparse_linear
 
 __all__ = [
     "ACTIVATIONS",
-    "CUDA_SPARSE_FORMATS",
+    "DIFFERENTIABLE",
     "MAX_IN_FEATURES",
     "MAX_STEP",
-    "RESIDUALS",
+    "OPS",
     "SPARSE_FORMATS",
-    "LowRankSizes",
-    "LowRankTensors",
+    "Form",
+    "Op",
     "bandwidth",
+    "capped",
     "cuda_error",
     "cuda_kernels",
-    "cuda_low_rank_sizes",
+    "dense",
     "extension_error",
+    "forced",
     "instruction_sets",
-    "int4_dense",
-    "int4_header",
     "int4_linear",
-    "int4_pack",
-    "int4_unpack",
     "int8_accumulate",
     "int8_depths",
     "int8_fused_linear",
     "int8_linear",
-    "int8_pack",
     "int8_quantize",
-    "int8_unpack",
     "kernels",
-    "low_rank_dense",
-    "low_rank_header",
     "low_rank_intermediate",
     "low_rank_linear",
-    "low_rank_pack",
-    "low_rank_unpack",
+    "low_rank_residual",
+    "pack",
+    "parse",
     "peak",
     "sparse_accumulate",
     "sparse_conv2d",
-    "sparse_dense",
-    "sparse_format",
-    "sparse_header",
     "sparse_linear",
-    "sparse_pack",
-    "sparse_unpack",
+    "unpack",
 ]
+
+
+def pack(
+    name: str, parts: Mapping[str, Tensor], shape: tuple[int, int], settings: Mapping[str, Any],
+    device: torch.device | str = "cpu", layout: str = "",
+) -> tuple[Tensor, str]:  # fmt: skip
+    """Canonical weight -> the layout of the kernels of a device: a uint8 vector, for this process only, and its form.
+
+    What parts and settings must hold is said in ``ops/cpu/<name>.py``.
+
+    Args:
+        name: of the weight, e.g. ``int8``.
+        parts: the tensors by the names of the weight's attributes; those of a low-rank weight's residual behind ``residual_``.
+        shape: (n, k).
+        settings: of the weight, as it stores them.
+        layout: to force one that the kernels know; the one that is expected to be the fastest where it is not given.
+    Raises:
+        ValueError: anything that breaks these rules. RuntimeError: there are no kernels for the device.
+    """
+    return OPS[name].pack(parts, shape, settings, device, layout)
+
+
+def unpack(name: str, packed: Tensor, form: str) -> dict[str, Tensor]:
+    """The parts that :func:`pack` was given, exactly. Costs a pass over the weight."""
+    return OPS[name].unpack(packed, form)
+
+
+def dense(name: str, packed: Tensor, form: str) -> Tensor:
+    """The weight, float32 [n, k]. Costs some passes over it, or as much as a layer of k rows for a low-rank weight."""
+    return OPS[name].dense(packed, form)

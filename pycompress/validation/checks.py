@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -12,29 +13,12 @@ import torch
 from torch import Tensor
 
 from pycompress import ops
-from pycompress.nn.conv import CompressedConv2d
-from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
-from pycompress.nn.low_rank_embedding import LowRankEmbedding
-from pycompress.nn.sparse import SparseLayer, SparseLinear
-from pycompress.validation.formulas import (
-    EPS,
-    EXACT_ACTIVATIONS,
-    activation_bound,
-    float32,
-    numpy_factors,
-    numpy_int4_linear,
-    numpy_int8_linear,
-    numpy_low_rank_linear,
-    numpy_sparse_linear,
-    numpy_weight_only,
-    patches,
-    sums_floats,
-    weight_only,
-)
+from pycompress.nn.sparse import SparseLinear
+from pycompress.validation import formulas
 from pycompress.validation.report import LayerRecord
 
 if TYPE_CHECKING:  # an optional dependency, imported by validate()
@@ -69,6 +53,7 @@ class Check:
     """Compares the calls of one layer. A subclass knows by which formula."""
 
     exact: bool  # whether y of two parties must be equal
+    floats = False  # whether floating-point products are added up, so that y depends on their order
     has_integers = False  # whether there are integers, which must be equal
 
     def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
@@ -79,18 +64,25 @@ class Check:
         self.output_reasons: list[str] = []
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Compares one call: x [..., k] gave y [..., n]."""
-        x, y = x.reshape(-1, x.shape[-1]), y.detach().reshape(-1, y.shape[-1])
+        """Compares one call: x gave y. Where an item of x makes several rows of y, in rows that lie evenly spread."""
+        kind = self.layer.kind
+        x, y = kind.items(x), kind.results(y.detach())
+        total = len(y)
+        count = min(total, MAX_ROWS - self.rows)
         self.calls += 1
-        self.rows_seen += len(x)
-        x, y = x[: MAX_ROWS - self.rows], y[: MAX_ROWS - self.rows]
-        if len(x) == 0:
+        self.rows_seen += total
+        self.rows += count
+        if count == 0:
             return
-        self.rows += len(x)
-        self.compare(x, y.cpu())
+        chosen = torch.arange(count)
+        if total == len(x):
+            x = x[:count]
+        else:
+            chosen = chosen * total // count
+        self.compare(x, y.cpu()[chosen], chosen)
 
-    def compare(self, x: Tensor, y: Tensor) -> None:
-        """x [m, k] gave y [m, n], m > 0; y lies on the CPU."""
+    def compare(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+        """The items x gave, in the chosen rows, y [m, n], m > 0, which lies on the CPU."""
         raise NotImplementedError
 
     def _compare_y(self, parties: Mapping[str, Tensor], bound: Tensor) -> None:
@@ -144,52 +136,31 @@ class Check:
         )
 
 
-class IntegerCheck(Check):
-    """int8 weights: q and acc must be equal; y too after the activations none and relu."""
-
-    has_integers = True
-
-    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
-        super().__init__(name, layer, session)
-        self.exact = layer.activation in EXACT_ACTIVATIONS
-
-    def compare(self, x: Tensor, y: Tensor) -> None:
-        layer = self.layer
-        assert isinstance(layer, Int8Linear | SparseLinear)
-        x32 = float32(x)
-        y_runtime, q_runtime, acc_runtime = self.session.run(["y", "q", "acc"], {"x": x32})
-        q_numpy, acc_numpy, v = numpy_int8_linear(x32, layer)
-        accumulate = ops.sparse_accumulate if isinstance(layer, SparseLinear) else ops.int8_accumulate
-        q = ops.int8_quantize(x, layer.settings["activation_bits"])[0].cpu().numpy()
-        acc = accumulate(x, layer.packed)[0].cpu().numpy()
-        self.integer_reasons += _disagreements("q", {"native": q, "ONNX Runtime": q_runtime, "NumPy": q_numpy})
-        self.integer_reasons += _disagreements("acc", {"native": acc, "ONNX Runtime": acc_runtime, "NumPy": acc_numpy})
-        bound = torch.from_numpy(activation_bound(v, layer.activation))
-        self._compare_y({"native": y, "ONNX Runtime": torch.from_numpy(y_runtime).to(y.dtype)}, bound)
-
-
 class FloatCheck(Check):
-    """float32 products: y of the three parties, each within its own bound of the exact result."""
+    """float32 products, added up in whatever order: y of the three parties, each within its own bound of the exact result."""
 
     exact = False
+    floats = True
 
-    def compare(self, x: Tensor, y: Tensor) -> None:
-        x32 = float32(x)
-        (y_runtime,) = self.session.run(["y"], {"x": x32})
-        self._compare_rows(x32, y, y_runtime)
+    def __init__(
+        self,
+        name: str,
+        layer: CompressedLayer,
+        session: onnxruntime.InferenceSession,
+        formula: Callable[[Array, Any], tuple[Array, ...]] = formulas.numpy_dense,
+    ) -> None:
+        """formula: of the rows x float32 [m, k], or tokens int64 [m], and the layer: y; how far the layer's own may lie from it;
+        and ONNX Runtime's, if that is not as far."""
+        super().__init__(name, layer, session)
+        self.formula = formula
 
-    def _compare_rows(self, x: Array, y: Tensor, y_runtime: Array) -> None:
-        """x float32 [m, k], or int64 [m] for an embedding, gave y [m, n]."""
-        if isinstance(self.layer, SparseLayer):
-            y_numpy, bound, bound_runtime = numpy_sparse_linear(x, self.layer)
-        elif isinstance(self.layer, Int4Linear | Int8Linear):
-            y_numpy, bound = numpy_weight_only(x, self.layer)
-            bound_runtime = bound
-        else:
-            assert isinstance(self.layer, FactorsLayer)
-            y_numpy, bound = numpy_factors(x, self.layer)
-            bound_runtime = bound
-        self._compare_all(y, y_runtime, y_numpy, bound, bound_runtime)
+    def compare(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+        kind = self.layer.kind
+        (y_runtime,) = self.session.run(["y"], {"x": formulas.array(x)})
+        rows = kind.rows(x, self.layer.geometry, chosen.to(x.device))
+        y_numpy, *bounds = self.formula(formulas.array(rows), self.layer)
+        runtime = kind.results(torch.from_numpy(y_runtime))[chosen].numpy()
+        self._compare_all(y, runtime, y_numpy, bounds[0], bounds[-1])
 
     def _compare_all(
         self,
@@ -202,7 +173,7 @@ class FloatCheck(Check):
     ) -> None:
         """y [m, n] of the three parties, and how far each may lie from the exact one: NumPy's by its rounding, if not said."""
         if bound_numpy is None:
-            bound_numpy = EPS * np.abs(np.nan_to_num(y_numpy))
+            bound_numpy = formulas.EPS * np.abs(np.nan_to_num(y_numpy))
         parties = {
             "native": (y, bound),
             "ONNX Runtime": (torch.from_numpy(y_runtime).to(y.dtype), bound_runtime),
@@ -212,132 +183,88 @@ class FloatCheck(Check):
             self._compare_y({name: a, other: b}, torch.from_numpy(bound_a + bound_b))
 
 
-class Int4Check(FloatCheck):
-    """4-bit weights and 8-bit activations: q must be equal, and y natively and in NumPy after the activations none and relu.
+WeightOnlyCheck = partial(FloatCheck, formula=formulas.numpy_weight_only)  # quantized weights, and x in floating point
+# float32 weights of which the layer multiplies no zeros, but ONNX Runtime does.
+SparseCheck = partial(FloatCheck, formula=formulas.numpy_sparse_linear)
+FactorsCheck = partial(FloatCheck, formula=formulas.numpy_factors)  # chains of products with float32 factors
 
-    ONNX Runtime adds up the products in another order, so its y is compared by its bound.
+
+class StepsCheck(FloatCheck):
+    """Layers that quantize their input, and low-rank ones: all integers must be equal, and t between int8 factors.
+
+    So must y after the activations none and relu where no floating-point products are added up, but ONNX Runtime's where the sums
+    of 4-bit weights are: it takes them in another order. Elsewhere y is compared as in :class:`FloatCheck`.
     """
 
-    has_integers = True
-
-    def compare(self, x: Tensor, y: Tensor) -> None:
-        layer = self.layer
-        assert isinstance(layer, Int4Linear)
-        x32 = float32(x)
-        y_runtime, q_runtime = self.session.run(["y", "q"], {"x": x32})
-        result = numpy_int4_linear(x32, layer)
-        q = _quantized(x, 8).cpu().numpy()
-        self.integer_reasons += _disagreements("q", {"native": q, "ONNX Runtime": q_runtime, "NumPy": result.q})
-        own = activation_bound(result.v, layer.activation) / 2
-        bound_numpy = np.zeros(own.shape) if layer.activation in EXACT_ACTIVATIONS else None
-        self._compare_all(y, y_runtime, result.y, own, result.bound, bound_numpy)
-
-
-class LowRankCheck(FloatCheck):
-    """A LowRankLinear, by what is int8 or int4 in it: all integers, and t between int8 factors, must be equal.
-
-    So must y after the activations none and relu where nothing is float32, but ONNX Runtime's beside a residual in int4, whose
-    products it adds up in another order; elsewhere y is compared as in :class:`FloatCheck`.
-    """
-
-    def __init__(self, name: str, layer: LowRankLinear, session: onnxruntime.InferenceSession) -> None:
+    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
         super().__init__(name, layer, session)
-        self.floats = sums_floats(layer)
-        self.exact = not self.floats and layer.activation in EXACT_ACTIVATIONS
+        self.floats = formulas.sums_floats(layer)
+        self.exact = not self.floats and layer.activation in formulas.EXACT_ACTIVATIONS
         self.has_integers = len(session.get_outputs()) > 1
 
-    def compare(self, x: Tensor, y: Tensor) -> None:
-        assert isinstance(self.layer, LowRankLinear)
-        x32 = float32(x)
-        runtime = dict(
-            zip([value.name for value in self.session.get_outputs()], self.session.run(None, {"x": x32}), strict=True)
-        )
-        result = numpy_low_rank_linear(x32, self.layer)
-        native = self._native_integers(x)
-        if result.t is not None:
-            parties = {"native": native["t"], "ONNX Runtime": runtime["t"], "NumPy": result.t}
-            self.integer_reasons += _disagreements("t", parties)
-        for name, integers in result.integers.items():
-            own = {"native": native[name]} if name in native else {}
-            self.integer_reasons += _disagreements(name, {**own, "ONNX Runtime": runtime[name], "NumPy": integers})
+    def compare(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:  # noqa: ARG002
+        layer, x32 = self.layer, formulas.array(x)
+        assert isinstance(layer, Int8Linear | SparseLinear | Int4Linear | LowRankLinear)
+        names = [value.name for value in self.session.get_outputs()]
+        runtime = dict(zip(names, self.session.run(None, {"x": x32}), strict=True))
+        result, native = formulas.numpy_steps(x32, layer), _native_steps(x, layer)
+        for name, expected in result.exact.items():
+            own = {"native": native[name].cpu().numpy()} if name in native else {}
+            self.integer_reasons += _disagreements(name, {**own, "ONNX Runtime": runtime[name], "NumPy": expected})
         if self.floats:
-            to_the_bit = result.v.dtype == np.float32 and self.layer.activation in EXACT_ACTIVATIONS
+            to_the_bit = result.v.dtype == np.float32 and layer.activation in formulas.EXACT_ACTIVATIONS
             bound_numpy = np.zeros(y.shape) if to_the_bit else None
-            self._compare_all(y, runtime["y"], result.y, result.bound, result.bound_runtime, bound_numpy)
+            self._compare_all(y, runtime["y"], result.y, result.own, result.bound, bound_numpy)
             return
-        bound = torch.from_numpy(activation_bound(result.v, self.layer.activation))
+        bound = torch.from_numpy(formulas.activation_bound(result.v, layer.activation))
         self._compare_y({"native": y, "ONNX Runtime": torch.from_numpy(runtime["y"]).to(y.dtype)}, bound)
 
-    def _native_integers(self, x: Tensor) -> dict[str, Array]:
-        """What the kernels show of what lies between x and y: not the accumulators of the factors, for which t and y stand."""
-        layer, found = self.layer, dict[str, Tensor]()
-        assert isinstance(layer, LowRankLinear)
-        if layer.activation_bits is not None:
-            t = ops.low_rank_intermediate(x, layer.packed)
-            found = {
-                "t": t,
-                "down_q": _quantized(x, layer.activation_bits),
-                "up_q": _quantized(t, layer.activation_bits),
-            }
-        bits = layer.settings.get("residual", {}).get("activation_bits")
-        if layer.residual == "int4":
-            found["residual_q"] = _quantized(x, bits)
-        elif bits is not None:
-            accumulate = ops.sparse_accumulate if layer.residual == "sparse" else ops.int8_accumulate
-            acc = accumulate(x, ops.low_rank_unpack(layer.packed).residual)[0]
-            found |= {"residual_q": _quantized(x, bits), "residual_acc": acc}
-        return {name: tensor.cpu().numpy() for name, tensor in found.items()}
+
+def _native_steps(x: Tensor, layer: CompressedLayer) -> dict[str, Tensor]:
+    """What the kernels show of what lies between x and y: not the accumulators of the factors, for which t and y stand."""
+    if not isinstance(layer, LowRankLinear):
+        return _native_product(x, layer.weight_type.name, layer.settings, lambda: (layer.packed, layer.form))
+    found: dict[str, Tensor] = {}
+    if (bits := layer.activation_bits) is not None:
+        t = ops.low_rank_intermediate(x, layer.packed, layer.form)
+        found = {"t": t, "down_q": ops.int8_quantize(x, bits)[0], "up_q": ops.int8_quantize(t, bits)[0]}
+    if not layer.residual:
+        return found
+    beside = partial(ops.low_rank_residual, layer.packed, layer.form)
+    return {**found, **_native_product(x, layer.residual, layer.settings["residual"], beside, "residual_")}
 
 
-def _quantized(x: Tensor, activation_bits: int) -> Tensor:
-    return ops.int8_quantize(x, activation_bits)[0]
+def _native_product(
+    x: Tensor, weight: str, settings: Mapping[str, Any], packed: Callable[[], tuple[Tensor, str]], prefix: str = ""
+) -> dict[str, Tensor]:
+    """q, and of int8 values acc, of a weight of this name; nothing where x stays in floating point."""
+    accumulate = {"int8": ops.int8_accumulate, "sparse": ops.sparse_accumulate, "int4": None}
+    if weight not in accumulate or (bits := settings.get("activation_bits")) is None:
+        return {}
+    found, sums = {prefix + "q": ops.int8_quantize(x, bits)[0]}, accumulate[weight]
+    return found if sums is None else {**found, prefix + "acc": sums(x, *packed())[0]}
 
 
-class EmbeddingCheck(FloatCheck):
-    """A low-rank embedding. A row is a token."""
-
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Compares one call: tokens [...] gave y [..., n]."""
-        super().__call__(x.reshape(-1, 1), y)
-
-    def compare(self, x: Tensor, y: Tensor) -> None:
-        tokens = x[:, 0].cpu().numpy().astype(np.int64)
-        (y_runtime,) = self.session.run(["y"], {"x": tokens})
-        self._compare_rows(tokens, y, y_runtime)
-
-
-class ConvolutionCheck(FloatCheck):
-    """float32 weights of a convolution. A row is what one position of y is made of."""
-
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Compares one call: x [N, C, H, W] or [C, H, W] gave y, in positions that lie evenly spread over it."""
-        assert isinstance(self.layer, CompressedConv2d)
-        x, y = x.reshape(-1, *x.shape[-3:]), y.detach().reshape(-1, *y.shape[-3:]).cpu()
-        total = y.numel() // y.shape[1]
-        count = min(total, MAX_ROWS - self.rows)
-        self.calls += 1
-        self.rows_seen += total
-        self.rows += count
-        if count == 0:
-            return
-        chosen = np.arange(count) * total // count
-        x32 = float32(x)
-        (y_runtime,) = self.session.run(["y"], {"x": x32})
-        rows = [batch.movedim(1, -1).flatten(0, 2)[chosen] for batch in (y, torch.from_numpy(y_runtime))]
-        self._compare_rows(patches(x32, self.layer.geometry, chosen), rows[0], rows[1].numpy())
+# By kind of layer and weight, as in nn.LAYERS; a layer that is not there is compared by FloatCheck.
+CHECKS: dict[tuple[str, str], Callable[[str, CompressedLayer, onnxruntime.InferenceSession], Check]] = {
+    ("linear", "int8"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
+    ("linear", "int4"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
+    ("linear", "sparse"): lambda *args: (SparseCheck if args[1].settings["bits"] == 32 else StepsCheck)(*args),
+    ("conv2d", "sparse"): SparseCheck,
+    ("linear", "low_rank"): StepsCheck,
+    ("conv2d", "low_rank"): FactorsCheck,
+    ("embedding", "low_rank"): FactorsCheck,
+}
 
 
 def check_of(name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> Check:
-    """The check that fits the layer's weight."""
-    if isinstance(layer, LowRankLinear):
-        return LowRankCheck(name, layer, session)
-    if isinstance(layer, LowRankEmbedding):
-        return EmbeddingCheck(name, layer, session)
-    if isinstance(layer, CompressedConv2d):
-        return ConvolutionCheck(name, layer, session)
-    if isinstance(layer, Int4Linear) and not weight_only(layer):
-        return Int4Check(name, layer, session)
-    return (FloatCheck if sums_floats(layer) else IntegerCheck)(name, layer, session)
+    """The check that fits the layer's kind and weight."""
+    return CHECKS.get((layer.kind.name, layer.weight_type.name), FloatCheck)(name, layer, session)
+
+
+def weight_only(layer: CompressedLayer) -> bool:
+    """Whether the layer has quantized weights and leaves its input in floating point."""
+    return layer.settings.get("activation_bits") == 16
 
 
 def _disagreements(what: str, parties: Mapping[str, Array]) -> list[str]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pycompress.methods.int4 import Int4Weight
-from pycompress.methods.int8 import Int8Weight
-from pycompress.methods.low_rank import LowRankWeight
-from pycompress.methods.low_rank_conv import composed
-from pycompress.methods.sparse import SparseWeight
+from pycompress import ops
 from pycompress.nn.factors import FactorsLayer
-from pycompress.nn.geometry import Conv2dGeometry
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.layer import CompressedLayer
@@ -25,6 +19,8 @@ from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.low_rank_conv import LowRankConv2d
 from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.sparse import SparseLayer, SparseLinear
+from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight
+from pycompress.weights.low_rank_conv import composed
 
 EXACT_ACTIVATIONS = ("none", "relu")
 EPS = 2.0**-23  # of float32; one rounding moves a number by half of it
@@ -38,19 +34,27 @@ def float32(x: Tensor) -> Array:
     return np.ascontiguousarray(x.detach().float().cpu().numpy())
 
 
+def float64(x: Tensor) -> Array:
+    """A dense copy in NumPy."""
+    return float32(x).astype(np.float64)
+
+
+def _bias(layer: CompressedLayer) -> Array | float:
+    """float64 [n], or 0."""
+    return 0.0 if layer.bias is None else float64(layer.bias)
+
+
+def array(x: Tensor) -> Array:
+    """What ONNX Runtime and NumPy are given of an input: float32, or int64 of tokens."""
+    return float32(x) if x.is_floating_point() else x.long().cpu().numpy()
+
+
 def sums_floats(layer: CompressedLayer) -> bool:
-    """Whether the layer adds up floating-point products, so that its result depends on their order."""
-    if isinstance(layer, LowRankLinear):
-        in_int8 = layer.residual in ("", "int8") or layer.settings["residual"].get("bits") == 8
-        return layer.bits == 32 or not in_int8
-    if isinstance(layer, SparseLayer):
-        return layer.bits == 32
-    return isinstance(layer, FactorsLayer | Int4Linear) or weight_only(layer)
-
-
-def weight_only(layer: CompressedLayer) -> bool:
-    """Whether the layer has quantized weights and leaves its input in floating point."""
-    return layer.settings.get("activation_bits") == 16
+    """Whether a layer of quantized or low-rank weights adds up floating-point products: its result depends on their order then."""
+    if not isinstance(layer, LowRankLinear):
+        return isinstance(layer, Int4Linear)
+    in_int8 = layer.residual in ("", "int8") or (layer.residual == "sparse" and layer.settings["residual"]["bits"] == 8)
+    return layer.bits == 32 or not in_int8
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _quantized_rows(x: Array, activation_bits: int) -> _Rows:
 def int8_product(x: Array, values: Tensor, scale: Tensor, activation_bits: int) -> Product:
     """The int8 formula in NumPy, for x float32 [m, k] and a weight int8 [n, k] with its scale [n]."""
     rows = _quantized_rows(x, activation_bits)
-    acc = ((rows.q - rows.zero_point).astype(np.float64) @ float32(values).astype(np.float64).T).astype(np.int64)
+    acc = ((rows.q - rows.zero_point).astype(np.float64) @ float64(values).T).astype(np.int64)
     with np.errstate(all="ignore"):
         v = (acc.astype(np.float32) * rows.scale) * float32(scale)
     return Product(rows.q.astype(np.uint8), acc, np.where(rows.finite, v, np.float32(np.nan)))
@@ -115,47 +119,6 @@ def _weight_product(x: Array, weight: Int8Weight | SparseWeight) -> Product:
     assert weight.activation_bits is not None
     values = replace(weight, scale=torch.ones_like(weight.scale)).decompress()
     return int8_product(x, values, weight.scale, weight.activation_bits)
-
-
-def numpy_int8_linear(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array, Array, Array]:
-    """q and acc of :func:`int8_product`, and float32 [m, n], what goes into the activation.
-
-    Args:
-        x: float32 [m, k].
-        layer: gives the weight (int8), the scales and the bias.
-    """
-    product = _weight_product(x, layer.canonical())
-    return product.q, product.acc, product.v if layer.bias is None else product.v + float32(layer.bias)
-
-
-@dataclass(frozen=True)
-class GroupsResult:
-    """What an Int4Linear that quantizes its input computes.
-
-    Attributes:
-        q: uint8 [m, k], the quantized rows of x; zeros in the rows in which x holds NaN or Inf.
-        v: float32 [m, n], to the bit: what goes into the activation; NaN in these rows.
-        y: float64 [m, n], activation included.
-        bound: float64 [m, n], how far a float32 evaluation in another order may lie from y.
-    """
-
-    q: Array
-    v: Array
-    y: Array
-    bound: Array
-
-
-def numpy_int4_linear(x: Array, layer: Int4Linear) -> GroupsResult:
-    """An Int4Linear with 8-bit activations in NumPy: the integers of each group exactly, then the float32 steps of the layer.
-
-    Args:
-        x: float32 [m, k].
-    """
-    product = _groups_product(x, layer.canonical())
-    with np.errstate(all="ignore"):
-        v = product.v if layer.bias is None else product.v + float32(layer.bias)
-    y, (bound,) = _activated(v.astype(np.float64), [product.order_bound(v)], layer)
-    return GroupsResult(product.q, v, y, bound)
 
 
 @dataclass(frozen=True)
@@ -190,7 +153,7 @@ def _groups_product(x: Array, weight: Int4Weight) -> _GroupsProduct:
     with np.errstate(all="ignore"):
         sums, ones = _group_sums(rows.q, weight), _group_sums(np.ones((1, weight.k), np.float32), weight)
         v = np.where(rows.finite, _fma(-rows.zero_point, ones, sums) * rows.scale, np.float32(np.nan))
-    weights = np.abs(float32(weight.decompress()).astype(np.float64)).T
+    weights = np.abs(float64(weight.decompress())).T
     apart = (rows.q + rows.zero_point).astype(np.float64) @ weights
     size = np.abs(rows.q - rows.zero_point).astype(np.float64) @ weights * rows.scale
     fits = apart < float(np.finfo(np.float32).max)
@@ -209,23 +172,6 @@ def _group_sums(q: Array, weight: Int4Weight) -> Array:
         # Exact in float32 in any order: 128 products of at most 255 * 15 stay below 2^24.
         v = _fma(q[:, columns] @ steps.T, scale[None, :, group], v)
     return v
-
-
-def _order_bound(v: Array, rows: _Rows, layer: Int4Linear) -> Array:
-    """How far v of the layer may lie from that of a runtime that adds up the k products (q - zero point) * weight.
-
-    These are exact. The runtime's sum meets a rounding for each of them, the layer's one for each group, but of q * weight and
-    of the zero point * weight apart; then both meet one for the scale of x and one for the bias. Where what is added up does
-    not fit float32, nothing is certain.
-    """
-    weight = layer.canonical()
-    weights = np.abs(float32(weight.decompress()).astype(np.float64)).T
-    apart = (rows.q + rows.zero_point).astype(np.float64) @ weights
-    together = np.abs(rows.q - rows.zero_point).astype(np.float64) @ weights
-    fits = apart < float(np.finfo(np.float32).max)
-    bias = 0.0 if layer.bias is None else np.abs(float32(layer.bias).astype(np.float64))
-    bound = _sum_bound(v, together * rows.scale + bias, layer.k)
-    return np.where(fits, bound + EPS * (weight.groups + 2) * apart * rows.scale, np.inf)
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
@@ -258,10 +204,10 @@ def numpy_weight_only(x: Array, layer: Int4Linear | Int8Linear) -> tuple[Array, 
     """
     weight = layer.canonical()
     if isinstance(weight, Int8Weight):
-        values, scale = (float32(part).astype(np.float64) for part in (weight.values, weight.scale))
+        values, scale = (float64(part) for part in (weight.values, weight.scale))
     else:
-        values, scale = float32(weight.decompress()).astype(np.float64), np.ones(layer.n)
-    bias = 0.0 if layer.bias is None else float32(layer.bias).astype(np.float64)
+        values, scale = float64(weight.decompress()), np.ones(layer.n)
+    bias = _bias(layer)
     finite = np.isfinite(x)
     clean = np.where(finite, x, 0).astype(np.float64)
     size = np.abs(clean) @ np.abs(values).T
@@ -296,24 +242,30 @@ def activation_bound(v: Array, activation: str) -> Array:
     return 2 * 8 * 2.0**-24 * magnitude + 2.0**-126
 
 
-def patches(x: Array, geometry: Conv2dGeometry, outputs: Array) -> Array:
-    """What the outputs of a convolution are made of: the rows of x with which it is a linear layer.
+def numpy_dense(x: Array, layer: CompressedLayer) -> tuple[Array, Array]:
+    """The product with the decompressed weight in float64, activation included, and how far float32 may lie from it.
 
     Args:
-        x: float32 [images, in_channels, height, width].
-        outputs: int [m], counting the positions of y [images, out_channels, its height, its width] over the channels
-            that lie there.
+        x: float32 [m, k], what the matrix of the layer's kind meets; int64 [m], tokens.
     Returns:
-        float32 [m, k], in the order of the weight.
+        float64 [m, n], both. The bound is Inf, which says nothing, for rows of x with NaN or Inf.
     """
-    top, bottom, left, right = geometry.sides
-    padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    reach = [step * (size - 1) + 1 for step, size in zip(geometry.dilation, geometry.kernel_size, strict=True)]
-    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
-    steps = [slice(None, None, step) for step in (*geometry.stride, *geometry.dilation)]
-    windows = windows[(slice(None), slice(None), *steps)].transpose(0, 2, 3, 1, 4, 5)
-    found: Array = windows[np.unravel_index(outputs, windows.shape[:3])].reshape(len(outputs), -1)
-    return found
+    weight = float64(layer.canonical().decompress())
+    if layer.kind.tokens:
+        return weight[x], np.zeros((len(x), layer.k))
+    return _summed(x, weight, np.abs(weight), layer.k, layer)
+
+
+def _summed(x: Array, weight: Array, paths: Array, products: int, layer: CompressedLayer) -> tuple[Array, Array]:
+    """y and the bound of a layer with this weight [n, k], where an input reaches an output over paths of these absolute weights,
+    and meets the roundings of so many products."""
+    clean, broken = _without_broken(x)
+    bias = _bias(layer)
+    v, size = clean @ weight.T + bias, np.abs(clean) @ paths.T + np.abs(bias)
+    bound = _sum_bound(v, size, products)
+    bound[broken] = np.inf
+    y, (bound,) = _activated(v, [bound], layer)
+    return y, bound
 
 
 def numpy_sparse_linear(x: Array, layer: SparseLayer) -> tuple[Array, Array, Array]:
@@ -322,14 +274,14 @@ def numpy_sparse_linear(x: Array, layer: SparseLayer) -> tuple[Array, Array, Arr
     NaN and Inf in x count where there is a weight for them: zeros are not multiplied.
 
     Args:
-        x: float32 [m, k]; for a convolution its :func:`patches`.
+        x: float32 [m, k], what the matrix of the layer's kind meets.
         layer: gives the weight and the bias.
     Returns:
         float64 [m, n], all three: y; how far the layer's own y may lie from it; how far that of a runtime that
         multiplies the zeros too. The last is Inf, which says nothing, for rows of x with NaN or Inf.
     """
-    weight = float32(layer.canonical().decompress()).astype(np.float64)
-    bias = 0.0 if layer.bias is None else float32(layer.bias).astype(np.float64)
+    weight = float64(layer.canonical().decompress())
+    bias = _bias(layer)
     finite = np.isfinite(x)
     clean = np.where(finite, x, 0).astype(np.float64)
     v, size = clean @ weight.T + bias, np.abs(clean) @ np.abs(weight).T + np.abs(bias)
@@ -346,7 +298,7 @@ def _activated(v: Array, bounds: list[Array], layer: CompressedLayer) -> tuple[A
     """The activation of v, float64 [m, n], and how far it may lie off where v may lie off by the bounds."""
     rounding = activation_bound(v, layer.activation) / 2
     slope = 1.0 if layer.activation in EXACT_ACTIVATIONS else STEEPEST
-    y = _ACTIVATIONS[layer.activation](torch.from_numpy(v)).numpy()
+    y = ops.DIFFERENTIABLE[layer.activation](torch.from_numpy(v)).numpy()
     return y, [slope * bound + rounding for bound in bounds]
 
 
@@ -375,52 +327,43 @@ def numpy_factors(x: Array, layer: FactorsLayer) -> tuple[Array, Array]:
     the roundings of every sum on its path: as many as these have products, all factors together.
 
     Args:
-        x: float32 [m, k], the :func:`patches` of a convolution; int64 [m], the tokens of an embedding.
+        x: float32 [m, k], the patches of a convolution; int64 [m], the tokens of an embedding.
     Returns:
         float64 [m, n], both. The bound is Inf, which says nothing, for rows of x with NaN or Inf.
     """
     if isinstance(layer, LowRankEmbedding):
-        own = layer.canonical()
-        table, basis = float32(own.up).astype(np.float64)[x], float32(own.down).astype(np.float64)
+        table, basis = float64(layer.canonical().up)[x], float64(layer.canonical().down)
         return table @ basis, _sum_bound(table @ basis, np.abs(table) @ np.abs(basis), layer.rank)
     assert isinstance(layer, LowRankConv2d)
     factors = tuple(factor.double() for factor in layer.canonical().factors())
     weight = composed(factors).flatten(1).numpy()
     paths = composed(tuple(factor.abs() for factor in factors)).flatten(1).numpy()
-    bias = 0.0 if layer.bias is None else float32(layer.bias).astype(np.float64)
-    clean, broken = _without_broken(x)
-    v, size = clean @ weight.T + bias, np.abs(clean) @ paths.T + np.abs(bias)
-    bound = _sum_bound(v, size, sum(factor[0].numel() for factor in factors))
-    bound[broken] = np.inf
-    y, (bound,) = _activated(v, [bound], layer)
-    return y, bound
+    return _summed(x, weight, paths, sum(factor[0].numel() for factor in factors), layer)
 
 
 @dataclass(frozen=True)
-class LowRankResult:
-    """What a LowRankLinear computes.
+class Steps:
+    """What a linear layer that quantizes its input, or a LowRankLinear, computes.
 
     Attributes:
-        integers: by name: q and acc of what is int8 (``down_q``, ``down_acc``, ``up_``..., ``residual_``...), ``residual_q`` of a
-            residual in int4.
-        t: float32 [m, r], what the second factor meets, for int8 factors.
+        exact: by name, what must be equal: q and acc of what is int8, q of what is int4; those of int8 factors and of what they
+            make of x (``t``, ``down_q``, ``down_acc``, ``up_``...) and those of a residual (``residual_``...).
         v: what goes into the activation: float32 [m, n], to the bit, where all is int8 or int4; float64 otherwise.
         y: float64 [m, n], activation included.
-        bound: float64 [m, n], how far the layer's own y may lie from this one: Inf, which says nothing, for rows of x with NaN or
-            Inf where all is float32.
-        bound_runtime: the same for a runtime that takes the sums of float32, or of a residual in int4, in another order.
+        own: float64 [m, n], how far the layer's y may lie from this one: Inf, which says nothing, for rows of x with NaN or Inf
+            where all is float32.
+        bound: the same for a runtime that takes the sums of float32, or of int4 weights, in another order.
     """
 
-    integers: dict[str, Array]
-    t: Array | None
+    exact: dict[str, Array]
     v: Array
     y: Array
+    own: Array
     bound: Array
-    bound_runtime: Array
 
 
-def numpy_low_rank_linear(x: Array, layer: LowRankLinear) -> LowRankResult:
-    """A LowRankLinear in NumPy: the float32 steps of what is int8 or int4, float64 for the rest.
+def numpy_steps(x: Array, layer: Int8Linear | SparseLinear | Int4Linear | LowRankLinear) -> Steps:
+    """A layer in NumPy: the float32 steps of what is int8 or int4, float64 for the rest.
 
     float32 factors: a product x_i down_ji up_nj meets at most k roundings in its first and r in its second sum. A float32
     residual adds k products to these, in whatever order, one further addition among them; a residual in int8 or int4 is a number
@@ -429,48 +372,50 @@ def numpy_low_rank_linear(x: Array, layer: LowRankLinear) -> LowRankResult:
     Args:
         x: float32 [m, k].
     """
-    weight, integers = layer.canonical(), dict[str, Array]()
+    weight, exact = layer.canonical(), dict[str, Array]()
     clean, broken = _without_broken(x)
-    bias = np.float32(0) if layer.bias is None else float32(layer.bias)
-    roundings, t, order = 0, None, None
-    if weight.bits == 32:
-        down, up = float32(weight.down).astype(np.float64), float32(weight.up).astype(np.float64)
-        v, size = clean @ down.T @ up.T, np.abs(clean) @ np.abs(down).T @ np.abs(up).T
-        v, size, roundings = v + bias, size + np.abs(bias), layer.k + weight.rank
-    else:
-        t, v, integers = _int8_factors(x, weight)
-        v = v + bias
-        size = np.abs(v)
-    residual = weight.residual
-    if isinstance(residual, Int4Weight):
-        order = _groups_product(x, residual)
-        integers["residual_q"] = order.q
-        v, size = order.v + v, size + np.abs(order.v)
-    elif isinstance(residual, Int8Weight | SparseWeight) and residual.scale is not None:
-        product = _weight_product(x, residual)
-        integers |= {"residual_q": product.q, "residual_acc": product.acc}
-        v, size = product.v + v, size + np.abs(product.v)
-    elif residual is not None:
-        dense = float32(residual.decompress()).astype(np.float64)
-        v, size = clean @ dense.T + v, np.abs(clean) @ np.abs(dense).T + size
-        roundings += layer.k + 1
+    v: Array = np.zeros(1, np.float32) if layer.bias is None else float32(layer.bias)
+    size, roundings, order, prefix = np.abs(v), 0, None, ""
+    if isinstance(weight, LowRankWeight):
+        if weight.bits == 32:
+            down, up = float64(weight.down), float64(weight.up)
+            v, size = clean @ down.T @ up.T + v, np.abs(clean) @ np.abs(down).T @ np.abs(up).T + size
+            roundings = layer.k + weight.rank
+        else:
+            factors, exact = _int8_factors(x, weight)
+            v = factors + v
+            size = np.abs(v)
+        weight, prefix = weight.residual, "residual_"
+    with np.errstate(all="ignore"):
+        if isinstance(weight, Int4Weight):
+            order = _groups_product(x, weight)
+            exact[prefix + "q"] = order.q
+            v, size = order.v + v, size + np.abs(order.v)
+        elif isinstance(weight, Int8Weight | SparseWeight) and weight.scale is not None:
+            product = _weight_product(x, weight)
+            exact |= {prefix + "q": product.q, prefix + "acc": product.acc}
+            v, size = product.v + v, size + np.abs(product.v)
+        elif weight is not None:
+            dense = float64(weight.decompress())
+            v, size = clean @ dense.T + v, np.abs(clean) @ np.abs(dense).T + size
+            roundings += layer.k + 1
     bound = np.zeros(v.shape)
     if roundings:
         bound = _sum_bound(v, size, roundings + 1)
-        bound[broken] = 0 if integers else np.inf  # with a product of integers such a row is NaN
+        bound[broken] = 0 if exact else np.inf  # with a product of integers such a row is NaN
     bounds = [bound, bound if order is None else bound + order.order_bound(v)]
     y, (own, runtime) = _activated(v.astype(np.float64), bounds, layer)
-    return LowRankResult(integers, t, v, y, own, runtime)
+    return Steps(exact, v, y, own, runtime)
 
 
-def _int8_factors(x: Array, weight: LowRankWeight) -> tuple[Array, Array, dict[str, Array]]:
-    """What int8 factors make of x, without a bias: t float32 [m, r], v float32 [m, n], and the integers of both by name."""
+def _int8_factors(x: Array, weight: LowRankWeight) -> tuple[Array, dict[str, Array]]:
+    """What int8 factors make of x, without a bias: v float32 [m, n], and by name t float32 [m, r] and the integers of both."""
     assert weight.activation_bits is not None
     assert weight.down_scale is not None
     assert weight.up_scale is not None
     down = int8_product(x, weight.down, weight.down_scale, weight.activation_bits)
     up = int8_product(down.v, weight.up, weight.up_scale, weight.activation_bits)
-    return down.v, up.v, {"down_q": down.q, "down_acc": down.acc, "up_q": up.q, "up_acc": up.acc}
+    return up.v, {"t": down.v, "down_q": down.q, "down_acc": down.acc, "up_q": up.q, "up_acc": up.acc}
 
 
 def _nonfinite(x: Array, weight: Array) -> Array:
@@ -483,12 +428,3 @@ def _nonfinite(x: Array, weight: Array) -> Array:
     down = meets(x == np.inf, weight < 0) | meets(x == -np.inf, weight > 0)
     undefined = meets(np.isnan(x), weight != 0) | (up & down)
     return np.where(undefined, np.nan, np.where(up, np.inf, np.where(down, -np.inf, 0.0)))
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda v: v,
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
-    "silu": nn.functional.silu,
-}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pycompress.surgery import Inputs, call_model, evaluating
 from pycompress.validation.report import ModelRecord
 
 # A last-bit difference after gelu, silu or a float32 sum flips a rounding in a later layer, that flips more of them,
@@ -20,22 +21,15 @@ SMALLEST_COSINE = 0.999  # always good enough
 PERTURBATION_FACTOR = 4.0  # on 1 - cosine
 
 
-def outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
-    """Runs the model without advancing the random state. Its floating-point outputs as float64 copies."""
-    with torch.random.fork_rng(devices=[]):
-        if isinstance(inputs, Tensor):
-            result = model(inputs)
-        elif isinstance(inputs, tuple):
-            result = model(*inputs)
-        elif isinstance(inputs, Mapping):
-            result = model(**inputs)
-        else:
-            raise TypeError(f"validate: inputs is {type(inputs).__name__}, expected a Tensor, a tuple or a dict")
-    outputs = {
-        path: tensor.detach().to("cpu", torch.float64, copy=True)
-        for path, tensor in _tensors(result)
-        if tensor.is_floating_point()
-    }
+def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Runs the model, and leaves all as it was. Its floating-point outputs as float64 copies."""
+    with evaluating(model, inputs):
+        result = call_model(model, inputs)
+        outputs = {
+            path: tensor.detach().to("cpu", torch.float64, copy=True)
+            for path, tensor in _tensors(result)
+            if tensor.is_floating_point()
+        }
     if not outputs:
         kind = type(result).__name__
         raise TypeError(f"validate: the model returned {kind}, expected at least one floating-point tensor in it")

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from pycompress.model import compressed_layers
 from pycompress.nn.layer import CompressedLayer
-from pycompress.nn.low_rank_embedding import LowRankEmbedding
+from pycompress.surgery import Inputs, compressed_layers, only_argument
 from pycompress.validation.checks import Check, check_of
-from pycompress.validation.formulas import EXACT_ACTIVATIONS, float32, sums_floats
+from pycompress.validation.formulas import EXACT_ACTIVATIONS, array
 from pycompress.validation.outputs import compare_outputs, outputs_of
 from pycompress.validation.report import PERTURBATION, Report
 
@@ -24,12 +23,12 @@ if TYPE_CHECKING:  # an optional dependency, imported by validate()
 Forward = Callable[..., Tensor]
 
 
-def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = None) -> Report:
+def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None = None) -> Report:
     """Compares a compressed model with ONNX Runtime and NumPy, layer by layer and as a whole.
 
-    The model runs two or three times, in evaluation mode and without gradients, and is left as it was, also
-    after an exception. In the first run every layer computes natively, and what it was given and gave is
-    compared:
+    The model runs two or three times, in evaluation mode and without gradients; it, the inputs and the random state are left as
+    they were, also after an exception, and so each run begins with the same. In the first run every layer computes natively, and
+    what it was given and gave is compared:
 
     - int8 weights: the quantized rows q and the accumulators acc must be equal between native, ONNX Runtime and
       NumPy; y must equal ONNX Runtime's after the activations none and relu, and lie within
@@ -39,11 +38,12 @@ def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = No
       holds NaN or Inf, ONNX Runtime, which multiplies the zeros too, has no say: the layer's y must be NaN and
       Inf where NumPy says that a weight meets them, and within its bound elsewhere.
     - int4 weights: q as above; natively y must equal NumPy's after none and relu, and ONNX Runtime's must lie within the bound of
-      :func:`numpy_int4_linear`; with 16-bit activations, as for int8 weights with such, all three within the bounds of
+      :func:`numpy_steps`; with 16-bit activations, as for int8 weights with such, all three within the bounds of
       :func:`numpy_weight_only`.
-    - low-rank layers: as float32 weights are, by the bounds of :func:`numpy_low_rank_linear` and :func:`numpy_factors`; q and
+    - low-rank layers: as float32 weights are, by the bounds of :func:`numpy_steps` and :func:`numpy_factors`; q and
       acc of what is int8 in them must be equal, what lies between int8 factors to the bit, and so y where nothing is float32;
-      of a residual in int4 q must be equal, and ONNX Runtime's y lie within a bound for the order of its sums.
+      of a residual in int4 q must be equal, and ONNX Runtime's y lie within a bound for the order of its sums;
+    - weights that ``validation.checks.CHECKS`` does not know: all three within the bounds of :func:`numpy_dense`.
 
     A convolution is compared as a linear layer on what each position of its result is made of, an embedding token by token.
 
@@ -56,7 +56,7 @@ def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = No
 
     Args:
         model: has at least one compressed layer.
-        inputs: a Tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``.
         layers: names or glob patterns of the layers to compare, all by default. Others always run natively.
     Returns:
         The report. Layers that were never called are listed in it; a layer under several names is there once.
@@ -79,32 +79,31 @@ def validate(model: nn.Module, inputs: Any, *, layers: Iterable[str] | None = No
             if checks[layer].calls == 0:
                 in_order.append(checks[layer])
             y = native(*args, **kwargs)
-            checks[layer](_only(args, kwargs), y)
+            checks[layer](only_argument(args, kwargs).detach(), y)
             return y
 
         return forward
 
     def by_onnxruntime(layer: CompressedLayer, native: Forward) -> Forward:
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
-            x = _only(args, kwargs)
+            x = only_argument(args, kwargs).detach()
             y = _run_session(layer, sessions[layer], x)
-            if sums_floats(layer) and not bool(x.isfinite().all()):
-                broken = ~x.flatten(-_dims(layer)).isfinite().all(dim=-1)
+            if checks[layer].floats and not bool(x.isfinite().all()):
+                broken = ~x.flatten(-layer.kind.dims).isfinite().all(dim=-1)
                 y[broken] = native(*args, **kwargs)[broken]
             return y
 
         return forward
 
-    inexact = [layer for layer in chosen if sums_floats(layer) or layer.activation not in EXACT_ACTIVATIONS]
+    inexact = [layer for layer in chosen if checks[layer].floats or layer.activation not in EXACT_ACTIVATIONS]
     perturbed = None
-    with _evaluation(model):
-        with _forwards(chosen, checked):
-            expected = outputs_of(model, inputs)
-        with _forwards(chosen, by_onnxruntime):
-            actual = outputs_of(model, inputs)
-        if inexact:
-            with _forwards(inexact, _perturbed()):
-                perturbed = outputs_of(model, inputs)
+    with _forwards(chosen, checked):
+        expected = outputs_of(model, inputs)
+    with _forwards(chosen, by_onnxruntime):
+        actual = outputs_of(model, inputs)
+    if inexact:
+        with _forwards(inexact, _perturbed()):
+            perturbed = outputs_of(model, inputs)
     in_order += [check for check in checks.values() if check.calls == 0]
     record = compare_outputs(expected, actual, perturbed)
     return Report([check.record() for check in in_order], record, onnxruntime.__version__)
@@ -128,22 +127,6 @@ def _choose(layers: Mapping[str, CompressedLayer], patterns: Iterable[str] | Non
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and each module's own training flag afterwards.
-
-    ``no_grad`` and not ``inference_mode``: a tensor that the model keeps must not make later training fail.
-    """
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-@contextmanager
 def _forwards(layers: Iterable[CompressedLayer], make: Callable[[CompressedLayer, Forward], Forward]) -> Iterator[None]:
     """Replaces the layers' forward by ``make(layer, forward)`` for the length of the block.
 
@@ -161,27 +144,11 @@ def _forwards(layers: Iterable[CompressedLayer], make: Callable[[CompressedLayer
                 layer.__dict__["forward"] = forward
 
 
-def _only(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
-    """The one argument of a layer's forward."""
-    (x,) = (*args, *kwargs.values())
-    return x.detach()
-
-
-def _dims(layer: CompressedLayer) -> int:
-    """How many dimensions of x the layer takes as one: the features, or channels, height and width; of tokens none."""
-    if isinstance(layer, LowRankEmbedding):
-        return 0
-    return 1 if layer.geometry is None else 3
-
-
 def _run_session(layer: CompressedLayer, session: onnxruntime.InferenceSession, x: Tensor) -> Tensor:
-    """The layer's forward in ONNX Runtime: x [..., k] to y [..., n] of x's dtype, on x's device; images to images; tokens [...] to
-    y [..., n] of the layer's dtype."""
-    sizes = x.shape[x.dim() - _dims(layer) :]
-    rows = x.reshape(-1, *sizes)
-    dtype = layer.dtype if isinstance(layer, LowRankEmbedding) else x.dtype
-    (y,) = session.run(["y"], {"x": float32(rows) if x.is_floating_point() else rows.long().cpu().numpy()})
-    shape = (*x.shape[: x.dim() - _dims(layer)], *y.shape[1:])
+    """The layer's forward in ONNX Runtime, on x's device and in its dtype; tokens give that of the layer's geometry."""
+    dtype = layer.geometry.dtype if layer.kind.tokens else x.dtype
+    (y,) = session.run(["y"], {"x": array(layer.kind.items(x))})
+    shape = (*x.shape[: x.dim() - layer.kind.dims], *y.shape[1:])
     return x.new_empty(shape, dtype=dtype).copy_(torch.from_numpy(y).reshape(shape))
 
 

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "addend.h"
+#include "cases.h"
 #include "common/activation.h"
 #include "int4/kernel_list.h"
 #include "int4/pack.h"
@@ -24,7 +25,6 @@ namespace {
 using namespace pycompress;
 using namespace pycompress::int4;
 
-size_t area(int rows, int columns) { return static_cast<size_t>(rows) * static_cast<size_t>(columns); }
 size_t span(int rows, ptrdiff_t stride, int columns) { return static_cast<size_t>((rows - 1) * stride + columns); }
 
 std::vector<const int4::Kernel*> available() {

@@ -9,6 +9,7 @@ int main() {
               {"sparse kernels", test_sparse_kernels},
               {"sparse linear", test_sparse_linear},
               {"sparse conv", test_sparse_conv},
+              {"dense", test_dense},
               {"low rank", test_low_rank},
               {"int4", test_int4},
               {"weight only", test_weight_only}});

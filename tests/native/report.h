@@ -45,7 +45,8 @@ void test_int8();            // the kernels of int8_linear, end to end
 void test_sparse_kernels();  // load, tile and finish of each sparse kernel against the specification
 void test_sparse_linear();   // sparse_linear, end to end
 void test_sparse_conv();     // sparse_conv2d, end to end
-void test_low_rank();        // the kernels of low_rank_linear, each alone and end to end
+void test_dense();           // the float32 products, each kernel alone
+void test_low_rank();        // low_rank_linear, end to end
 void test_int4();            // the kernels of int4_linear, each alone and end to end
 void test_weight_only();     // integer weights on float activations: their kernels alone and end to end
 

@@ -2,6 +2,7 @@
 // others against the specification, to the bit but for single rows of float32.
 #include <cfloat>
 
+#include "cases.h"
 #include "int8/kernel_list.h"
 #include "sparse_weight.h"
 
@@ -12,10 +13,8 @@ using namespace pycompress;
 using namespace pycompress::sparse;
 
 const Kernel& specification(Format format) {
-  int count;
-  const Kernel* kernel = kernels(&count);
-  while (kernel->format != format || kernel->isa != Isa::scalar) ++kernel;
-  return *kernel;
+  const auto is = [&](const Kernel* kernel) { return kernel->format == format && kernel->isa == Isa::scalar; };
+  return **std::find_if(kernels().begin(), kernels().end(), is);
 }
 
 struct Case {
@@ -229,20 +228,13 @@ void run_finish_edges(const Kernel& kernel, int width) {
 }  // namespace
 
 void test_sparse_kernels() {
-  int count;
-  const Kernel* list = kernels(&count);
-  for (int i = 0; i < count; ++i) {
-    const Kernel& kernel = list[i];
-    if (!isa_available(kernel.isa)) {
-      std::printf("skipped %s: it needs %s\n", kernel.name, isa_name(kernel.isa));
-      continue;
-    }
+  for_available(kernels(), [](const Kernel& kernel) {
     for (int width = 1; width <= kernel.mr; width *= 2) {
       if ((kernel.widths & static_cast<unsigned>(width)) == 0) continue;
       run_width(kernel, width);
       if (kernel.isa != Isa::scalar) run_finish_edges(kernel, width);
     }
-  }
+  });
 }
 
 }  // namespace native

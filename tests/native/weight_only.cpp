@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 
+#include "cases.h"
 #include "common/activation.h"
 #include "int4_weight.h"
 #include "sparse_weight.h"
@@ -18,8 +19,6 @@ namespace {
 
 using namespace pycompress;
 using namespace pycompress::weight_only;
-
-size_t area(int rows, int columns) { return static_cast<size_t>(rows) * static_cast<size_t>(columns); }
 
 // --- the kernels, each alone
 // ------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ Case case_of(const Plan& plan, int m, int n, int k) {
 // |y - exact| <= gamma(k + 4) sum |x w| + eps (|y| + |bias|), for float32 results without an activation; and what each
 // step may lose where it is subnormal.
 bool within_bound(const Layer& layer, const Input& x, int m, const float* bias, const float* y) {
-  const double u = double{FLT_EPSILON} / 2, roundings = layer.k + 4, gamma = roundings * u / (1 - roundings * u);
+  const double gamma = gamma_of(layer.k + 4), roundings = layer.k + 4;
   std::vector<double> weights(static_cast<size_t>(layer.k)), row_of_x(area(m, layer.k));
   for (int row = 0; row < m; ++row)
     for (int i = 0; i < layer.k; ++i) row_of_x[area(row, layer.k) + static_cast<size_t>(i)] = double{x.at(row, i)};
@@ -376,13 +375,7 @@ void test_refusals(const Plan& plan) {
 }  // namespace
 
 void test_weight_only() {
-  int count;
-  const Kernel* list = weight_only::kernels(&count);
-  for (int i = 0; i < count; ++i)
-    if (isa_available(list[i].isa))
-      run_kernel(list[i]);
-    else
-      std::printf("skipped %s: it needs %s\n", list[i].name, isa_name(list[i].isa));
+  for_available(weight_only::kernels(), run_kernel);
 
   constexpr Plan kPlans[] = {{8, 32, true},  {4, 32, true},  {4, 32, false}, {4, 64, true},
                              {4, 64, false}, {4, 128, true}, {4, 128, false}};

@@ -9,9 +9,8 @@
 //   uint8  before[8 tiles][2 halves][4 registers]   values of the tile in front of those of the word
 //   uint16 first[8 tiles]                           values of the unit in front of those of the tile
 //   uint16 values[]                                 bfloat16 or float16; filler up to 16 bytes
-// The buffer: uint32 index[units + 1], in chunks of 16 bytes from its begin, filler; units of the same channels one
-// after the other; filler. A device buffer's content cannot be asked without waiting for the device, so what must be
-// known on the host stands in its shape [k, row]: row % 32 says the type of the values and how much room a unit takes.
+// The buffer: uint32 index[units + 1], in chunks of 16 bytes from its begin, filler up to 16 bytes; units of the same
+// channels one after the other.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +25,7 @@ namespace pycompress::sparse::cuda {
 constexpr int kUnitN = 32, kUnitK = 64, kTilesOfUnit = 8;
 constexpr int kBefore = 256, kFirst = kBefore + 64, kValues = kFirst + 16;  // byte offsets in a unit
 constexpr int kChunk = 16;
-constexpr int kSmallest = kValues / kChunk, kLevel = 18, kLevels = 16;  // room: kSmallest + level * kLevel chunks
-static_assert(kValues + kUnitN * kUnitK * 2 <= kChunk * (kSmallest + (kLevels - 1) * kLevel));
+constexpr int kLargestUnit = kValues + kUnitN * kUnitK * 2;
 
 struct Position {
   int n, k;  // within a unit
@@ -41,21 +39,21 @@ PYCOMPRESS_HOST_DEVICE constexpr Position position_of(int tile, int reg, int lan
 inline int64_t units_across(int64_t k) { return divide_up(k, kUnitK); }
 inline int64_t units_of(int64_t n, int64_t k) { return round_up<int64_t>(n, 2 * kUnitN) / kUnitN * units_across(k); }
 
-// Of a buffer [k, row], `bytes` altogether.
-inline Type type_of(int64_t bytes, int64_t k) { return bytes / k % 2 != 0 ? Type::float16 : Type::bfloat16; }
-inline int unit_room(int64_t bytes, int64_t k) {
-  return kChunk * (kSmallest + static_cast<int>(bytes / k / 2 % kLevels) * kLevel);
-}
-// The bytes of the buffer that takes `content` bytes, its largest unit `chunks`.
-inline int64_t buffer_bytes(int64_t content, int64_t chunks, Type type, int64_t k) {
-  const int64_t code = divide_up(chunks - kSmallest, kLevel) * 2 + (type == Type::float16);
-  const int64_t row = divide_up(content, k);
-  return k * (round_up<int64_t>(row - code, 2 * kLevels) + code);
-}
+// A packed weight [n, k].
+struct Shape {
+  Type type;  // of its values: float16 or bfloat16
+  int64_t n, k;
+  int64_t bytes;   // of the buffer
+  int unit_bytes;  // of its largest unit
+};
+void check_shape(const Shape& shape);  // throws where no buffer can be so
 
-// A canonical weight (methods/sparse.py): mask uint8 [n][ceil(k / 8)], values in the order of its bits, already of
+struct Packed {
+  Shape shape;
+  std::vector<uint8_t> bytes;
+};
+// A canonical weight (weights/sparse.py): mask uint8 [n][ceil(k / 8)], values in the order of its bits, already of
 // `type`, float16 or bfloat16; count: how many there are.
-std::vector<uint8_t> pack_bitmap(const uint8_t* mask, const uint16_t* values, int64_t count, Type type, int64_t n,
-                                 int64_t k);
+Packed pack_bitmap(const uint8_t* mask, const uint16_t* values, int64_t count, Type type, int64_t n, int64_t k);
 
 }  // namespace pycompress::sparse::cuda

@@ -35,11 +35,11 @@ constexpr int kMaxSplits = 16;
 
 struct Problem {
   const void* x;
-  Type type;  // of x, of the packed values and of y: float16 or bfloat16
-  int64_t m, k, ldx;
+  Type type;  // of x and y: that of the packed values
+  int64_t m, ldx;
   const uint8_t* packed;
-  int64_t packed_bytes, n;  // no more channels than the packed weight has
-  const float* bias;        // [n] or null
+  Shape shape;
+  const float* bias;  // [n] or null
   Activation activation;
   void* y;          // [m, n], dense
   void* workspace;  // as many bytes as the plan says, aligned to 4
@@ -61,14 +61,13 @@ struct Plan {
   int64_t blocks;     // of one part of k
   int64_t workspace;  // bytes
 };
-Plan plan(int64_t packed_bytes, int64_t n, int64_t k, int64_t m, int multiprocessors);
+Plan plan(const Shape& shape, int64_t m, int multiprocessors);
 Plan plan(const Kernel& kernel, int64_t n, int64_t m, int splits);
-bool fits(const Kernel& kernel, int64_t packed_bytes,
-          int64_t k);  // whether two steps of its warps fit into shared memory
+bool fits(const Kernel& kernel, const Shape& shape);  // whether two steps of its warps fit into shared memory
 
 void linear(const Problem& problem, const Plan& plan);
 
 // The weight with its zeros, float32 [n, k].
-void dense(const uint8_t* packed, int64_t packed_bytes, int64_t n, int64_t k, float* weight, Stream stream);
+void dense(const uint8_t* packed, const Shape& shape, float* weight, Stream stream);
 
 }  // namespace pycompress::sparse::cuda

@@ -1,6 +1,7 @@
 // Packing of bitmap.h, on the host.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "../../common/check.h"
 #include "bitmap.h"
@@ -80,8 +81,7 @@ std::vector<uint8_t> packed_unit(const Canonical& from, std::vector<int64_t>& ne
 
 }  // namespace
 
-std::vector<uint8_t> pack_bitmap(const uint8_t* mask, const uint16_t* values, int64_t count, Type type, int64_t n,
-                                 int64_t k) {
+Packed pack_bitmap(const uint8_t* mask, const uint16_t* values, int64_t count, Type type, int64_t n, int64_t k) {
   check(n >= 1 && k >= 1 && k <= kMaxK, "sparse_pack: the weight is ", n, "x", k, ", expected n >= 1 and k from 1 to ",
         kMaxK);
   const Canonical from(mask, values, n, k);
@@ -94,14 +94,13 @@ std::vector<uint8_t> pack_bitmap(const uint8_t* mask, const uint16_t* values, in
   for (int64_t unit = 0; unit < units; ++unit) {
     put(packed, static_cast<size_t>(unit) * 4, static_cast<uint32_t>(packed.size() / kChunk));
     const std::vector<uint8_t> one = packed_unit(from, next, unit);
-    largest = std::max(largest, one.size() / kChunk);
+    largest = std::max(largest, one.size());
     packed.insert(packed.end(), one.begin(), one.end());
   }
   check(packed.size() / kChunk < UINT32_MAX, "sparse_pack: a weight ", n, "x", k, " is too large");
   put(packed, static_cast<size_t>(units) * 4, static_cast<uint32_t>(packed.size() / kChunk));
-  packed.resize(
-      static_cast<size_t>(buffer_bytes(static_cast<int64_t>(packed.size()), static_cast<int64_t>(largest), type, k)));
-  return packed;
+  const Shape shape{type, n, k, static_cast<int64_t>(packed.size()), static_cast<int>(largest)};
+  return {shape, std::move(packed)};
 }
 
 }  // namespace pycompress::sparse::cuda

@@ -32,8 +32,8 @@ struct Config : gpu::Tile<kType, kTiles, kColumns, kColumns == 1 ? 8 : 4> {
   static_assert(Base::kExchange <= kMaxShared);
 };
 
-int stage_bytes(const Kernel& kernel, int64_t packed_bytes, int64_t k) {
-  return kernel.tiles / 2 * unit_room(packed_bytes, k) + kernel.columns * 8 * gpu::kInputPitch;
+int stage_bytes(const Kernel& kernel, const Shape& shape) {
+  return kernel.tiles / 2 * shape.unit_bytes + kernel.columns * 8 * gpu::kInputPitch;
 }
 
 // All but `stages` - 2 of the copies that were committed last have landed.
@@ -166,21 +166,21 @@ __global__ void sparse_dense(const uint8_t* packed, int64_t n, int64_t k, int ac
 
 template <class C>
 void run(const Problem& p, int splits) {
-  const int64_t slabs = divide_up(p.m, C::kRows), tiles = divide_up(p.n, C::kChannels);
+  const int64_t slabs = divide_up(p.m, C::kRows), tiles = divide_up(p.shape.n, C::kChannels);
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.ldx % 8 == 0;
-  const int unit = unit_room(p.packed_bytes, p.k);
+  const int unit = p.shape.unit_bytes;
   const int stages = std::min(kMaxStages, kMaxShared / (C::kWarps * (C::kUnits * unit + C::kInputBytes)));
   auto* counters = reinterpret_cast<uint32_t*>(static_cast<float*>(p.workspace) +
                                                slabs * tiles * splits * (C::kRows * C::kChannels));
-  const Arguments arguments{{static_cast<const uint16_t*>(p.x), p.ldx, 0, static_cast<int>(p.k), aligned},
+  const Arguments arguments{{static_cast<const uint16_t*>(p.x), p.ldx, 0, static_cast<int>(p.shape.k), aligned},
                             p.m,
                             p.packed,
-                            static_cast<int>(units_across(p.k)),
+                            static_cast<int>(units_across(p.shape.k)),
                             static_cast<int>(slabs),
                             splits,
                             unit,
                             stages,
-                            {static_cast<uint16_t*>(p.y), p.n, nullptr, p.bias, p.activation},
+                            {static_cast<uint16_t*>(p.y), p.shape.n, nullptr, p.bias, p.activation},
                             static_cast<float*>(p.workspace),
                             counters};
   if (splits > 1) {
@@ -205,20 +205,11 @@ constexpr Kernel kTable[] = {KERNELS(Type::bfloat16, "sparse_bf16"), KERNELS(Typ
 
 // The bytes that the busiest multiprocessor reads; those of x come from the L2, at about half the price. Handing sums
 // over costs as much as 64 KiB (csrc/weight_only/dispatch.cu).
-int64_t cost(const Plan& plan, int64_t packed_bytes, int64_t n, int64_t k, int64_t m, int multiprocessors) {
-  const int64_t unit = packed_bytes / units_of(n, k), rows = std::min<int64_t>(m, plan.kernel->columns * 8);
+int64_t cost(const Plan& plan, const Shape& shape, int64_t m, int multiprocessors) {
+  const int64_t unit = shape.bytes / units_of(shape.n, shape.k), rows = std::min<int64_t>(m, plan.kernel->columns * 8);
   const int64_t step = plan.kernel->tiles / 2 * unit + rows * kUnitK;
-  const int64_t steps = divide_up(units_across(k), plan.splits);
+  const int64_t steps = divide_up(units_across(shape.k), plan.splits);
   return divide_up(plan.blocks * plan.splits, multiprocessors) * steps * step + (plan.splits > 1 ? 64 * 1024 : 0);
-}
-
-// As far as the host can tell: units have no fixed size.
-void check_shape(int64_t packed_bytes, int64_t n, int64_t k) {
-  check(n >= 1 && k >= 1 && k <= kMaxK, "sparse: the packed weight is ", n, "x", k,
-        ", expected n >= 1 and k from 1 to ", kMaxK);
-  const int64_t least = (units_of(n, k) + 1) * 4 + units_of(n, k) * kValues;
-  check(packed_bytes % k == 0 && packed_bytes >= least, "sparse: no packed weight ", n, "x", k, " has ", packed_bytes,
-        " bytes");
 }
 
 }  // namespace
@@ -228,8 +219,18 @@ const Kernel* cuda_kernels(int* count) {
   return kTable;
 }
 
-bool fits(const Kernel& kernel, int64_t packed_bytes, int64_t k) {
-  return 2 * kernel.warps * stage_bytes(kernel, packed_bytes, k) <= kMaxShared;
+// As far as the host can tell: where units begin stands on the device.
+void check_shape(const Shape& shape) {
+  check(shape.n >= 1 && shape.k >= 1 && shape.k <= kMaxK, "sparse: the packed weight is ", shape.n, "x", shape.k,
+        ", expected n >= 1 and k from 1 to ", kMaxK);
+  const int64_t units = units_of(shape.n, shape.k), least = (units + 1) * 4 + units * kValues;
+  const bool unit = shape.unit_bytes >= kValues && shape.unit_bytes <= kLargestUnit && shape.unit_bytes % kChunk == 0;
+  check(unit && shape.bytes >= least, "sparse: no packed weight ", shape.n, "x", shape.k, " has ", shape.bytes,
+        " bytes, ", shape.unit_bytes, " of them in its largest unit");
+}
+
+bool fits(const Kernel& kernel, const Shape& shape) {
+  return 2 * kernel.warps * stage_bytes(kernel, shape) <= kMaxShared;
 }
 
 Plan plan(const Kernel& kernel, int64_t n, int64_t m, int splits) {
@@ -238,17 +239,16 @@ Plan plan(const Kernel& kernel, int64_t n, int64_t m, int splits) {
   return {&kernel, splits, blocks, splits == 1 ? 0 : 4 * blocks * (splits * rows * channels + 1)};
 }
 
-Plan plan(int64_t packed_bytes, int64_t n, int64_t k, int64_t m, int multiprocessors) {
-  check_shape(packed_bytes, n, k);
-  const Type type = type_of(packed_bytes, k);
+Plan plan(const Shape& shape, int64_t m, int multiprocessors) {
+  check_shape(shape);
   const int columns = m <= 8 ? 1 : m <= 16 ? 2 : 4;
   Plan best{};
   int64_t least = INT64_MAX;
   for (const Kernel& kernel : kTable) {
-    if (kernel.type != type || kernel.columns != columns || !fits(kernel, packed_bytes, k)) continue;
-    for (int splits = 1; splits <= std::min<int64_t>(kMaxSplits, units_across(k)); ++splits) {
-      const Plan here = plan(kernel, n, m, splits);
-      const int64_t costs = cost(here, packed_bytes, n, k, m, multiprocessors);
+    if (kernel.type != shape.type || kernel.columns != columns || !fits(kernel, shape)) continue;
+    for (int splits = 1; splits <= std::min<int64_t>(kMaxSplits, units_across(shape.k)); ++splits) {
+      const Plan here = plan(kernel, shape.n, m, splits);
+      const int64_t costs = cost(here, shape, m, multiprocessors);
       if (costs >= least) continue;
       least = costs;
       best = here;
@@ -258,27 +258,26 @@ Plan plan(int64_t packed_bytes, int64_t n, int64_t k, int64_t m, int multiproces
 }
 
 void linear(const Problem& p, const Plan& plan) {
-  check_shape(p.packed_bytes, p.n, p.k);
-  check(p.type == type_of(p.packed_bytes, p.k) && p.type == plan.kernel->type, "sparse_linear: x is of type ",
-        static_cast<int>(p.type), ", the kernel is ", plan.kernel->name, ", the packed weight is of type ",
-        static_cast<int>(type_of(p.packed_bytes, p.k)));
-  check(fits(*plan.kernel, p.packed_bytes, p.k), "sparse_linear: the units of the packed weight do not fit ",
-        plan.kernel->name);
-  check(plan.blocks < INT32_MAX, "sparse_linear: ", p.m, " rows and ", p.n, " channels are too many");
+  check_shape(p.shape);
+  check(p.type == p.shape.type && p.type == plan.kernel->type, "sparse_linear: x is of type ", static_cast<int>(p.type),
+        ", the kernel is ", plan.kernel->name, ", the packed weight is of type ", static_cast<int>(p.shape.type));
+  check(fits(*plan.kernel, p.shape), "sparse_linear: the units of the packed weight do not fit ", plan.kernel->name);
+  check(plan.blocks < INT32_MAX, "sparse_linear: ", p.m, " rows and ", p.shape.n, " channels are too many");
   check(plan.workspace == 0 || p.workspace != nullptr, "sparse_linear: no workspace, expected ", plan.workspace,
         " bytes");
   if (p.m > 0) plan.kernel->run(p, plan.splits);
 }
 
-void dense(const uint8_t* packed, int64_t packed_bytes, int64_t n, int64_t k, float* weight, Stream stream) {
-  check_shape(packed_bytes, n, k);
-  const int64_t down = divide_up(n, kUnitN), across = units_across(k);
+void dense(const uint8_t* packed, const Shape& shape, float* weight, Stream stream) {
+  check_shape(shape);
+  const int64_t down = divide_up(shape.n, kUnitN), across = units_across(shape.k);
   const gpu::Launch at{dim3(static_cast<unsigned>(down), static_cast<unsigned>(across)), dim3(kTilesOfUnit * 32), 0,
                        stream};
-  if (type_of(packed_bytes, k) == Type::float16)
-    gpu::launch<sparse_dense<Type::float16>>("sparse_dense", at, packed, n, k, static_cast<int>(across), weight);
+  const auto units = static_cast<int>(across);
+  if (shape.type == Type::float16)
+    gpu::launch<sparse_dense<Type::float16>>("sparse_dense", at, packed, shape.n, shape.k, units, weight);
   else
-    gpu::launch<sparse_dense<Type::bfloat16>>("sparse_dense", at, packed, n, k, static_cast<int>(across), weight);
+    gpu::launch<sparse_dense<Type::bfloat16>>("sparse_dense", at, packed, shape.n, shape.k, units, weight);
 }
 
 }  // namespace pycompress::sparse::cuda

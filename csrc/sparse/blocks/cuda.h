@@ -11,11 +11,10 @@
 // or Inf of x shows in all channels of the block.
 //
 // The packed weight is one byte vector, the same for all kernels:
-//   Header (kHeaderBytes); int8: int32 column_sum[n_pad]; uint32 start[parts + 1]; uint32 order[parts]; filler up to
-//   128 bytes; values; what says where the values belong; filler
+//   int8: int32 column_sum[n_pad]; uint32 start[parts + 1]; uint32 order[parts]; filler up to 128 bytes; values; what
+//   says where the values belong; filler up to 16 bytes
 // A part is what one block of threads has of the channels: 64 (size 64) or 256. `order` has them by descending work, so
-// that the last tiles of a launch are its lightest ones. The values stand at an offset that follows from n, because
-// tensor maps are made on the host; what is behind them is found by Header::stored.
+// that the last tiles of a launch are its lightest ones.
 //
 // Size 64: values are blocks, row-major: 64 channels of 128 (int8: 64) bytes of k, in ascending k within a part, one
 // part after the other; behind them uint32 column[blocks], the block of k of each. Those of part p: start[p] up to
@@ -24,9 +23,6 @@
 // them as the first operand of mma.sync (fragment_position), 16 bytes a lane. Behind them stands an Entry for each part
 // and 128 bytes of k in which anything is present; those of part p: start[p] up to start[p + 1]. A fragment of int8 has
 // two blocks of size 16, of which one may be zeros.
-//
-// A device buffer's content cannot be asked without waiting for the device, so what must be known on the host stands in
-// its shape [k, row]: row % 16 says the type of the values and the size of the blocks.
 //
 // The floor of the op: 2 m size^2 operations a block at the tensor cores' peak, or the bytes of x, of the stored blocks
 // and of y at the memory's bandwidth. What limits large layers with many zeros is the L2: a tile reads its rows of x
@@ -48,13 +44,6 @@ namespace pycompress::sparse::cuda::blocks {
 
 using Stream = int8::cuda::Stream;
 
-struct Header {                 // on the device
-  int8::cuda::Header quantize;  // int8: what int8::cuda::quantize() reads
-  uint32_t stored;              // blocks (size 64) or fragments
-};
-constexpr int32_t kMagic = 0x62637970;  // "pycb"
-constexpr int kHeaderBytes = 128;
-
 constexpr int kBlock = 64;                                   // channels and positions of a block of size 64
 constexpr int kFragmentBytes = 512, kFragmentChannels = 16;  // of 32 bytes of k
 constexpr int kStepBytes = 128;                              // of k, what an entry stands for
@@ -72,10 +61,11 @@ struct Shape {
   Element element;
   int size;  // of a block
   int64_t n, k;
+  int64_t stored = 0;  // blocks (size 64) or fragments
 
   PYCOMPRESS_HOST_DEVICE int part_channels() const { return size == kBlock ? kBlock : kEntryMasks * kMaskChannels; }
   PYCOMPRESS_HOST_DEVICE int64_t parts() const { return (n + part_channels() - 1) / part_channels(); }
-  // Bytes of what Header::stored counts, and of k that one of it, or an entry, stands for.
+  // Bytes of what `stored` counts, and of k that one of it, or an entry, stands for.
   PYCOMPRESS_HOST_DEVICE int stored_bytes() const {
     return size == kBlock ? kBlock * kBlock * bytes_of(element) : kFragmentBytes;
   }
@@ -83,17 +73,13 @@ struct Shape {
   PYCOMPRESS_HOST_DEVICE int64_t steps() const { return (k * bytes_of(element) + step_bytes() - 1) / step_bytes(); }
   // Byte offsets.
   PYCOMPRESS_HOST_DEVICE int64_t n_pad() const { return (n + 127) / 128 * 128; }
-  PYCOMPRESS_HOST_DEVICE int64_t column_sum() const { return kHeaderBytes; }
-  PYCOMPRESS_HOST_DEVICE int64_t start() const { return kHeaderBytes + (element == Element::int8 ? n_pad() * 4 : 0); }
+  PYCOMPRESS_HOST_DEVICE int64_t start() const { return element == Element::int8 ? n_pad() * 4 : 0; }
   PYCOMPRESS_HOST_DEVICE int64_t order() const { return start() + (parts() + 1) * 4; }
   PYCOMPRESS_HOST_DEVICE int64_t values() const { return (order() + parts() * 4 + 127) / 128 * 128; }
-  PYCOMPRESS_HOST_DEVICE int64_t behind(int64_t stored) const { return values() + stored * stored_bytes(); }
+  PYCOMPRESS_HOST_DEVICE int64_t behind() const { return values() + stored * stored_bytes(); }
 };
-
-// What a buffer [k, row] of `bytes` altogether holds, of n channels. Throws where it cannot be one.
-Shape shape_of(int64_t bytes, int64_t n, int64_t k);
-// The bytes of the buffer that takes `content` bytes.
-int64_t buffer_bytes(const Shape& shape, int64_t content);
+// Throws where no buffer of so many bytes can hold it.
+void check_packed(const Shape& shape, int64_t bytes);
 
 struct Position {
   int channel, byte;  // within a fragment
@@ -103,11 +89,13 @@ PYCOMPRESS_HOST_DEVICE constexpr Position fragment_position(int i) {
   return {i / 64 + i % 16 / 4 % 2 * 8, i % 16 / 8 * 16 + i / 16 % 4 * 4 + i % 4};
 }
 
-// A canonical weight (methods/sparse.py): mask uint8 [n][ceil(k / 8)]; values in the order of its bits, uint16 or int8
-// as `element` says; count: how many there are. A block is present where a bit of it is set. activation_bits, 7 or 8,
-// is for int8. On the host.
-std::vector<uint8_t> pack(const uint8_t* mask, const void* values, int64_t count, Element element, int size,
-                          int activation_bits, int64_t n, int64_t k);
+struct Packed {
+  Shape shape;
+  std::vector<uint8_t> bytes;
+};
+// A canonical weight (weights/sparse.py): mask uint8 [n][ceil(k / 8)]; values in the order of its bits, uint16 or int8
+// as `element` says; count: how many there are. A block is present where a bit of it is set. On the host.
+Packed pack(const uint8_t* mask, const void* values, int64_t count, Element element, int size, int64_t n, int64_t k);
 
 // The weight with its zeros [n, k], on the device: float32, or int8 where it is stored in int8.
 void unpack(const uint8_t* packed, const Shape& shape, void* dense, Stream stream);
@@ -119,9 +107,8 @@ struct Problem {
   int64_t m;
   Shape shape;
   const uint8_t* packed;  // aligned to 16 bytes
-  int64_t packed_bytes;
-  const float* scale;  // int8: [n]; null for y of Type::int32, which is the sums
-  const float* bias;   // [n] or null
+  const float* scale;     // int8: [n]; null for y of Type::int32, which is the sums
+  const float* bias;      // [n] or null
   Activation activation;
   void* y;      // [m, n], dense
   Type y_type;  // halves: that of the values
@@ -139,7 +126,7 @@ struct Kernel {
 };
 const Kernel* kernels(int* count);             // all, best first where the tiles are alike
 const Kernel& kernel_named(const char* name);  // throws where there is none
-const Kernel& chosen_kernel(const Shape& shape, int64_t packed_bytes, int64_t m, int arch, int multiprocessors);
+const Kernel& chosen_kernel(const Shape& shape, int64_t m, int arch, int multiprocessors);
 
 void linear(const Problem& problem, const Kernel* forced = nullptr);
 

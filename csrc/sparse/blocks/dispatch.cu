@@ -1,29 +1,18 @@
 // The table of the block sparse kernels, and which of them takes a problem.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
 
 #include "../../common/check.h"
+#include "../../cuda/kernel_table.h"
 #include "../../cuda/launch.h"
-#include "../../cuda/tiles.h"
 #include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::blocks {
 namespace {
 
-const std::vector<Kernel>& table() {
-  static const std::vector<Kernel> list = [] {
-    std::vector<Kernel> all;
-    for (const auto of_arch : {kernels_sm90, kernels_sm80}) {
-      int count = 0;
-      const Kernel* first = of_arch(&count);
-      all.insert(all.end(), first, first + count);
-    }
-    return all;
-  }();
-  return list;
+const gpu::KernelTable<Kernel>& table() {
+  static const gpu::KernelTable<Kernel> all("block sparse", {kernels_sm90, kernels_sm80});
+  return all;
 }
 
 bool runs_on(const Kernel& kernel, int arch) {
@@ -35,25 +24,17 @@ bool takes(const Kernel& kernel, const Shape& shape) {
 }
 
 // Of what could be stored, the share that is.
-double density_of(const Shape& shape, int64_t packed_bytes) {
+double density_of(const Shape& shape) {
   const int64_t channels = shape.parts() * shape.part_channels(), bytes = shape.steps() * shape.step_bytes();
   const auto all = static_cast<double>(channels * bytes);
-  return std::fmin(1, static_cast<double>(packed_bytes - shape.values()) / all);
+  return std::fmin(1, static_cast<double>(shape.stored * shape.stored_bytes()) / all);
 }
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  *count = static_cast<int>(table().size());
-  return table().data();
-}
+const Kernel* kernels(int* count) { return table().all(count); }
 
-const Kernel& kernel_named(const char* name) {
-  for (const Kernel& kernel : table())
-    if (std::strcmp(kernel.name, name) == 0) return kernel;
-  check(false, "no block sparse kernel for CUDA is named '", name, "'");
-  std::abort();
-}
+const Kernel& kernel_named(const char* name) { return table().named(name); }
 
 // As in csrc/cuda/tiles.h: a multiprocessor computes its tiles one after the other, each step of k bound by the tensor
 // cores or by what the L2 delivers (32 bytes a cycle while all are reading, up to 64 for one of few). A step of which a
@@ -70,30 +51,18 @@ double cycles(const Kernel& kernel, const Shape& shape, double density, int64_t 
   return static_cast<double>(divide_up(tiles, multiprocessors) * shape.steps()) * std::fmax(compute, load);
 }
 
-const Kernel& chosen_kernel(const Shape& shape, int64_t packed_bytes, int64_t m, int arch, int multiprocessors) {
-  const double density = density_of(shape, packed_bytes);
-  const Kernel* best = nullptr;
-  double least = 0;
-  for (const Kernel& kernel : table()) {
-    if (!runs_on(kernel, arch) || !takes(kernel, shape)) continue;
-    const double here = cycles(kernel, shape, density, m, multiprocessors);
-    if (best != nullptr && here >= least) continue;
-    best = &kernel;
-    least = here;
-  }
-  check(best != nullptr, "sparse_linear: this device has compute capability ", arch / 10, ".", arch % 10,
-        ", expected 8.0 or later");
-  return *best;
+const Kernel& chosen_kernel(const Shape& shape, int64_t m, int arch, int multiprocessors) {
+  const double density = density_of(shape);
+  return table().cheapest(
+      arch, [&](const Kernel& kernel) { return runs_on(kernel, arch) && takes(kernel, shape); },
+      [&](const Kernel& kernel) { return cycles(kernel, shape, density, m, multiprocessors); });
 }
 
 void linear(const Problem& p, const Kernel* forced) {
   if (p.m == 0) return;
   const gpu::Device device = gpu::device();
-  const Kernel& kernel =
-      forced != nullptr ? *forced : chosen_kernel(p.shape, p.packed_bytes, p.m, device.arch, device.multiprocessors);
-  check(runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
-        kernel.arch % 10, " and ", kernel.shared, " bytes of shared memory, this device has ", device.arch / 10, ".",
-        device.arch % 10, " and ", gpu::max_shared(device.arch));
+  const Kernel& kernel = forced != nullptr ? *forced : chosen_kernel(p.shape, p.m, device.arch, device.multiprocessors);
+  gpu::check_runs_on(kernel, device.arch, kernel.shared);
   check(takes(kernel, p.shape), "kernel ", kernel.name, " takes no blocks of size ", p.shape.size, " and type ",
         static_cast<int>(p.shape.element));
   const bool halves = p.shape.element != Element::int8;

@@ -144,9 +144,7 @@ __device__ inline void write_sums(const typename T::Sums& sums, const Output<T::
 __device__ inline const uint32_t* start_of(const Operands& in) {
   return reinterpret_cast<const uint32_t*>(in.packed + in.shape.start());
 }
-__device__ inline const uint8_t* behind_values(const Operands& in) {
-  return in.packed + in.shape.behind(reinterpret_cast<const Header*>(in.packed)->stored);
-}
+__device__ inline const uint8_t* behind_values(const Operands& in) { return in.packed + in.shape.behind(); }
 
 // --- size 64
 // ----------------------------------------------------------------------------------------------------------------

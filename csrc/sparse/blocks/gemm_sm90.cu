@@ -139,7 +139,7 @@ __device__ inline void consume(const typename T::Ring& ring, uint8_t* shared, co
 template <class T>
 __global__ void __launch_bounds__(gpu::kRingThreads, 1)
     blocks_sm90(const __grid_constant__ gpu::TensorMap values, const __grid_constant__ gpu::TensorMap rows,
-                const __grid_constant__ Work work, const uint8_t* packed, const __grid_constant__ Shape shape,
+                const __grid_constant__ Work work, const uint32_t* column,
                 const __grid_constant__ typename T::Output out) {
   uint8_t* shared = gpu::dynamic_shared();
   const typename T::Ring ring(shared, shared + T::kBarriers);
@@ -149,23 +149,18 @@ __global__ void __launch_bounds__(gpu::kRingThreads, 1)
     ring.init(gpu::kConsumerWarps);
   }
   __syncthreads();
-  gpu::split_groups(
-      [&] {
-        const auto stored = static_cast<int64_t>(reinterpret_cast<const Header*>(packed)->stored);
-        produce<T>(ring, values, rows, work, reinterpret_cast<const uint32_t*>(packed + shape.behind(stored)));
-      },
-      [&] { consume<T>(ring, shared, work, out); });
+  gpu::split_groups([&] { produce<T>(ring, values, rows, work, column); },
+                    [&] { consume<T>(ring, shared, work, out); });
 }
 
 template <class T>
 void run(const Problem& p) {
   const Shape& shape = p.shape;
   const uint8_t* values = p.packed + shape.values();
-  // As many blocks as the buffer could hold: how many there are stands on the device.
-  const int64_t blocks = std::max<int64_t>(1, (p.packed_bytes - shape.values()) / shape.stored_bytes());
+  const int64_t blocks = std::max<int64_t>(1, shape.stored);
   const int64_t tiles_m = divide_up(p.m, int64_t{T::kBm}), parts = shape.parts();
   check(p.m <= 0x7fffffff - 1024 && tiles_m * parts <= 0x7fffffff && blocks * kBlock <= 0x7fffffff,
-        "sparse_linear: y is [", p.m, ", ", shape.n, "], the weight has up to ", blocks,
+        "sparse_linear: y is [", p.m, ", ", shape.n, "], the weight has ", blocks,
         " blocks: more than one launch can take");
   const int64_t row = T::kInt8 ? round_up(shape.k, int64_t{int8::cuda::kPadK}) : shape.k * 2;  // bytes that are there
   const int64_t group = std::clamp<int64_t>(kCached / (row * T::kBm), 1, tiles_m);
@@ -178,7 +173,8 @@ void run(const Problem& p) {
       T::kInt8 ? map(p.rows.s, p.m, row, row, T::kRows) : map(p.x, p.m, row, p.ldx * 2, T::kRows);
   const auto grid = static_cast<unsigned>(std::min<int64_t>(work.schedule.count(), gpu::device().multiprocessors));
   gpu::launch<blocks_sm90<T>>("blocks_sm90", {dim3(grid), dim3(gpu::kRingThreads), T::kShared, p.stream}, of_values,
-                              of_rows, work, p.packed, shape, output_of<T::kElement>(p));
+                              of_rows, work, reinterpret_cast<const uint32_t*>(p.packed + shape.behind()),
+                              output_of<T::kElement>(p));
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "../../common/buffer.h"
 #include "../../common/check.h"
@@ -11,15 +12,6 @@
 
 namespace pycompress::sparse::cuda::blocks {
 namespace {
-
-constexpr int kSizes[] = {64, 32, 16};  // by their code in the buffer's shape
-constexpr int kStep = 16;               // of the codes
-
-int code_of(Element element, int size) {
-  const auto* at = std::find(std::begin(kSizes), std::end(kSizes), size);
-  check(at != std::end(kSizes), "sparse_pack: blocks of size ", size, ", expected 64, 32 or 16");
-  return static_cast<int>(element) + 4 * static_cast<int>(at - kSizes);
-}
 
 // The channels of a part, dense, and which of its blocks are present.
 class Part {
@@ -139,41 +131,27 @@ Contents contents_of(const uint8_t* mask, const uint8_t* values, int64_t count, 
 
 }  // namespace
 
-Shape shape_of(int64_t bytes, int64_t n, int64_t k) {
-  check(n >= 1 && k >= 1 && k <= kMaxK, "sparse: the packed weight is ", n, "x", k,
-        ", expected n >= 1 and k from 1 to ", kMaxK);
-  const int64_t code = bytes / k % kStep;
-  const bool known = bytes % k == 0 && code % 4 <= static_cast<int>(Element::int8) && code / 4 < 3;
-  const Shape shape{static_cast<Element>(code % 4), kSizes[known ? code / 4 : 0], n, k};
-  check(known && bytes >= shape.values(), "sparse: no packed weight ", n, "x", k, " in blocks has ", bytes, " bytes");
-  return shape;
+void check_packed(const Shape& shape, int64_t bytes) {
+  check(shape.n >= 1 && shape.n <= 1 << 24 && shape.k >= 1 && shape.k <= kMaxK, "sparse: the packed weight is ",
+        shape.n, "x", shape.k, ", expected n from 1 to ", 1 << 24, " and k from 1 to ", kMaxK);
+  check(shape.size == 64 || shape.size == 32 || shape.size == 16, "sparse: blocks of size ", shape.size,
+        ", expected 64, 32 or 16");
+  const int64_t least = shape.behind() + (shape.size == kBlock ? 4 * shape.stored : 0);
+  check(shape.stored >= 0 && bytes >= least, "sparse: no packed weight ", shape.n, "x", shape.k, " of ", shape.stored,
+        shape.size == kBlock ? " blocks has " : " fragments has ", bytes, " bytes");
 }
 
-int64_t buffer_bytes(const Shape& shape, int64_t content) {
-  const int64_t code = code_of(shape.element, shape.size), row = divide_up(content, shape.k);
-  return shape.k * (round_up<int64_t>(std::max<int64_t>(0, row - code), kStep) + code);
-}
-
-std::vector<uint8_t> pack(const uint8_t* mask, const void* values, int64_t count, Element element, int size,
-                          int activation_bits, int64_t n, int64_t k) {
-  check(n >= 1 && n <= 1 << 24 && k >= 1 && k <= kMaxK, "sparse_pack: the weight is ", n, "x", k,
-        ", expected n from 1 to ", 1 << 24, " and k from 1 to ", kMaxK);
-  const Shape shape{element, size, n, k};
-  code_of(element, size);  // refuses other sizes
-  if (element == Element::int8) {
-    check(activation_bits == 7 || activation_bits == 8, "sparse_pack: activation_bits is ", activation_bits,
-          ", expected 7 or 8");
-    const auto* first = static_cast<const int8_t*>(values);
-    check(std::find(first, first + count, -128) == first + count,
-          "sparse_pack: a weight is -128, expected -127 to 127");
-  }
+Packed pack(const uint8_t* mask, const void* values, int64_t count, Element element, int size, int64_t n, int64_t k) {
+  Shape shape{element, size, n, k};
+  check_packed(shape, INT64_MAX);
+  const auto* first = static_cast<const int8_t*>(values);
+  check(element != Element::int8 || std::find(first, first + count, -128) == first + count,
+        "sparse_pack: a weight is -128, expected -127 to 127");
   std::vector<int32_t> column_sum(static_cast<size_t>(shape.n_pad()));
   const Contents contents = contents_of(mask, static_cast<const uint8_t*>(values), count, shape, column_sum);
-  const Header header{{kMagic, static_cast<int32_t>(n), static_cast<int32_t>(k), activation_bits}, contents.stored};
+  shape.stored = contents.stored;
 
   std::vector<uint8_t> packed;
-  append(packed, &header, 1);
-  packed.resize(kHeaderBytes);
   if (element == Element::int8) append(packed, column_sum.data(), column_sum.size());
   append(packed, contents.start.data(), contents.start.size());
   const std::vector<uint32_t> order = order_of(contents.work);
@@ -182,8 +160,8 @@ std::vector<uint8_t> pack(const uint8_t* mask, const void* values, int64_t count
   append(packed, contents.values.data(), contents.values.size());
   append(packed, contents.columns.data(), contents.columns.size());
   append(packed, contents.entries.data(), contents.entries.size());
-  packed.resize(static_cast<size_t>(buffer_bytes(shape, static_cast<int64_t>(packed.size()))));
-  return packed;
+  packed.resize(round_up<size_t>(packed.size(), 16));
+  return {shape, std::move(packed)};
 }
 
 // --- dense again, on the device
@@ -213,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) sparse_blocks_dense(const uint8_t
 
   const auto* start = reinterpret_cast<const uint32_t*>(packed + shape.start()) + blockIdx.x;
   const uint8_t* values = packed + shape.values();
-  const uint8_t* behind = packed + shape.behind(reinterpret_cast<const Header*>(packed)->stored);
+  const uint8_t* behind = packed + shape.behind();
   const auto place = [&](int64_t row, int64_t byte, const uint8_t* value) {
     if (row < shape.n && byte < shape.k * kSize) put<kElement>(dense, row * shape.k + byte / kSize, value);
   };

@@ -14,10 +14,9 @@
 //
 // The weight is the A operand, y^T = W x^T: M are channels, N rows of x, in blocks of k of 128 stored bytes a channel.
 // Packed, the values zeros behind n and k:
-//   int8 alone: int8::cuda::Header (kHeaderBytes), int32 column_sum[n_pad]
+//   int8 alone: int32 column_sum[n_pad]
 //   uint32 metadata[n_pad / 64][blocks][4 warps][32 lanes][words]
 //   values[n_pad][k_pad / 2]: of each four k two, in ascending k
-//   filler, so that the buffer is uint8 [1, k, row] with row % 4 the Element: what the host knows without the device
 // The four bits of a group of four k are the position of the first stored value and, << 2, that of the second. With
 // g = lane / 4, t = lane % 4, from the lowest bits in ascending k:
 //   halves, 2 words: step s = 2 word + t / 2 of 32 k: bits 0 to 15 of row 16 warp + g, k 32 s + 16 (t % 2) and the next
@@ -60,15 +59,10 @@ struct Packed {
   PYCOMPRESS_HOST_DEVICE int words() const { return element == Element::int8 ? 4 : 2; }
   PYCOMPRESS_HOST_DEVICE int metadata_bytes() const { return 4 * 32 * 4 * words(); }  // of a block: 1024 or 2048
   // Byte offsets.
-  PYCOMPRESS_HOST_DEVICE int64_t column_sum() const { return int8::cuda::kHeaderBytes; }
-  PYCOMPRESS_HOST_DEVICE int64_t metadata() const { return element == Element::int8 ? column_sum() + 4 * n_pad() : 0; }
+  PYCOMPRESS_HOST_DEVICE int64_t metadata() const { return element == Element::int8 ? 4 * n_pad() : 0; }
   PYCOMPRESS_HOST_DEVICE int64_t values() const { return metadata() + n_pad() / kBlockN * blocks() * metadata_bytes(); }
   PYCOMPRESS_HOST_DEVICE int64_t value_stride() const { return blocks() * kStoredBytes; }  // bytes of a channel
-  PYCOMPRESS_HOST_DEVICE int64_t filler() const { return values() + n_pad() * value_stride(); }
-  PYCOMPRESS_HOST_DEVICE int64_t bytes() const {
-    const int64_t code = static_cast<int64_t>(element), rows = (filler() + k - 1) / k;
-    return ((rows - code + 3) / 4 * 4 + code) * k;
-  }
+  PYCOMPRESS_HOST_DEVICE int64_t bytes() const { return values() + n_pad() * value_stride(); }
 };
 
 // Where the bits of the group of four weights [channel][4 group ...] stand: which uint32 of the metadata, and from
@@ -167,16 +161,14 @@ inline double cycles(const Kernel& kernel, const Packed& shape, int64_t m, int m
 
 void linear(const Problem& problem, const Kernel* forced = nullptr);
 
-// What the host knows of a buffer [1, k, row] of `bytes` altogether that should hold n channels. Throws where it
-// cannot.
-Packed packed_of(int64_t bytes, int64_t n, int64_t k);
+// Throws where it is no packed weight, or one of another number of bytes.
+void check_packed(const Packed& shape, int64_t bytes);
 
-// Dense on the device (float32 [n, k], or int8 [n, k]) -> packed [shape.bytes()], and back. activation_bits: int8
-// alone, what the rows will be quantized to. *refused (on the device, the caller has set it to 0) gets bits set:
-// kTooMany where a group of four has more than two weights, kNotOfType where a value is no number of the type, or -128.
+// Dense on the device (float32 [n, k], or int8 [n, k]) -> packed [shape.bytes()], and back. *refused (on the device,
+// the caller has set it to 0) gets bits set: kTooMany where a group of four has more than two weights, kNotOfType where
+// a value is no number of the type, or -128.
 constexpr int32_t kTooMany = 1, kNotOfType = 2;
-void pack(const void* dense, const Packed& shape, int activation_bits, uint8_t* packed, int32_t* refused,
-          Stream stream);
+void pack(const void* dense, const Packed& shape, uint8_t* packed, int32_t* refused, Stream stream);
 void unpack(const uint8_t* packed, const Packed& shape, void* dense, Stream stream);
 
 }  // namespace pycompress::sparse::cuda::structured

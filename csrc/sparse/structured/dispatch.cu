@@ -1,27 +1,16 @@
 // The table of the 2:4 kernels, which of them takes a problem, and what is refused.
 #include "cuda.h"
 
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-
+#include "../../cuda/kernel_table.h"
 #include "../../cuda/launch.h"
 #include "cuda_kernel_list.h"
 
 namespace pycompress::sparse::cuda::structured {
 namespace {
 
-const std::vector<Kernel>& table() {
-  static const std::vector<Kernel> list = [] {
-    std::vector<Kernel> all;
-    for (const auto of_arch : {kernels_sm90, kernels_sm80}) {
-      int count = 0;
-      const Kernel* first = of_arch(&count);
-      all.insert(all.end(), first, first + count);
-    }
-    return all;
-  }();
-  return list;
+const gpu::KernelTable<Kernel>& table() {
+  static const gpu::KernelTable<Kernel> all("2:4", {kernels_sm90, kernels_sm80});
+  return all;
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -45,27 +34,14 @@ void check_problem(const Problem& p) {
 
 }  // namespace
 
-const Kernel* kernels(int* count) {
-  *count = static_cast<int>(table().size());
-  return table().data();
-}
+const Kernel* kernels(int* count) { return table().all(count); }
 
-const Kernel& kernel_named(const char* name) {
-  for (const Kernel& kernel : table())
-    if (std::strcmp(kernel.name, name) == 0) return kernel;
-  check(false, "no 2:4 kernel for CUDA is named '", name, "'");
-  std::abort();
-}
+const Kernel& kernel_named(const char* name) { return table().named(name); }
 
 const Kernel& chosen_kernel(const Packed& shape, int64_t m, int arch, int multiprocessors) {
-  const Kernel* best = nullptr;
-  for (const Kernel& kernel : table())
-    if (kernel.element == shape.element && runs_on(kernel, arch) &&
-        (best == nullptr || cycles(kernel, shape, m, multiprocessors) < cycles(*best, shape, m, multiprocessors)))
-      best = &kernel;
-  check(best != nullptr, "sparse_linear: this device has compute capability ", arch / 10, ".", arch % 10,
-        ", expected 8.0 or later");
-  return *best;
+  return table().cheapest(
+      arch, [&](const Kernel& kernel) { return kernel.element == shape.element && runs_on(kernel, arch); },
+      [&](const Kernel& kernel) { return cycles(kernel, shape, m, multiprocessors); });
 }
 
 void linear(const Problem& p, const Kernel* forced) {
@@ -75,19 +51,15 @@ void linear(const Problem& p, const Kernel* forced) {
   const Kernel& kernel = forced != nullptr ? *forced : chosen_kernel(p.shape, p.m, device.arch, device.multiprocessors);
   check(kernel.element == p.shape.element, "sparse_linear: the packed weight is of type ",
         static_cast<int>(p.shape.element), ", which kernel ", kernel.name, " does not take");
-  check(runs_on(kernel, device.arch), "kernel ", kernel.name, " needs compute capability ", kernel.arch / 10, ".",
-        kernel.arch % 10, " and ", kernel.shared, " bytes of shared memory, this device has ", device.arch / 10, ".",
-        device.arch % 10, " and ", gpu::max_shared(device.arch));
+  gpu::check_runs_on(kernel, device.arch, kernel.shared);
   kernel.run(p);
 }
 
-Packed packed_of(int64_t bytes, int64_t n, int64_t k) {
-  check(n >= 1 && k >= 1 && k <= kMaxK && bytes % k == 0, "sparse: a packed 2:4 weight ", n, "x", k, " of ", bytes,
-        " bytes, expected n >= 1, k from 1 to ", kMaxK, " and a multiple of k bytes");
-  const Packed shape{n, k, static_cast<Element>(bytes / k % 4)};
-  check(bytes / k % 4 <= 2 && shape.bytes() == bytes, "sparse: no packed 2:4 weight ", n, "x", k, " has ", bytes,
-        " bytes");
-  return shape;
+void check_packed(const Packed& shape, int64_t bytes) {
+  check(shape.n >= 1 && shape.n <= 1 << 24 && shape.k >= 1 && shape.k <= kMaxK, "sparse: the packed 2:4 weight is ",
+        shape.n, "x", shape.k, ", expected n from 1 to ", 1 << 24, " and k from 1 to ", kMaxK);
+  check(shape.bytes() == bytes, "sparse: a packed 2:4 weight ", shape.n, "x", shape.k, " has ", shape.bytes(),
+        " bytes, this one ", bytes);
 }
 
 }  // namespace pycompress::sparse::cuda::structured

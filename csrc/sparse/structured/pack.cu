@@ -42,24 +42,12 @@ __device__ inline int64_t metadata_offset(const Packed& shape, int64_t channel, 
 
 __device__ inline int64_t units(const Packed& shape) { return shape.k_pad() / (4 * kUnit); }
 
-// What stands in front of the metadata and behind the values; the column sums are written by the channels.
-__device__ inline void fill_rest(const Packed& shape, int activation_bits, uint8_t* packed) {
-  for (int64_t i = shape.filler() + threadIdx.x; i < shape.bytes(); i += kThreads) packed[i] = 0;
-  if (shape.element != Element::int8) return;
-  for (int64_t i = threadIdx.x; i < shape.column_sum(); i += kThreads) packed[i] = 0;
-  __syncthreads();
-  const int8::cuda::Header header{int8::cuda::kMagic, static_cast<int32_t>(shape.n), static_cast<int32_t>(shape.k),
-                                  activation_bits};
-  if (threadIdx.x == 0) *reinterpret_cast<int8::cuda::Header*>(packed) = header;
-}
-
-// One block per padded channel, and one for the rest.
+// One block per padded channel.
 template <Element kElement>
-__global__ void __launch_bounds__(kThreads) structured_pack(const typename Value<kElement>::Dense* weight, Packed shape,
-                                                            int activation_bits, uint8_t* packed, int32_t* refused) {
+__global__ void __launch_bounds__(kThreads)
+    structured_pack(const typename Value<kElement>::Dense* weight, Packed shape, uint8_t* packed, int32_t* refused) {
   using V = Value<kElement>;
   const int64_t channel = blockIdx.x;
-  if (channel == shape.n_pad()) return fill_rest(shape, activation_bits, packed);
   auto* values = reinterpret_cast<typename V::Bits*>(packed + shape.values() + channel * shape.value_stride());
   int32_t bad = 0, sum = 0;
   for (int64_t unit = threadIdx.x; unit < units(shape); unit += kThreads) {
@@ -91,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) structured_pack(const typename Value
     __syncthreads();
     if (threadIdx.x != 0) return;
     for (int i = 1; i < kThreads / 32; ++i) sum += sums[i];
-    reinterpret_cast<int32_t*>(packed + shape.column_sum())[channel] = sum;
+    reinterpret_cast<int32_t*>(packed)[channel] = sum;
   }
 }
 
@@ -118,12 +106,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <Element kElement>
-void pack_as(const void* dense, const Packed& shape, int activation_bits, uint8_t* packed, int32_t* refused,
-             Stream stream) {
-  const gpu::Launch at{dim3(static_cast<unsigned>(shape.n_pad() + 1)), dim3(kThreads), kThreads / 32 * 4, stream};
-  gpu::launch<structured_pack<kElement>>("structured_pack", at,
-                                         static_cast<const typename Value<kElement>::Dense*>(dense), shape,
-                                         activation_bits, packed, refused);
+void pack_as(const void* dense, const Packed& shape, uint8_t* packed, int32_t* refused, Stream stream) {
+  const gpu::Launch at{dim3(static_cast<unsigned>(shape.n_pad())), dim3(kThreads), kThreads / 32 * 4, stream};
+  gpu::launch<structured_pack<kElement>>(
+      "structured_pack", at, static_cast<const typename Value<kElement>::Dense*>(dense), shape, packed, refused);
 }
 
 template <Element kElement>
@@ -135,19 +121,15 @@ void unpack_as(const uint8_t* packed, const Packed& shape, void* dense, Stream s
 
 }  // namespace
 
-void pack(const void* dense, const Packed& shape, int activation_bits, uint8_t* packed, int32_t* refused,
-          Stream stream) {
-  check(shape.n >= 1 && shape.n <= 1 << 24 && shape.k >= 1 && shape.k <= kMaxK, "sparse_pack: the weight is ", shape.n,
-        "x", shape.k, ", expected n from 1 to ", 1 << 24, " and k from 1 to ", kMaxK);
+void pack(const void* dense, const Packed& shape, uint8_t* packed, int32_t* refused, Stream stream) {
+  check_packed(shape, shape.bytes());
   switch (shape.element) {
     case Element::bfloat16:
-      return pack_as<Element::bfloat16>(dense, shape, activation_bits, packed, refused, stream);
+      return pack_as<Element::bfloat16>(dense, shape, packed, refused, stream);
     case Element::float16:
-      return pack_as<Element::float16>(dense, shape, activation_bits, packed, refused, stream);
+      return pack_as<Element::float16>(dense, shape, packed, refused, stream);
     case Element::int8:
-      check(activation_bits == 7 || activation_bits == 8, "sparse_pack: activation_bits is ", activation_bits,
-            ", expected 7 or 8");
-      return pack_as<Element::int8>(dense, shape, activation_bits, packed, refused, stream);
+      return pack_as<Element::int8>(dense, shape, packed, refused, stream);
   }
 }
 

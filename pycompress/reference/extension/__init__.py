@@ -19,6 +19,8 @@ from pycompress.reference.extension.sparse import (
 __all__ = [
     "SPARSE_FORMATS",
     "bandwidth",
+    "cap_isa",
+    "force_kernel",
     "instruction_sets",
     "int4_header",
     "int4_linear",
@@ -47,11 +49,28 @@ __all__ = [
 def kernels() -> list[dict[str, Any]]:
     numba = {"name": "numba", "isa": "scalar", "mr": 1, "nr": 1, "kr": 1, "available": True}
     sparse = ({"op": "sparse", **numba, "format": name} for name in SPARSE_FORMATS)
-    return [{"op": "int8", **numba}, *sparse, *({"op": op, **numba} for op in ("low_rank", "int4", "weight_only"))]
+    return [{"op": "int8", **numba}, *sparse, *({"op": op, **numba} for op in ("dense", "int4", "weight_only"))]
 
 
 def instruction_sets() -> dict[str, bool]:
     return {"scalar": True}
+
+
+def cap_isa(name: str) -> str:
+    if name not in ("", "scalar"):
+        raise ValueError(
+            f"cap_isa: the instruction set is {name!r}, expected scalar: the native extension was not built"
+        )
+    return ""
+
+
+def force_kernel(op: str, name: str) -> str:
+    ops = {row["op"] for row in kernels()}
+    if op not in ops:
+        raise ValueError(f"force_kernel: the op is {op!r}, expected one of {', '.join(sorted(ops))}")
+    if name not in ("", "numba"):
+        raise ValueError(f"no {op} kernel is named {name!r}")
+    return ""
 
 
 def use_exchange(_capsule: object) -> bool:

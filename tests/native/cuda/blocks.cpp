@@ -26,7 +26,7 @@ void test_unpack(const blocks::Shape& shape, Present present) {
   const size_t width = shape.element == Element::int8 ? 1 : 4;
   Guarded<uint8_t> dense(size(shape.n * shape.k) * width);
   dense.fill(emulate::kPoison);
-  blocks::unpack(weight.packed.data(), shape, dense.data(), nullptr);
+  blocks::unpack(weight.packed.data(), weight.shape, dense.data(), nullptr);
   int64_t wrong = 0;
   for (size_t i = 0; i < weight.dense.size(); ++i) {
     float value;
@@ -49,17 +49,14 @@ T read(const BlockWeight& weight, int64_t at) {
 void test_index(const blocks::Shape& shape) {
   const BlockWeight weight(shape, Present::uneven, Content::integers);
   begin(text("blocks index ", weight.name()));
-  const auto header = read<blocks::Header>(weight, 0);
-  expect(header.quantize.magic == blocks::kMagic && header.quantize.n == shape.n && header.quantize.k == shape.k &&
-             header.quantize.activation_bits == 8,
-         "header");
+  blocks::check_packed(weight.shape, static_cast<int64_t>(weight.packed.size()));
   const int64_t size = shape.size;
   std::set<std::pair<int64_t, int64_t>> there;
   for (int64_t i = 0; i < shape.n * shape.k; ++i)
     if (weight.dense[static_cast<size_t>(i)] != 0) there.insert({i / shape.k / size, i % shape.k / size});
   const auto present = static_cast<int64_t>(there.size());
   const int64_t bytes = present * size * size * bytes_of(shape.element),
-                stored = header.stored * int64_t{shape.stored_bytes()};
+                stored = weight.shape.stored * shape.stored_bytes();
   expect(shape.element == Element::int8 && size == 16 ? stored >= bytes && stored <= 2 * bytes : stored == bytes,
          text(stored, " bytes stored for ", bytes));
   std::set<uint32_t> parts;
@@ -77,38 +74,32 @@ void test_index(const blocks::Shape& shape) {
          "not each part once");
 }
 
-void test_lengths() {
-  begin("blocks: the packed length says the type and the size");
-  for (const int64_t k : {1, 5, 64, 4096, 65536})
-    for (const int64_t more : {0, 345, 1000000})
-      for (const Element element : kElements)
-        for (const int size : {64, 32, 16}) {
-          const blocks::Shape shape{element, size, 100, k};
-          const int64_t content = shape.values() + more, bytes = blocks::buffer_bytes(shape, content);
-          expect(bytes % k == 0 && bytes >= content && bytes < content + 17 * k, text("length: k ", k, " more ", more));
-          const blocks::Shape back = blocks::shape_of(bytes, 100, k);
-          expect(back.element == element && back.size == size, text("k ", k, " more ", more, " size ", size));
-        }
-}
-
 void test_refused() {
   const uint8_t mask[2] = {5, 1};
   const int8_t values[4] = {1, 2, 3, -128};
-  const auto pack = [&](int64_t count, int size, int bits, int64_t n, int64_t k) {
-    blocks::pack(mask, values, count, Element::int8, size, bits, n, k);
+  const auto pack = [&](int64_t count, int size, int64_t n, int64_t k) {
+    return blocks::pack(mask, values, count, Element::int8, size, n, k);
   };
   begin("blocks: what is refused");
-  pack(3, 16, 8, 2, 3);
-  refuses("too few values", [&] { pack(2, 16, 8, 2, 3); });
-  refuses("too many values, one of them -128", [&] { pack(4, 16, 8, 2, 3); });
-  refuses("blocks of size 48", [&] { pack(3, 48, 8, 2, 3); });
-  refuses("9 bits", [&] { pack(3, 16, 9, 2, 3); });
-  refuses("no channels", [&] { pack(0, 16, 8, 0, 3); });
-  refuses("k too large", [&] { pack(0, 16, 8, 1, 65537); });
-  refuses("a buffer of no k", [] { blocks::shape_of(1001, 1, 1000); });
-  refuses("a code of no type", [] { blocks::shape_of(1000 * (160 + 3), 1, 1000); });
-  refuses("a code of no size", [] { blocks::shape_of(1000 * (160 + 12), 1, 1000); });
-  refuses("more channels than fit", [] { blocks::shape_of(16 * 64, 100000, 64); });
+  const blocks::Packed packed = pack(3, 16, 2, 3);
+  refuses("too few values", [&] { pack(2, 16, 2, 3); });
+  refuses("too many values, one of them -128", [&] { pack(4, 16, 2, 3); });
+  refuses("blocks of size 48", [&] { pack(3, 48, 2, 3); });
+  refuses("no channels", [&] { pack(0, 16, 0, 3); });
+  refuses("k too large", [&] { pack(0, 16, 1, 65537); });
+  const auto bytes = static_cast<int64_t>(packed.bytes.size());
+  const auto with = [&](auto&& change, int64_t fewer = 0) {
+    blocks::Shape shape = packed.shape;
+    change(shape);
+    blocks::check_packed(shape, bytes - fewer);
+  };
+  with([](blocks::Shape&) {});
+  expect(bytes % 16 == 0, "a length that is no multiple of 16");
+  refuses("a buffer of no k", [&] { with([](blocks::Shape& shape) { shape.k = 0; }); });
+  refuses("blocks of another size", [&] { with([](blocks::Shape& shape) { shape.size = 48; }); });
+  refuses("more channels than fit", [&] { with([](blocks::Shape& shape) { shape.n = 100000; }); });
+  refuses("more blocks than fit", [&] { with([](blocks::Shape& shape) { shape.stored += 4; }); });
+  refuses("a buffer that is too short", [&] { with([](blocks::Shape&) {}, 64); });
 
   BlockCase c({Element::bfloat16, 64, 5, 40}, 3, Present::all);
   uint16_t y[15];
@@ -133,9 +124,9 @@ void test_dispatch() {
     for (const int size : {64, 32, 16})
       for (const int arch : {80, 86, 89, 90, 100, 120})
         for (const int64_t m : {1, 16, 64, 512, 4096}) {
-          const blocks::Shape shape{element, size, 4096, 4096};
-          const int64_t bytes = blocks::buffer_bytes(shape, shape.values() + 4096 * 4096 * bytes_of(element) / 5);
-          const blocks::Kernel& kernel = blocks::chosen_kernel(shape, bytes, m, arch, 132);
+          blocks::Shape shape{element, size, 4096, 4096};
+          shape.stored = 4096 * 4096 * bytes_of(element) / 5 / shape.stored_bytes();
+          const blocks::Kernel& kernel = blocks::chosen_kernel(shape, m, arch, 132);
           begin(text("blocks dispatch ", kernel.name, " size=", size, " arch=", arch, " m=", m));
           expect(kernel.element == element && (kernel.size == 64) == (size == 64), "of another weight");
           expect(kernel.arch <= arch && (kernel.arch != 90 || arch == 90), "of another device");
@@ -144,7 +135,7 @@ void test_dispatch() {
           expect(m < 4096 || kernel.bm >= 128, "too small");
         }
   refuses("blocks dispatch: compute capability 7.5",
-          [] { blocks::chosen_kernel({Element::int8, 64, 64, 64}, 1 << 20, 1, 75, 40); });
+          [] { blocks::chosen_kernel({Element::int8, 64, 64, 64, 1}, 1, 75, 40); });
 }
 
 // Each tile once, whatever the groups and the blocks of threads; the tiles of a group together.
@@ -300,7 +291,6 @@ void test_cuda_blocks() {
       test_index({element, size, 300, 1000});
       test_index({element, size, 1024, 256});
     }
-  test_lengths();
   test_refused();
   test_dispatch();
   test_schedule();

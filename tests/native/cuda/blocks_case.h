@@ -34,8 +34,9 @@ struct BlockWeight {
         mask(size(of.n * ((of.k + 7) / 8))),
         dense(size(of.n * of.k)),
         packed(fill(present, content).size(), Edge::begin) {
-    const std::vector<uint8_t> bytes = packed_bytes();
-    std::copy(bytes.begin(), bytes.end(), packed.data());
+    const blocks::Packed made = pack();
+    shape = made.shape;
+    std::copy(made.bytes.begin(), made.bytes.end(), packed.data());
   }
 
   int64_t count() const { return static_cast<int64_t>(values.size()) / bytes_of(shape.element); }
@@ -44,8 +45,8 @@ struct BlockWeight {
   }
 
  private:
-  std::vector<uint8_t> packed_bytes() const {
-    return blocks::pack(mask.data(), values.data(), count(), shape.element, shape.size, 8, shape.n, shape.k);
+  blocks::Packed pack() const {
+    return blocks::pack(mask.data(), values.data(), count(), shape.element, shape.size, shape.n, shape.k);
   }
 
   std::vector<uint8_t> fill(Present present, Content content) {
@@ -61,7 +62,7 @@ struct BlockWeight {
     for (int64_t row = 0; row < shape.n; ++row)
       for (int64_t i = 0; i < shape.k; ++i)
         if (there[size(row / shape.size * across + i / shape.size)] && random() % 4 != 0) add(row, i, content, random);
-    return packed_bytes();
+    return pack().bytes;
   }
 
   void add(int64_t row, int64_t i, Content content, std::mt19937& random) {
@@ -124,7 +125,7 @@ struct BlockCase {
     p.x = x.data.data(), p.ldx = x.ldx;
     p.rows = {s.data(), row_scale.data(), zero_point.data()};
     p.m = m, p.shape = weight.shape;
-    p.packed = weight.packed.data(), p.packed_bytes = static_cast<int64_t>(weight.packed.size());
+    p.packed = weight.packed.data();
     p.scale = is_int8() && type != Type::int32 ? scale.data() : nullptr;
     p.y = y, p.y_type = type;
     return p;

@@ -45,6 +45,7 @@ struct BranchCase {
   Factors shape;
   BranchFactor down, up;
   HalfRows x;
+  int activation_bits;
   std::vector<int8_t> weight;
   Guarded<float> weight_scale;
   std::vector<float> bias;
@@ -56,6 +57,7 @@ struct BranchCase {
         down(rank, k, exact),
         up(n, rank, exact),
         x(type, m, k, gap, exact),
+        activation_bits(bits),
         weight_scale(size(n)),
         residual(size(cuda8::PackedShape{n, k}.bytes()), Edge::begin),
         factors(size(shape.size()), Edge::begin) {
@@ -66,7 +68,7 @@ struct BranchCase {
       bias.push_back(static_cast<float>(i % 37 - 18) * 0.25f);
     }
     int32_t refused = 0;
-    cuda8::pack(weight.data(), n, k, bits, residual.data(), &refused, nullptr);
+    cuda8::pack(weight.data(), n, k, residual.data(), &refused, nullptr);
     factors.fill(0);
     down.write(factors.data(), shape.k_pad());
     up.write(factors.data() + shape.up_begin(), shape.rank_pad());
@@ -78,8 +80,11 @@ struct BranchCase {
   }
 
   branch::Problem problem(uint8_t* workspace, void* y, Activation activation) const {
-    return {x.data.data(),       x.type,      x.m,        x.ldx, shape,     factors.data(), residual.data(),
-            weight_scale.data(), bias.data(), activation, y,     workspace, nullptr};
+    return {x.data.data(),  x.type,          x.m,
+            x.ldx,          shape,           activation_bits,
+            factors.data(), residual.data(), weight_scale.data(),
+            bias.data(),    activation,      y,
+            workspace,      nullptr};
   }
 
   // x down^T of a row, and the sums of magnitudes.
@@ -120,7 +125,7 @@ void check_rows(const BranchCase& c, const Workspace& w) {
   Guarded<int32_t> zero_point(size(m));
   cuda8::Input input{};
   input.x = c.x.data.data(), input.type = c.x.type, input.m = m, input.k = c.shape.k, input.ldx = c.x.ldx;
-  input.header = reinterpret_cast<const cuda8::Header*>(c.residual.data());
+  input.activation_bits = c.activation_bits;
   cuda8::quantize(input, {s.data(), scale.data(), zero_point.data()}, nullptr);
   expect(std::equal(s.data(), s.data() + s.size(), w.of.rows.s), "rows differ from those of quantize()");
   expect(std::memcmp(scale.data(), w.of.rows.scale, size(m * 4)) == 0, "scales differ from those of quantize()");
@@ -290,6 +295,7 @@ void test_branch_refused() {
   refuses("branch: float32", [&] { with([](auto& p) { p.type = Type::float32; }); });
   refuses("branch: rank 0", [&] { with([](auto& p) { p.shape.rank = 0; }); });
   refuses("branch: rank 129", [&] { with([](auto& p) { p.shape.rank = 129; }); });
+  refuses("branch: 9 bits", [&] { with([](auto& p) { p.activation_bits = 9; }); });
   refuses("branch: k 65537", [&] { with([](auto& p) { p.shape.k = 65537; }); });
   begin("branch: no rows");
   with([](auto& p) { p.m = 0, p.workspace = nullptr; });

@@ -50,20 +50,6 @@ void test_tiles() {
     }
 }
 
-void test_packed_length() {
-  begin("the packed length tells weights of another n or k apart");
-  constexpr int64_t kSizes[] = {1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 4095, 4096, 4097};
-  for (const int64_t a : kSizes)
-    for (const int64_t b : kSizes)
-      for (const int64_t fixed : {1, 100, 128, 129}) {
-        const auto bytes = [](int64_t n, int64_t k) { return cuda::PackedShape{n, k}.bytes(); };
-        expect((bytes(fixed, a) == bytes(fixed, b)) == (a == b), text("k ", a, " and ", b, " at n ", fixed));
-        expect((bytes(a, fixed) == bytes(b, fixed)) == (a == b), text("n ", a, " and ", b, " at k ", fixed));
-        expect(cuda::k_of(bytes(fixed, a), fixed) == a, text("k_of n ", fixed, " k ", a));
-        if (a != fixed) expect(cuda::k_of(bytes(fixed, b), a) != b, text("k_of n ", a, " for ", fixed, " k ", b));
-      }
-}
-
 // --- the quantizer
 // ------------------------------------------------------------------------------------------------------
 
@@ -143,11 +129,7 @@ void test_quantize(Type type, int64_t m, int64_t k, int64_t gap, int bits) {
   s.fill(0x55), scale.fill(0x55), zero_point.fill(0x55);
   cuda::Input input{};
   input.x = first, input.type = type, input.m = m, input.k = k, input.ldx = k + gap;
-  const cuda::Header header{cuda::kMagic, 1, static_cast<int32_t>(k), bits};
-  if (bits == 7)
-    input.header = &header;
-  else
-    input.activation_bits = bits;
+  input.activation_bits = bits;
   cuda::quantize(input, {s.data(), scale.data(), zero_point.data()}, nullptr);
   int64_t wrong = 0;
   for (int64_t row = 0; row < m; ++row)
@@ -251,13 +233,12 @@ void test_cuda_int8_quantize() {
     cuda::quantize(input, {}, nullptr);
   };
   refuses("cuda quantize: 6 bits", [&] { with(6, 8); });
-  refuses("cuda quantize: bits from no header", [&] { with(0, 8); });
+  refuses("cuda quantize: no bits", [&] { with(0, 8); });
   refuses("cuda quantize: k = 0", [&] { with(8, 0); });
   refuses("cuda quantize: k = 65537", [&] { with(8, 65537); });
 }
 
 void test_cuda_int8_pack() {
-  test_packed_length();
   for (const int64_t n : {1, 127, 128, 129})
     for (const int64_t k : {1, 63, 64, 65, 300}) {
       begin(text("cuda pack n=", n, " k=", k));
@@ -265,9 +246,6 @@ void test_cuda_int8_pack() {
       Guarded<int8_t> back(c.values.size());
       cuda::unpack(c.packed.data(), n, k, back.data(), nullptr);
       expect(std::equal(back.data(), back.data() + back.size(), c.values.data()) && back.intact(), "unpack");
-      cuda::Header header;
-      std::memcpy(&header, c.packed.data(), sizeof(header));
-      expect(header.magic == cuda::kMagic && header.n == n && header.k == k && header.activation_bits == 7, "header");
       for (int64_t j = 0; j < c.shape.n_pad(); ++j) {
         int32_t sum = 0, expected = 0;
         std::memcpy(&sum, c.packed.data() + c.shape.column_sum() + j * 4, 4);
@@ -282,9 +260,10 @@ void test_cuda_int8_pack() {
   const std::vector<int8_t> values(200, -128);
   std::vector<uint8_t> packed(Int8Case::size(cuda::PackedShape{2, 100}.bytes()));
   int32_t refused = 0;
-  cuda::pack(values.data(), 2, 100, 8, packed.data(), &refused, nullptr);
+  cuda::pack(values.data(), 2, 100, packed.data(), &refused, nullptr);
   expect(refused == 1, "it was not reported");
-  refuses("cuda pack: 9 bits", [&] { cuda::pack(values.data(), 2, 100, 9, packed.data(), &refused, nullptr); });
+  refuses("cuda pack: no channels", [&] { cuda::pack(values.data(), 0, 100, packed.data(), &refused, nullptr); });
+  refuses("cuda pack: k = 65537", [&] { cuda::pack(values.data(), 2, 65537, packed.data(), &refused, nullptr); });
 }
 
 namespace {

@@ -64,7 +64,7 @@ struct Int8Case {
     }
     int32_t refused = 0;
     packed.fill(emulate::kPoison);
-    cuda::pack(values.data(), n, k, bits, packed.data(), &refused, nullptr);
+    cuda::pack(values.data(), n, k, packed.data(), &refused, nullptr);
     expect(refused == 0 && packed.intact(), "pack");
   }
 

@@ -28,6 +28,7 @@ struct SparseWeight {
   std::vector<uint16_t> values;
   std::vector<double> dense;
   Guarded<uint8_t> packed;
+  bitmap::Shape shape;
 
   SparseWeight(int64_t n_, int64_t k_, Type type_, double density, bool exact)
       : n(n_),
@@ -36,8 +37,9 @@ struct SparseWeight {
         mask(size(n * ((k + 7) / 8))),
         dense(size(n * k)),
         packed(fill(density, exact), Edge::begin) {
-    const std::vector<uint8_t> bytes = bitmap::pack_bitmap(mask.data(), values.data(), count(), type, n, k);
-    std::copy(bytes.begin(), bytes.end(), packed.data());
+    const bitmap::Packed made = bitmap::pack_bitmap(mask.data(), values.data(), count(), type, n, k);
+    std::copy(made.bytes.begin(), made.bytes.end(), packed.data());
+    shape = made.shape;
   }
 
   // The first half of the channels are twice as dense as the others: units differ in size.
@@ -52,7 +54,7 @@ struct SparseWeight {
         values.push_back(half_bits(exact ? (random() % 2 ? integer : -integer) : uniform(random) - 0.5, type));
         dense[size(row * k + i)] = static_cast<double>(half_value(values.back(), type));
       }
-    return bitmap::pack_bitmap(mask.data(), values.data(), count(), type, n, k).size();
+    return bitmap::pack_bitmap(mask.data(), values.data(), count(), type, n, k).bytes.size();
   }
 
   int64_t count() const { return static_cast<int64_t>(values.size()); }
@@ -64,7 +66,7 @@ void test_pack(int64_t n, int64_t k, double density, Type type) {
   begin(text("pack and dense ", weight.name()));
   Guarded<float> dense(size(n * k));
   dense.fill(emulate::kPoison);
-  bitmap::dense(weight.packed.data(), static_cast<int64_t>(weight.packed.size()), n, k, dense.data(), nullptr);
+  bitmap::dense(weight.packed.data(), weight.shape, dense.data(), nullptr);
   const bool same = std::equal(weight.dense.begin(), weight.dense.end(), dense.data(),
                                [](double expected, float got) { return expected == static_cast<double>(got); });
   expect(same, "another weight");
@@ -76,10 +78,9 @@ std::vector<uint16_t> run(const SparseWeight& weight, const HalfRows& x, const b
   Guarded<uint16_t> y(size(x.m * weight.n));
   Guarded<float> workspace(size(plan.workspace / 4));
   y.fill(emulate::kPoison), workspace.fill(emulate::kPoison);
-  bitmap::linear(
-      {x.data.data(), x.type, x.m, x.k, x.ldx, weight.packed.data(), static_cast<int64_t>(weight.packed.size()),
-       weight.n, bias, activation, y.data(), workspace.data(), nullptr},
-      plan);
+  bitmap::linear({x.data.data(), x.type, x.m, x.ldx, weight.packed.data(), weight.shape, bias, activation, y.data(),
+                  workspace.data(), nullptr},
+                 plan);
   expect(y.intact() && workspace.intact(), "a store outside");
   return {y.data(), y.data() + y.size()};
 }
@@ -108,7 +109,7 @@ void check_exact(const bitmap::Kernel& kernel, int64_t m, int64_t n, int64_t k, 
   const HalfRows x(kernel.type, m, k, gap, true);
   const bitmap::Plan plan = bitmap::plan(kernel, n, m, splits);
   begin(text(kernel.name, " ", weight.name(), " m=", m, " gap=", gap, " splits=", splits));
-  if (!bitmap::fits(kernel, static_cast<int64_t>(weight.packed.size()), k)) {
+  if (!bitmap::fits(kernel, weight.shape)) {
     refuses("units that do not fit", [&] { run(weight, x, plan, nullptr, activation); });
     return;
   }
@@ -166,22 +167,6 @@ void check_kernel(const bitmap::Kernel& kernel) {
   check_bound(kernel, 3, channels + 7, 2 * ring + 24, 3);
 }
 
-// What the host reads from the length alone.
-void test_lengths() {
-  begin("sparse: the packed length says the type and the room of a unit");
-  for (const int64_t k : {1, 5, 64, 4096, 65536})
-    for (const int64_t content : {400, 12345, 1000000})
-      for (int64_t chunks = bitmap::kSmallest; chunks <= 277; ++chunks)
-        for (const Type type : {Type::bfloat16, Type::float16}) {
-          const int64_t bytes = bitmap::buffer_bytes(content, chunks, type, k);
-          const std::string which = text("k ", k, " content ", content, " chunks ", chunks);
-          expect(bytes % k == 0 && bytes >= content && bytes < content + 33 * k, text("length: ", which));
-          expect(bitmap::type_of(bytes, k) == type, text("type: ", which));
-          const int64_t room = bitmap::unit_room(bytes, k) / 16;
-          expect(room >= chunks && room < chunks + bitmap::kLevel, text("room: ", which));
-        }
-}
-
 void test_refused() {
   begin("sparse: what is refused");
   const uint8_t mask[2] = {5, 1};
@@ -193,19 +178,26 @@ void test_refused() {
   refuses("k too large", [&] { bitmap::pack_bitmap(mask, values, 0, Type::float16, 1, 65537); });
 
   const SparseWeight weight(40, 70, Type::bfloat16, 0.5, true);
-  const auto bytes = static_cast<int64_t>(weight.packed.size());
-  refuses("a length that is no multiple of k", [&] { bitmap::plan(bytes, 40, 71, 1, 132); });
-  refuses("more channels than fit", [&] { bitmap::plan(bytes, 4000, 70, 1, 132); });
-  const bitmap::Plan plan = bitmap::plan(bytes, 40, 70, 1, 132);
+  expect(weight.shape.bytes == static_cast<int64_t>(weight.packed.size()) && weight.shape.bytes % 16 == 0, "length");
+  const auto with = [&](auto&& change) {
+    bitmap::Shape shape = weight.shape;
+    change(shape);
+    bitmap::plan(shape, 1, 132);
+  };
+  refuses("more channels than fit", [&] { with([](bitmap::Shape& shape) { shape.n = 4000; }); });
+  refuses("no k", [&] { with([](bitmap::Shape& shape) { shape.k = 0; }); });
+  refuses("a unit that is no unit", [&] { with([](bitmap::Shape& shape) { shape.unit_bytes += 8; }); });
+  refuses("too large a unit", [&] { with([](bitmap::Shape& shape) { shape.unit_bytes = 4448; }); });
+  const bitmap::Plan plan = bitmap::plan(weight.shape, 1, 132);
   const HalfRows other(Type::float16, 1, 70, 0, true), right(Type::bfloat16, 1, 70, 0, true);
   refuses("x of another type", [&] { run(weight, other, plan, nullptr, Activation::none); });
   refuses("no workspace", [&] {
     uint16_t y[40];
-    bitmap::linear({right.data.data(), Type::bfloat16, 1, 70, 70, weight.packed.data(), bytes, 40, nullptr,
+    bitmap::linear({right.data.data(), Type::bfloat16, 1, 70, weight.packed.data(), weight.shape, nullptr,
                     Activation::none, y, nullptr, nullptr},
                    bitmap::plan(*plan.kernel, 40, 1, 2));
   });
-  bitmap::linear({nullptr, Type::bfloat16, 0, 70, 70, weight.packed.data(), bytes, 40, nullptr, Activation::none,
+  bitmap::linear({nullptr, Type::bfloat16, 0, 70, weight.packed.data(), weight.shape, nullptr, Activation::none,
                   nullptr, nullptr, nullptr},
                  plan);  // no rows: nothing to do
 }
@@ -214,11 +206,11 @@ void test_plans() {
   begin("sparse: plans");
   for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 200})
     for (const int64_t unit : {60, 180, 277}) {
-      const int64_t content = bitmap::units_of(4096, 4096) * unit * 16;
-      const int64_t packed_bytes = bitmap::buffer_bytes(content, unit, Type::bfloat16, 4096);
-      const bitmap::Plan plan = bitmap::plan(packed_bytes, 4096, 4096, m, 132);
+      const int64_t bytes = bitmap::units_of(4096, 4096) * (unit * 16 + 4) + 16;
+      const bitmap::Shape shape{Type::bfloat16, 4096, 4096, bytes, static_cast<int>(unit * 16)};
+      const bitmap::Plan plan = bitmap::plan(shape, m, 132);
       expect(plan.kernel != nullptr && plan.kernel->type == Type::bfloat16, text("m ", m, " unit ", unit));
-      expect(bitmap::fits(*plan.kernel, packed_bytes, 4096), text("does not fit: m ", m, " unit ", unit));
+      expect(bitmap::fits(*plan.kernel, shape), text("does not fit: m ", m, " unit ", unit));
       expect(plan.blocks * plan.splits >= 100, text("idle at m ", m, " unit ", unit));
       expect((plan.splits > 1) == (plan.workspace > 0), text("workspace at m ", m));
     }
@@ -231,7 +223,6 @@ void test_cuda_sparse() {
     for (const int64_t k : {1, 9, 64, 65, 200})
       for (const double density : {0.0, 0.3, 1.0})
         test_pack(n, k, density, k % 2 == 0 ? Type::float16 : Type::bfloat16);
-  test_lengths();
   test_refused();
   test_plans();
   int count = 0;

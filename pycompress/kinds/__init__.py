@@ -1,0 +1,38 @@
+"""What a layer is: one object for each kind, which all that is done to layers asks about its matrix, its bias and its input."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pycompress.kinds.conv1d import Conv1D
+from pycompress.kinds.conv2d import Conv2d, Conv2dGeometry, Convolution
+from pycompress.kinds.embedding import Embedding, EmbeddingGeometry
+from pycompress.kinds.kind import Geometry, Kind
+from pycompress.kinds.linear import Linear
+from pycompress.kinds.pruned import has_foreign_hooks, pruned_names, without_pruning
+
+LINEAR, CONV1D, CONV2D, EMBEDDING, CONVOLUTION = Linear(), Conv1D(), Conv2d(), Embedding(), Convolution()
+# The first one that matches a module is its kind. ``nn.register`` puts the kind of somebody else's layer in front.
+KINDS: list[Kind] = [LINEAR, CONV1D, CONV2D, EMBEDDING, CONVOLUTION]
+
+__all__ = [
+    "CONV1D",
+    "CONV2D",
+    "CONVOLUTION",
+    "EMBEDDING",
+    "KINDS",
+    "LINEAR",
+    "Conv2dGeometry",
+    "EmbeddingGeometry",
+    "Geometry",
+    "Kind",
+    "has_foreign_hooks",
+    "kind_of",
+    "pruned_names",
+    "without_pruning",
+]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a dense module, or None."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)

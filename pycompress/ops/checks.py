@@ -1,0 +1,91 @@
+"""What the ops of every device ask of their operands, and whether somebody is looking at a call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT32 = 3
+MAX_IN_FEATURES = 65536  # int32 sums cannot overflow up to here
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError with the message where the condition does not hold."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_float(op: str, x: Tensor) -> None:
+    """Raises TypeError where x is of a dtype that no kernel reads."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x is {x.dtype}, expected float32, bfloat16 or float16")
+
+
+def rows_of(op: str, x: Tensor) -> tuple[Tensor, int]:
+    """``x`` as it can be walked by rows: [..., k] with dense rows one stride apart; and that stride in elements."""
+    if x.dtype not in FLOATS:
+        check_float(op, x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x is a scalar, expected [..., k]")
+    if x.is_neg() or x._is_zerotensor():  # views without memory of their own kind
+        x = x.resolve_neg() if x.is_neg() else torch.zeros(x.shape, dtype=x.dtype)
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]
+
+
+def matrix_of(op: str, x: Tensor) -> tuple[Tensor, int]:
+    """As :func:`rows_of`, for an x that must be [m, k]."""
+    x, ldx = rows_of(op, x)
+    check(x.dim() == 2, f"{op}: x is {list(x.shape)}, expected [m, k]")
+    return x, ldx
+
+
+def activation_code(op: str, activation: str) -> int:
+    """What the kernels call an activation. Raises ValueError where they know none of this name."""
+    code = ACTIVATIONS.get(activation)
+    if code is None:
+        raise ValueError(f"{op}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return code
+
+
+def vector(data: bytes, scale: Tensor | None = None) -> Tensor:
+    """The bytes as a uint8 vector, behind them a scale per output channel where there is one.
+
+    Aligned by torch, and filled without its thread pool (fork). What the kernels pack takes whole floats.
+    """
+    behind = 0 if scale is None else scale.nbytes
+    packed = torch.empty(len(data) + behind, dtype=torch.uint8)
+    ctypes.memmove(packed.data_ptr(), data, len(data))
+    if scale is not None:
+        ctypes.memmove(packed.data_ptr() + len(data), scale.data_ptr(), behind)
+    return packed
+
+
+# --- the short way in -------------------------------------------------------------------------------------------------
+
+_tracing = getattr(torch._C, "_is_tracing", None)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
+def nobody_looks(x: Tensor) -> bool:
+    """No compiler, tracer, tensor subclass or dispatch mode must see an op of x: its kernel may be called directly."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not x.requires_grad
+        and not x.is_neg()
+        and _transforms is not None
+        and _transforms() is None
+        and _tracing is not None
+        and not _tracing()
+        and _dispatch_modes is not None
+        and not _dispatch_modes()
+    )
