@@ -110,7 +110,7 @@ class SignPointwise(PlainLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         self.check(input)
-        y = conv1d(input.float(), self.weight, self.bias)
+        y = conv1d(input.float(), self.dense()[:, :, None], self.bias)
         return ops.DIFFERENTIABLE[self.activation](y).to(input.dtype)
 
     def lower(self, graph: Any, x: str) -> str:
@@ -227,3 +227,13 @@ def test_a_plain_layer_keeps_tensors_of_any_dtype() -> None:
     assert kind_of(nn.Linear(3, 3)) is layer.kind
     assert layer.half()(torch.randn(2, 7).half()).dtype == torch.float16
     assert repr(layer) == "SignLinear(in_features=7, out_features=3, bias=True, mean=row)"
+
+
+def test_plain_layers_compile_as_one_graph() -> None:
+    torch._dynamo.reset()
+    made, x = pc.compress(model(), Signs()), torch.randn(2, 6, 12)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(made, fullgraph=True, backend="aot_eager")(x), made(x))
+    layer = SignLinear.from_dense(nn.Linear(7, 3), Signs())
+    assert torch.equal(layer.dense(), layer.canonical().decompress())
+    torch.library.opcheck(torch.ops.pycompress.plain_dense.default, (layer.packed, *layer._said))

@@ -43,7 +43,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == 88);
 
-// A weight [n, k] as it is stored (methods/int4.py).
+// A weight [n, k] as it is stored (weights/int4.py).
 struct Weight {
   const uint8_t* values;      // [n][ceil(k / 2)], position 2j in the low nibble of byte j
   const uint16_t* scale;      // bfloat16 [n][groups]

@@ -10,7 +10,7 @@
 //     eps * (stored weights of the row + 2) * sum_k |x w|   (+ eps |y| for the bias and the activation)
 // of the exact one, and does not depend on the threads.
 //
-// Weight: canonical bitmask + values (methods/sparse.py); packed here into one of the formats (pack.h).
+// Weight: canonical bitmask + values (weights/sparse.py); packed here into one of the formats (pack.h).
 //
 // Floors, for m rows and z stored weights:
 //   rows     2 m z operations at the fp32 FMA peak. A stored weight costs width / 8 FMAs and as many loads of x plus a

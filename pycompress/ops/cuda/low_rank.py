@@ -140,7 +140,7 @@ def pack(
     if not rest:
         check(layout == "", f"{op}: layout is {layout!r}, expected none without a residual")
         return buffer, written("factors", n, k, **keys)
-    kind = rest.pop("method")
+    kind, _ = rest.pop("method"), rest.pop("version", 1)
     check(kind in OPS, f"{op}: the residual is {kind!r}, expected one of {', '.join(OPS)}")
     check(
         kind != "int8" or rank <= MAX_RANK,
