@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -23,4 +24,24 @@ LEADS: dict[str, list[tuple[int, ...]]] = {  # the dimensions in front of an ite
     "linear": [(5,), (2, 3), ()],
     "conv2d": [(2,), ()],
     "embedding": [(7,), (3, 5), ()],
+}
+
+# The arguments of nn.Conv2d behind the channels.
+CONVS: dict[str, dict[str, Any]] = {
+    "1x1": {"kernel_size": 1},
+    "1x1 with a stride and padding": {"kernel_size": 1, "stride": 2, "padding": 1},
+    "3x3": {"kernel_size": 3},
+    "3x3 padded": {"kernel_size": 3, "padding": 1},
+    "3x3 padded with a stride": {"kernel_size": 3, "padding": 1, "stride": 2},
+    "3x3 dilated": {"kernel_size": 3, "dilation": 2},
+    "3x3 dilated, same": {"kernel_size": 3, "dilation": (1, 3), "padding": "same"},
+    "3x3, a stride beyond the kernel": {"kernel_size": 3, "stride": (4, 5)},
+    "3x3, more padding than kernel": {"kernel_size": 3, "padding": (4, 5)},
+    "5x5": {"kernel_size": 5, "padding": (2, 1), "stride": (1, 3)},
+    "7x7": {"kernel_size": 7, "padding": 3, "stride": 2},
+    "1x7": {"kernel_size": (1, 7), "padding": (0, 3)},
+    "7x1": {"kernel_size": (7, 1), "stride": (3, 2)},
+    "2x2, same": {"kernel_size": 2, "padding": "same"},
+    "4x2, same": {"kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)},
+    "2x3, valid": {"kernel_size": (2, 3), "padding": "valid"},
 }

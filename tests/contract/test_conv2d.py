@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -14,26 +13,8 @@ from torch import nn
 
 from contract.bounds import within
 from contract.cases import CASES, Case, Same, equal_states, over, state
+from contract.kinds import CONVS
 
-# The arguments of nn.Conv2d behind the channels.
-CONVS: dict[str, dict[str, Any]] = {
-    "1x1": {"kernel_size": 1},
-    "1x1 with a stride and padding": {"kernel_size": 1, "stride": 2, "padding": 1},
-    "3x3": {"kernel_size": 3},
-    "3x3 padded": {"kernel_size": 3, "padding": 1},
-    "3x3 padded with a stride": {"kernel_size": 3, "padding": 1, "stride": 2},
-    "3x3 dilated": {"kernel_size": 3, "dilation": 2},
-    "3x3 dilated, same": {"kernel_size": 3, "dilation": (1, 3), "padding": "same"},
-    "3x3, a stride beyond the kernel": {"kernel_size": 3, "stride": (4, 5)},
-    "3x3, more padding than kernel": {"kernel_size": 3, "padding": (4, 5)},
-    "5x5": {"kernel_size": 5, "padding": (2, 1), "stride": (1, 3)},
-    "7x7": {"kernel_size": 7, "padding": 3, "stride": 2},
-    "1x7": {"kernel_size": (1, 7), "padding": (0, 3)},
-    "7x1": {"kernel_size": (7, 1), "stride": (3, 2)},
-    "2x2, same": {"kernel_size": 2, "padding": "same"},
-    "4x2, same": {"kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)},
-    "2x3, valid": {"kernel_size": (2, 3), "padding": "valid"},
-}
 EVERY = pytest.mark.parametrize("name", CONVS)
 SIZES = ("rank", "density")  # of a weight, on which nothing here depends
 EACH = over([case for case in CASES if case.kind.name == "conv2d" and not any(word in case.variant for word in SIZES)])
