@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -267,3 +268,18 @@ def snapshot() -> Callable[[nn.Module], Callable[[], bool]]:
         return unchanged
 
     return take
+
+
+@pytest.fixture
+def at_once() -> Callable[[Callable[[int], None], int], None]:
+    """``at_once(call, count)``: call(0) to call(count - 1), each in a thread of its own; all of them come to an end."""
+
+    def run(call: Callable[[int], None], count: int) -> None:
+        workers = [threading.Thread(target=call, args=(index,)) for index in range(count)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(timeout=60)
+        assert not any(worker.is_alive() for worker in workers)
+
+    return run

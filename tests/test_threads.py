@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ Same = Callable[[Tensor, Tensor], bool]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 native = pytest.mark.skipif(ops.extension_error() is not None, reason="no extension was built: the twin has no threads")
+
+AtOnce = Callable[[Callable[[int], None], int], None]
 
 
 def large(bits: int = 8, activation: str = "none") -> Int8Linear:
@@ -56,7 +57,7 @@ def test_one_and_two_threads_give_the_same_bits(bits: int, activation: str, same
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_threads_with_layers_of_different_sizes() -> None:
+def test_threads_with_layers_of_different_sizes(at_once: AtOnce) -> None:
     """Each thread has scratch memory of its own, which grows to what the largest layer needs."""
     layers = [Int8Linear.from_dense(nn.Linear(k, 64)) for k in (8, 2000, 64, 700)]
     inputs = [torch.randn(33, layer.in_features) for layer in layers]
@@ -69,12 +70,7 @@ def test_threads_with_layers_of_different_sizes() -> None:
             if bits_of(layers[at](inputs[at])) != expected[at]:
                 wrong.append(at)
 
-    workers = [threading.Thread(target=call, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=60)
-    assert not any(worker.is_alive() for worker in workers)
+    at_once(call, 4)
     assert not wrong
 
 

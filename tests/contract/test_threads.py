@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from contract.cases import EACH_ROW, EVERY, ROWS, Case, Forked, Same, over
 from contract.kinds import LARGE
+
+AtOnce = Callable[[Callable[[int], None], int], None]
 
 
 @cache
@@ -72,7 +75,7 @@ def test_every_variant_on_every_thread_count(case: Case, same: Same) -> None:
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("rows", [1, 40])
 @EACH_ROW
-def test_eight_threads_call_one_layer_at_once(case: Case, rows: int) -> None:
+def test_eight_threads_call_one_layer_at_once(case: Case, rows: int, at_once: AtOnce) -> None:
     layer, x = large(case)
     inputs = [x.roll(index, 0)[:rows].contiguous() for index in range(8)]
     expected = [bits_of(layer(x)) for x in inputs]
@@ -85,12 +88,7 @@ def test_eight_threads_call_one_layer_at_once(case: Case, rows: int) -> None:
             if bits_of(layer(inputs[at])) != expected[at]:
                 wrong.append((index, at))
 
-    workers = [threading.Thread(target=call, args=(index,)) for index in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=60)
-    assert not any(worker.is_alive() for worker in workers)
+    at_once(call, 8)
     assert not wrong
 
 
