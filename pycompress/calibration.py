@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pycompress.calls import Inputs, call_model, evaluating
 from pycompress.kinds import Kind, kind_of
 from pycompress.methods.inputs import InputStatistics
-from pycompress.surgery import Inputs, call_model, evaluating
 
 if TYPE_CHECKING:
     from typing_extensions import Self

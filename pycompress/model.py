@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pycompress import passes
 from pycompress.calibration import Calibration
+from pycompress.calls import Inputs, call_model, evaluating, only_argument
 from pycompress.kinds import pruned_names, without_pruning
 from pycompress.measure import interleaved_us
 from pycompress.methods.inputs import InputStatistics
@@ -20,15 +21,7 @@ from pycompress.methods.method import Method, Refused
 from pycompress.nn import CompressedLayer, layer_for
 from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, targets_of
 from pycompress.records import RECORDS, LayerRecord, Summary, summary
-from pycompress.surgery import (
-    Inputs,
-    call_model,
-    compressed_layers,
-    evaluating,
-    install,
-    only_argument,
-    switch_off_fast_paths,
-)
+from pycompress.surgery import compressed_layers, install, switch_off_fast_paths
 
 __all__ = ["Inputs", "LayerRecord", "Method", "Plan", "Summary", "compress", "compressed_layers", "summary"]
 

@@ -26,7 +26,7 @@ PACKAGE, CSRC = ROOT / "pycompress", ROOT / "csrc"
 # What each room may import of the package; nothing points back up the chain
 # cli -> (validation, storage) -> model -> passes -> plan -> nn -> methods -> weights -> ops -> _C.
 LOWEST = {"ops", "weights", "profiles", "methods", "kinds"}  # what a layer is made of
-HOUSE = LOWEST | {"nn", "surgery"}
+HOUSE = LOWEST | {"nn", "calls", "surgery"}
 ALLOWED: dict[str, set[str]] = {
     "reference": set(),
     "measure": set(),
@@ -36,9 +36,10 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"profiles", "weights", "ops"},
     "kinds": {"methods", "weights", "ops"},
     "nn": LOWEST,
+    "calls": {"nn"},
     "surgery": {"nn"},
     "records": {"nn", "surgery"},
-    "calibration": {"kinds", "methods", "surgery"},
+    "calibration": {"calls", "kinds", "methods", "surgery"},
     "plan": HOUSE | {"records", "measure"},
     "passes": HOUSE | {"plan"},
     "model": HOUSE | {"passes", "plan", "records", "calibration", "measure"},
@@ -51,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": HOUSE | {"validation", "storage", "model", "calibration"},
 }
 CHAIN = [
-    "model", "passes", "plan", "calibration", "records", "surgery", "nn", "kinds", "methods", "profiles", "weights", "ops",
+    "model", "passes", "plan", "calibration", "records", "surgery", "calls", "nn", "kinds", "methods", "profiles", "weights", "ops",
     "reference", "measure",
 ]  # fmt: skip
 ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage"}

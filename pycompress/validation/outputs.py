@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pycompress.surgery import Inputs, call_model, evaluating
+from pycompress.calls import Inputs, call_model, evaluating
 from pycompress.validation.report import ModelRecord
 
 # A last-bit difference after gelu, silu or a float32 sum flips a rounding in a later layer, that flips more of them,

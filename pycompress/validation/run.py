@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pycompress.calls import Inputs, only_argument
 from pycompress.nn.layer import CompressedLayer
-from pycompress.surgery import Inputs, compressed_layers, only_argument
+from pycompress.surgery import compressed_layers
 from pycompress.validation.checks import Check, check_of
 from pycompress.validation.formulas import EXACT_ACTIVATIONS, array
 from pycompress.validation.outputs import compare_outputs, outputs_of

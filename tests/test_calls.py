@@ -1,4 +1,4 @@
-"""What compress(), validate() and calibrate() run, they leave as it was; and the geometry of convolutions in groups."""
+"""What compress(), validate() and calibrate() run, they leave as it was; names of modules; geometry of convolutions in groups."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import pycompress as pc
+from pycompress.calls import call_model, evaluating
 from pycompress.kinds import CONV2D, Conv2dGeometry
-from pycompress.surgery import call_model, evaluating, names_of
+from pycompress.surgery import names_of
 
 Run = Callable[["Stateful", Any], object]
 
