@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-all emulated spills gpu gpu-dry lint format bench sanitize docs clean
+.PHONY: demo test test-all stress emulated spills gpu gpu-dry lint format bench sanitize docs clean
 
 demo: $(READY)
 	$(BIN)/pycompress demo
@@ -23,6 +23,13 @@ test: $(READY)
 # That, and what it left out: the slow tests, all combinations of parameters, the CUDA module and the CUDA kernels' source on the host.
 test-all: test $(CUDA_READY)
 	$(PYTEST) $(WORKERS) --rest
+
+# Kills `save` at random moments, with each version of safetensors that is allowed: the file is the old or the new one, whole.
+stress: $(READY)
+	for version in 0.5 0.6 0.7 0.8; do \
+		$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/safetensors-$$version "safetensors==$$version.*" && \
+		PYTHONPATH=build/safetensors-$$version $(BIN)/python tests/stress_save.py 200 || exit 1; \
+	done
 
 # The CUDA kernels' source alone, run on the host.
 emulated: $(READY)

@@ -36,12 +36,12 @@ def low_rank(conv: nn.Conv2d, decomposition: str) -> LowRank:
 def measure(layer: tuple[int, int, int, int], rounds: int) -> list[benchmark.Record]:
     """One record per candidate: how many times as fast as the faster of torch's two dense layers."""
     c, n, side, size = layer
-    conv = nn.Conv2d(c, n, side, padding=side // 2)
+    conv = nn.Conv2d(c, n, side, padding=side // 2, dtype=torch.float32, device="cpu")
     methods: dict[str, Method] = {"sparse 80 %": Sparse(0.2), "sparse 90 %": Sparse(0.1)}
     methods |= {
         kind: low_rank(conv, kind) for kind in ("channel", "spatial", "tucker") if side > 1 or kind == "channel"
     }
-    x = torch.randn(1, c, size, size)
+    x = torch.randn(1, c, size, size, dtype=torch.float32, device="cpu")
     last = x.contiguous(memory_format=torch.channels_last)
     layers = {name: compress(nn.Sequential(conv), method) for name, method in methods.items()}
     runs = {"torch": lambda: conv(x), "torch channels-last": lambda: conv(last)}

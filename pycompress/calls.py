@@ -1,33 +1,72 @@
-"""How a model is called: with what, and so that it is afterwards as it was."""
+"""How a model is called: with what, layer by layer, and so that it is afterwards as it was."""
 
 from __future__ import annotations
 
-from collections import deque
+import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import is_
-from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from pycompress.nn import CompressedLayer
+from pycompress.state import unchanged
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # of a model: its only argument, positional, or keyword arguments
 
 
 def call_model(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(inputs)``: a tensor as the only argument, a sequence as positional, a mapping as keyword arguments."""
+    """``model(inputs)``: a tensor as the only argument, a sequence as positional, a mapping as keyword arguments.
+
+    Raises:
+        TypeError: inputs of another type; or with which the model failed, and which do not fit its signature or hold no tensor.
+    """
+    args, keywords = _arguments(inputs)
+    try:
+        return model(*args, **keywords)
+    except Exception as error:
+        if reason := _misfit(model, args, keywords):
+            raise TypeError(
+                f"inputs is {type(inputs).__name__}, {reason}: expected a tensor, a sequence of positional arguments (several rows "
+                "are one tensor: torch.stack, torch.tensor) or a mapping of keywords"
+            ) from error
+        raise
+
+
+def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return (), dict(inputs)
     if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
-        return model(*inputs)
+        return (inputs,), {}
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+        return tuple(inputs), {}
     raise TypeError(
         f"inputs is {type(inputs).__name__}, expected a tensor, a sequence of arguments or a mapping of keywords"
+    )
+
+
+def _misfit(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+    """What is wrong with the arguments of a call that failed, or ''."""
+    values = [*args, *keywords.values()]
+    if values and not any(map(_holds_tensor, values)):
+        return f"of {type(values[0]).__name__}, without a tensor in it"
+    try:
+        inspect.signature(model.forward).bind(*args, **keywords)
+    except TypeError as error:
+        return f"which are not the arguments of {type(model).__name__}.forward ({error})"
+    except ValueError:  # no signature is known
+        return ""
+    return ""
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, Tensor) or any(
+        isinstance(part, Tensor) for part in getattr(value, "__dict__", {}).values()
     )
 
 
@@ -37,98 +76,35 @@ def only_argument(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
     return x
 
 
-@contextmanager
-def evaluating(model: nn.Module, inputs: Inputs = ()) -> Iterator[None]:
-    """Evaluation mode without gradients; at its end the model, the inputs and torch's random state are as they were.
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` stands for; any other one is itself."""
+    dynamo = sys.modules.get("torch._dynamo")
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
 
-    That is: training flags, the attributes of all modules (with what lists, dictionaries and plain objects in them hold, such as
-    caches), the numbers in buffers and in other tensors that are found there or in the inputs, and which parameters require
-    gradients. Parameters themselves are taken to be left alone. ``no_grad`` and not ``inference_mode``: tensors that the model
-    gives away must not make later training fail.
-    """
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """In the block each layer is called as a module of its own, and its hooks with it: what is compiled runs as it was written, and
+    torch's transformer does without its fast path, which reads weights and packs padded batches into nested tensors."""
+    fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count() if _uses_cuda(model) else 0)))
-        before = _Before(stack)
-        for module in model.modules():
-            before.note_module(module)
-        before.note(inputs)
-        model.eval()
-        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
 
 
-def _uses_cuda(model: nn.Module) -> bool:
-    return any(tensor.is_cuda for tensor in [*model.parameters(), *model.buffers()])
+@contextmanager
+def evaluating(model: nn.Module, inputs: Inputs = ()) -> Iterator[None]:
+    """Evaluation mode, :func:`layer_by_layer`, without gradients; at its end all is as it was: see :func:`unchanged`.
 
-
-class _Before:
-    """What was there before a run: ``undo`` gets, for each thing that it may have changed, how to change it back."""
-
-    def __init__(self, undo: ExitStack) -> None:
-        self.undo = undo
-        self.seen: dict[int, object] = {}  # the objects themselves, lest another one gets the id of one that is gone
-
-    def note_module(self, module: nn.Module) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                self.seen[id(parameter)] = parameter
-                self.undo.callback(parameter.requires_grad_, parameter.requires_grad)
-        if isinstance(module, CompressedLayer):  # whose packed weight is large, and never written to
-            self.seen[id(module.packed)] = module.packed
-        self.seen[id(module)] = module
-        self._note_contents(vars(module))
-
-    def note(self, value: Any) -> None:
-        """Anything but a module: those are noted each by itself, and stay where they are."""
-        if id(value) in self.seen or isinstance(value, _LEFT_ALONE):
-            return
-        self.seen[id(value)] = value
-        if isinstance(value, Tensor):
-            self._note_tensor(value)
-        elif isinstance(value, dict | list | set | deque):
-            self._note_contents(value)
-        elif isinstance(value, tuple | frozenset):
-            for item in value:
-                self.note(item)
-        elif hasattr(value, "__dict__"):
-            self._note_contents(vars(value))
-
-    def _note_contents(self, container: dict[Any, Any] | list[Any] | set[Any] | deque[Any]) -> None:
-        self.seen[id(container)] = container
-        copy = container.copy()
-
-        def refill() -> None:
-            if _same(container, copy):
-                return
-            container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(copy)
-
-        self.undo.callback(refill)
-        for item in copy.values() if isinstance(copy, dict) else copy:
-            self.note(item)
-
-    def _note_tensor(self, tensor: Tensor) -> None:
-        if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided:
-            return
-        copy, version = tensor.detach().clone(), None if tensor.is_inference() else tensor._version
-
-        def refill() -> None:
-            if version is None or tensor._version != version:
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(copy)
-
-        self.undo.callback(refill)
-
-
-_LEFT_ALONE = (nn.Module, nn.Parameter, type, FunctionType, MethodType, ModuleType, str, bytes, int, float, torch.dtype)
-
-
-def _same(container: Any, copy: Any) -> bool:
-    """Whether they hold the same objects, in the same order."""
-    if isinstance(container, set):
-        return bool(container == copy)
-    if len(container) != len(copy):
-        return False
-    if isinstance(container, dict):
-        return all(map(is_, container, copy)) and all(map(is_, container.values(), copy.values()))
-    return all(map(is_, container, copy))
+    What the model returned may be something that it keeps, whose numbers go back as well: whoever needs them copies them in the
+    block. ``no_grad`` and not ``inference_mode``: tensors that the model gives away must not make later training fail.
+    """
+    with unchanged(model, inputs), layer_by_layer():
+        model.eval()
+        with torch.no_grad():
+            yield

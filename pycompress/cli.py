@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from pycompress.benchmark import Record
 
 WIDTH = 130  # of tables in a file or a pipe
+LARGEST = 2**31 - 1  # numbers in a matrix: 8 GiB of float32
 
 
 def console(*, stderr: bool = False) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+    """Of the process's own stream, which may be None or of another kind."""
+    is_terminal = getattr(sys.stderr if stderr else sys.stdout, "isatty", lambda: False)
+    return Console(stderr=stderr, width=None if is_terminal() else WIDTH, highlight=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,8 +125,29 @@ def shape(text: str) -> tuple[int, int]:
     """Parses 384x1536: in_features k, then out_features n."""
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
         raise click.BadParameter(f"{text!r} is not a shape KxN such as 384x1536")
+    from pycompress.ops import MAX_IN_FEATURES
+
     k, n = map(int, text.split("x"))
+    if k > MAX_IN_FEATURES:
+        raise click.BadParameter(f"{text!r} has {k} input features, expected at most {MAX_IN_FEATURES}")
     return k, n
+
+
+def writable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
+    """Whether the file can be written, found out before anything is measured; it is left as it was."""
+    if path is None:
+        return None
+    if path == Path():  # what an empty name becomes
+        raise click.BadParameter("it is empty, expected the name of a file")
+    missing = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise click.BadParameter(f"'{path}' cannot be written: {error.strerror}") from error
+    if missing:
+        path.unlink()
+    return path
 
 
 @pycompress.group()
@@ -159,6 +182,9 @@ class Grid:
         known = QUICK_SHAPES if self.quick else grid.shapes
         shapes = self.shapes or tuple(key for key in known if layers is None or key in layers)
         rows, rounds = (QUICK_ROWS, 5) if self.quick else (grid.rows, grid.rounds)
+        for k, n in shapes:
+            if max(k * n, max(self.rows or rows) * max(k, n)) > LARGEST:
+                raise click.UsageError(f"{k}x{n} is too large, expected matrices, x and y of at most {LARGEST} numbers")
         cells = grid.cells(shapes, self.rows or rows, cold=not self.quick, **facts)
         candidates, missing, spinning = grid.chosen()
         found = grid.measure(
@@ -167,17 +193,34 @@ class Grid:
         )  # fmt: skip
         environment, op = benchmark.Environment.collect(), grid.op.removesuffix("_linear").replace("_", " ")
         progress = track(found, op, total=len(cells), console=console(stderr=True), transient=True)
-        records = [record for cell in progress for record in cell]
+        try:
+            records = [record for cell in progress for record in cell]
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            raise click.ClickException(f"the memory does not suffice: {error}") from error
+        lines = [str(line) for summary in grid.summaries for line in summary(records)]
+        lines += [f"not measured: {name}: {reason}" for name, reason in missing.items()]
+        self._show(environment, records, tabled, lines)
         if self.output is not None:
-            benchmark.write_json_lines(self.output, environment, records)
+            try:
+                benchmark.write_json_lines(self.output, environment, records)
+            except OSError as error:
+                raise click.ClickException(f"'{self.output}' cannot be written: {error.strerror}") from error
+
+    def _show(
+        self, environment: benchmark.Environment, records: Sequence[Record], tabled: Callable[[Sequence[Record]], Table],
+        lines: Sequence[str],
+    ) -> None:  # fmt: skip
+        from pycompress import benchmark
+
         if self.as_json:
             click.echo(benchmark.json_lines(environment, records), nl=False)
             return
         out = console()
         out.print(environment_text(environment.as_dict()))
         out.print(tabled(records))
-        lines = [str(line) for summary in grid.summaries for line in summary(records)]
-        for line in [*lines, *(f"not measured: {name}: {reason}" for name, reason in missing.items())]:
+        for line in lines:
             out.print(line, markup=False, soft_wrap=True)
 
 
@@ -189,7 +232,12 @@ def grid(*, budget: float | None = None, cold: bool = False) -> Callable[[Callab
     quick = f"Two shapes, three row counts, 5 rounds{', no cold weights' if cold else ''}."
     seconds = "Seconds after which a cell begins no further round; it has three at least."
     options = [
-        click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write JSON lines here."),
+        click.option(
+            "--output",
+            type=click.Path(dir_okay=False, path_type=Path),
+            callback=writable,
+            help="Also write JSON lines here.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON lines instead of the table."),
         click.option("--quick", is_flag=True, help=quick),
         click.option("--rounds", type=click.IntRange(min=1), help="Turns of each candidate per cell."),

@@ -238,7 +238,7 @@ def exported(model: nn.Module, folder: Path) -> Path:
         import onnxruntime  # noqa: F401 - the export is of no use without it
     except ModuleNotFoundError as error:
         raise UnavailableError("not installed: onnxruntime") from error
-    ids = torch.ones(2, 8, dtype=torch.int64)
+    ids = torch.ones(2, 8, dtype=torch.int64, device="cpu")
     mask = ids.clone()
     mask[0, 5:] = 0  # with padding, or the exporter records a graph that has no mask
     # eval(): after the export torch restores the mode of the wrapper, for all its modules.
@@ -324,7 +324,7 @@ def embed(
             mask = batch["attention_mask"].unsqueeze(-1)
             mean = (forward(batch) * mask).sum(dim=1) / mask.sum(dim=1)
             rows.append(nn.functional.normalize(mean, dim=1))
-    return torch.cat(rows)[torch.tensor(order).argsort()]
+    return torch.cat(rows)[torch.tensor(order, dtype=torch.int64, device="cpu").argsort()]
 
 
 def closeness(embeddings: torch.Tensor, reference: torch.Tensor) -> Record:
@@ -351,8 +351,11 @@ def token_batch(tokenizer: Any, sentences: Sequence[str], batch: int, length: in
     stream: list[int] = tokenizer(" ".join(sentences), add_special_tokens=False, verbose=False)["input_ids"]
     body = length - 2
     repeats = -(-batch * body // len(stream))
-    text = torch.tensor((stream * repeats)[: batch * body]).view(batch, body)
-    first, last = (torch.full((batch, 1), token) for token in (tokenizer.cls_token_id, tokenizer.sep_token_id))
+    text = torch.tensor((stream * repeats)[: batch * body], dtype=torch.int64, device="cpu").view(batch, body)
+    first, last = (
+        torch.full((batch, 1), token, dtype=torch.int64, device="cpu")
+        for token in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    )
     ids = torch.cat([first, text, last], dim=1)
     return dict(zip(INPUTS, (ids, torch.ones_like(ids), torch.zeros_like(ids)), strict=True))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import ops
-from pycompress.kinds import Kind, has_foreign_hooks, kind_of
+from pycompress.kinds import Kind, alteration, kind_of
 from pycompress.measure import interleaved_us
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import (
@@ -26,7 +26,7 @@ from pycompress.methods.method import (
 )
 from pycompress.nn.layers import LAYERS, layer_for, no_layer
 from pycompress.records import LayerRecord
-from pycompress.surgery import names_of, split
+from pycompress.surgery import compressed_layers, names_of, split
 from pycompress.weights import Weight
 
 Plan = Method | Mapping[str, Method | None]
@@ -43,7 +43,7 @@ class Target:
     kind: Kind
     names: list[str]
     method: Method | None = None
-    fused: list[str] = field(default_factory=list)  # names of activation modules that its kernel takes over
+    fused: nn.Module | None = None  # the activation module that its kernel takes over
     tie: int | None = None  # number of the group of layers that share one weight
     record: LayerRecord = field(init=False)
 
@@ -72,7 +72,7 @@ class Target:
     def keep_dense(self, reason: str) -> None:
         """Takes the method away again; times that were measured stay on record."""
         old = self.record
-        self.method, self.fused = None, []
+        self.method, self.fused = None, None
         self.record = LayerRecord(
             old.name, old.kind, old.shape, old.dense_bytes, reason=reason, bytes=old.dense_bytes, dense_us=old.dense_us, us=old.us,
         )  # fmt: skip
@@ -91,10 +91,8 @@ def targets_of(model: nn.Module, plan: Plan, calibration: Mapping[str, InputStat
     rules = _rules(plan)
     methods = [method for method in rules.values() if method is not None]
     targets = _candidates(model, methods)
-    _assign_methods(targets, rules)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    _assign_methods(model, targets, rules)
+    owners = _Owners(model)
     for target in targets:
         if target.method is not None and (reason := _why_dense(target, model, owners)):
             target.keep_dense(reason)
@@ -146,11 +144,12 @@ def _rules(plan: Plan) -> dict[str, Method | None]:
     return rules
 
 
-def _assign_methods(targets: list[Target], rules: Mapping[str, Method | None]) -> None:
+def _assign_methods(model: nn.Module, targets: list[Target], rules: Mapping[str, Method | None]) -> None:
     """The first glob that matches one of a layer's names decides. Raises where a glob matches nothing."""
+    names = {name for target in targets for name in target.names}
     matched: set[str] = set()
     for target in targets:
-        hits = [glob for glob in rules if any(fnmatchcase(name, glob) for name in target.names)]
+        hits = [glob for glob in rules if any(_matches(glob, name, names) for name in target.names)]
         matched.update(hits)
         if not hits:
             target.record.reason = "no glob of the plan matches it"
@@ -160,13 +159,53 @@ def _assign_methods(targets: list[Target], rules: Mapping[str, Method | None]) -
             target.record.reason = f"the plan keeps {hits[0]!r} dense"
     for glob in rules:
         if glob not in matched:
-            names = ", ".join(target.name for target in targets[:5]) or "none"
             raise ValueError(
-                f"compress: the glob {glob!r} matches no layer that could be compressed; there are: {names}, ..."
+                f"compress: the glob {glob!r} matches no layer that could be compressed{_instead(model, glob, targets)}"
             )
 
 
-def _why_dense(target: Target, model: nn.Module, owners: dict[int, list[str]]) -> str:
+def _matches(glob: str, name: str, names: Container[str]) -> bool:
+    """Whatever is the name of a layer means this layer: ``a[0]`` is no glob for ``a0`` where there is an ``a[0]``."""
+    return name == glob if glob in names else fnmatchcase(name, glob)
+
+
+def _instead(model: nn.Module, glob: str, targets: list[Target]) -> str:
+    """What a glob matches that cannot be compressed again, or else what there would be."""
+    done = compressed_layers(model)
+    for name, layer in done.items():
+        if _matches(glob, name, done):
+            return f": {name or 'the model itself'} is an {type(layer).__name__} already"
+    return f"; there are: {', '.join(target.name for target in targets[:5]) or 'none'}, ..."
+
+
+class _Owners:
+    """Which modules hold a parameter, and which of them could not share a compressed weight with others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._all: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            for parameter in (p for p in module._parameters.values() if p is not None):
+                self._all.setdefault(id(parameter), []).append((name, module))
+        self._alone = {
+            parameter: [(name, module) for name, module in owners if not _can_share(module)]
+            for parameter, owners in self._all.items()
+            if len(owners) > 1
+        }
+
+    def foreign(self, target: Target) -> str:
+        """The name of a module that needs the target's weight as it is, or ''."""
+        parameter = id(target.kind.parameter(target.module))
+        owners = (self._alone if target.kind.shares else self._all).get(parameter, [])
+        return next((name or "the model itself" for name, module in owners if module is not target.module), "")
+
+
+def _can_share(module: nn.Module) -> bool:
+    """Whether its compressed layer could have one compressed weight with that of another module."""
+    kind = kind_of(module)
+    return kind is not None and kind.shares and not kind.misfit(module)
+
+
+def _why_dense(target: Target, model: nn.Module, owners: _Owners) -> str:
     """Why this layer has to stay as it is, or ''."""
     module, kind, method = target.module, target.kind, target.method
     for name in target.names:
@@ -179,37 +218,40 @@ def _why_dense(target: Target, model: nn.Module, owners: dict[int, list[str]]) -
         return reason
     layer = layer_for(kind, method.name)
     assert layer is not None
-    if reason := layer.misfit(kind.geometry(module)):
+    if reason := layer.misfit(kind.geometry(module)) or alteration(module):
         return reason
-    if has_foreign_hooks(module):
-        return "it has hooks, which would be lost"
-    users = [split(name)[0] for name in owners.get(id(kind.parameter(module)), [])]
-    foreign = [name for name in users if not _can_share(target, model.get_submodule(name))]
-    if foreign:
-        return f"its weight is shared with {foreign[0]}: compressing it would add bytes"
-    dtype, shape = kind.stored(module).dtype, kind.shape(module)
-    if dtype not in _DTYPES:
-        return f"its weight is {dtype}, expected float32, bfloat16 or float16"
+    if foreign := owners.foreign(target):
+        return f"its weight is shared with {foreign}: compressing it would add bytes"
+    for name, tensor in (("weight", kind.stored(module)), ("bias", getattr(module, "bias", None))):
+        if tensor is not None and (reason := _oddity(tensor)):
+            return f"its {name} is {reason}"
+    shape = kind.shape(module)
     if 0 in shape or shape[1] > ops.MAX_IN_FEATURES:
         return f"its weight is {list(shape)}, expected 1 to {ops.MAX_IN_FEATURES} input features"
     return ""
 
 
-def _can_share(target: Target, other: nn.Module) -> bool:
-    """Whether the compressed layers of two modules with one weight could have one compressed weight."""
-    kind = kind_of(other)
-    return target.module is other or (
-        target.kind.shares and kind is not None and kind.shares and not kind.misfit(other)
-    )
+def _oddity(tensor: Tensor) -> str:
+    """What keeps a kernel from reading these numbers, or ''."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}, expected a plain tensor"
+    if tensor.layout != torch.strided:
+        return f"laid out as {tensor.layout}, expected {torch.strided}"
+    if tensor.dtype not in _DTYPES:
+        return f"{tensor.dtype}, expected float32, bfloat16 or float16"
+    return ""
 
 
 def _check_weights(targets: list[Target]) -> None:
     """Everything that could stop a compression later stops it here, before the model is touched."""
+    seen: set[tuple[int, int, int]] = set()
     for target in targets:
         device = target.kind.stored(target.module).device
         if device.type != "cpu":
             raise ValueError(f"compress: {target.name} is on {device}, expected the CPU, where the kernels run")
-        for kind, tensor in (("weight", target.dense), ("bias", target.kind.bias(target.module))):
+        weight = None if target.key in seen else target.dense
+        seen.add(target.key)
+        for kind, tensor in (("weight", weight), ("bias", target.kind.bias(target.module))):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"compress: the {kind} of {target.name} holds NaN or Inf, expected finite values")
 
@@ -256,7 +298,9 @@ def _times(target: Target, weight: Weight) -> tuple[float, float]:
     kind = layer_for(target.kind, weight.name)
     assert kind is not None
     layer, dense = kind.build(weight, target.kind.geometry(target.module)), target.dense.detach().float()
-    x = torch.randn(ROWS, dense.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        ROWS, dense.shape[1], generator=torch.Generator(device="cpu").manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     with torch.inference_mode():
         return interleaved_us(lambda: torch.nn.functional.linear(x, dense), lambda: layer(x))
 
@@ -270,9 +314,13 @@ def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistic
             groups.setdefault(target.key, []).append(target)
     for group in groups.values():
         inputs = InputStatistics.joined([_inputs_of(target, calibration) for target in group])
+        told: list[tuple[Method, Method]] = []  # what is the same method stays the same
         for target in group:
-            assert isinstance(target.method, CalibratedMethod)
-            target.method = target.method.with_inputs(inputs)
+            method = target.method
+            assert isinstance(method, CalibratedMethod)
+            if not any(method is before for before, _ in told):
+                told.append((method, method.with_inputs(inputs)))
+            target.method = next(after for before, after in told if before is method)
 
 
 def _inputs_of(target: Target, calibration: Mapping[str, InputStatistics]) -> InputStatistics:
@@ -301,7 +349,9 @@ def count_shared_weights_once(targets: list[Target]) -> None:
 def number_ties(targets: list[Target]) -> None:
     """Gives the layers that share a weight a number; of those, the ones with equal compressed weights can share these."""
     # Conv1D reads a weight transposed: it cannot share a packed weight with a Linear.
-    weights = [(id(target.kind.stored(target.module)), target.kind) for target in targets]
-    for target, weight in zip(targets, weights, strict=True):
-        if weights.count(weight) > 1:
-            target.tie = weights.index(weight)
+    groups: dict[tuple[int, Kind], list[Target]] = {}
+    for target in targets:
+        groups.setdefault((id(target.kind.stored(target.module)), target.kind), []).append(target)
+    for number, group in enumerate(groups.values()):
+        for target in group if len(group) > 1 else ():
+            target.tie = number

@@ -81,7 +81,7 @@ def test_a_convolutions_patches_are_in_the_order_of_its_weight(
     conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """y = W x for each patch x: so E[y y^T] = W M W^T, and E[y] = W m, without the bias."""
-    monkeypatch.setattr("pycompress.calibration._CHUNK", 1000)  # a few images at a time
+    monkeypatch.setattr("pycompress.calibration.watch._CHUNK", 1000)  # a few images at a time
     conv.bias = None
     images = torch.randn(7, 3, 9, 10)
     with pc.calibrate(nn.Sequential(conv)) as calibration:

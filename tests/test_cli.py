@@ -52,7 +52,8 @@ def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     code = "import sys; sys.argv = ['pycompress', 'info']; from pycompress.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "PYCOMPRESS_ISA is 'mmx', expected scalar, avx2" in done.stderr.splitlines()[-1]
+    (line,) = done.stderr.splitlines()
+    assert "PYCOMPRESS_ISA is 'mmx', expected scalar, avx2" in line
 
 
 def test_info() -> None:
@@ -153,6 +154,66 @@ def test_bench_sparse_on_trained_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert refused.exit_code == 2
     assert "has no layer 48x16" in refused.output
     assert "32x16" in refused.output
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_bench_takes_the_smallest_layer(name: str) -> None:
+    result = invoke("bench", name, "-s", "1x1", "-m", "1", "--rounds", "1")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-s", "70000x8"], "has 70000 input features, expected at most 65536"),
+        (["-s", "0x8"], "is not a shape KxN"),
+        (["-s", "8"], "is not a shape KxN"),
+        (["-s", "8x99999999999999999999"], "is too large, expected matrices"),
+        (["-s", "64x64", "-m", "99999999999999999999"], "is too large, expected matrices"),
+        (["-m", "0"], "is not a list of positive integers"),
+        (["-m", ""], "is not a list of positive integers"),
+        (["--rounds", "0"], "is not in the range"),
+        (["--output", ""], "it is empty, expected the name of a file"),
+        (["--output", "/"], "is a directory"),
+        (["--output", "/dev/null/x"], "cannot be written: "),
+        (["--output", "/proc/x.jsonl"], "cannot be written: "),
+    ],
+)
+@pytest.mark.parametrize("name", GRIDS)
+def test_bench_refuses_before_it_measures(name: str, arguments: list[str], said: str) -> None:
+    result = invoke("bench", name, *arguments)
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_an_output_that_was_there_stays_until_there_is_another(tmp_path: Path) -> None:
+    kept, fresh = tmp_path / "kept.jsonl", tmp_path / "folder" / "fresh.jsonl"
+    kept.write_text("before")
+    for output in (kept, fresh):
+        assert invoke("bench", "int8", "-s", "9x99999999999999", "--output", str(output)).exit_code == 2
+    assert kept.read_text() == "before"
+    assert not fresh.exists()
+
+
+STREAMS = """
+import io, sys
+class Bare:
+    write = flush = lambda *_: None
+sys.{stream} = {value}
+sys.argv = ["pycompress", *{arguments}]
+from pycompress.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("value", ["None", "Bare()", "io.StringIO()"])
+def test_streams_of_any_kind(stream: str, value: str) -> None:
+    for arguments in (["info"], ["bench", "int8", "-s", "8x8", "-m", "1", "--rounds", "1"]):
+        code = STREAMS.format(stream=stream, value=value, arguments=arguments)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("op", ["int8", "int4", "sparse", "low_rank"])

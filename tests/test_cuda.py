@@ -206,7 +206,7 @@ def test_a_layer_there_and_back() -> None:
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor.cpu(), state[name])
     made.to(torch.float16)
-    assert made.weight_scale.dtype == torch.float32
+    assert made.canonical().scale.dtype == torch.float32
     assert torch.equal(made.cpu().packed, packed)
     assert torch.equal(made(x), expected)
 

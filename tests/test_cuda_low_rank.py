@@ -48,7 +48,11 @@ class Case:
     def __init__(self, n: int, k: int, rank: int) -> None:
         self.layer = layer(n, k, rank)
         state = self.layer.state_dict()
-        self.down, self.up, self.bias = rounded(state["down"]), rounded(state["up"]), state["bias"].double()
+        self.down, self.up, self.bias = (
+            rounded(state["low_rank_down"]),
+            rounded(state["low_rank_up"]),
+            state["bias"].double(),
+        )
         self.layer.cuda()
 
     def check(self, y: Tensor, x: Tensor) -> None:
@@ -114,7 +118,11 @@ def test_kernels_for_cuda_name_the_devices() -> None:
     op = torch.ops.pycompress.low_rank_linear.default
     with pytest.raises(RuntimeError, match="on cpu, expected all of them on one CUDA device or on the CPU"):
         op.redispatch(
-            DISPATCH, torch.randn(3, 16), *pack(*(made.state_dict()[name] for name in ("down", "up"))), None, "none"
+            DISPATCH,
+            torch.randn(3, 16),
+            *pack(*(made.state_dict()[f"low_rank_{name}"] for name in ("down", "up"))),
+            None,
+            "none",
         )
 
 

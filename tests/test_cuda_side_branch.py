@@ -189,8 +189,12 @@ class Case:
     def __init__(self, n: int, k: int, rank: int, activation_bits: int = 8) -> None:
         self.layer = layer(n, k, rank, activation_bits)
         state = self.layer.state_dict()
-        self.down, self.up, self.bias = rounded(state["down"]), rounded(state["up"]), state["bias"].double()
-        self.weight, self.weight_scale = state["residual_weight"], state["residual_weight_scale"]
+        self.down, self.up, self.bias = (
+            rounded(state["low_rank_down"]),
+            rounded(state["low_rank_up"]),
+            state["bias"].double(),
+        )
+        self.weight, self.weight_scale = state["low_rank_residual_int8_values"], state["low_rank_residual_int8_scale"]
         self.bits = activation_bits
         self.layer.cuda()
 
@@ -271,10 +275,10 @@ def test_rows_are_quantized_as_without_a_branch(k: int, dtype: torch.dtype) -> N
 def test_without_factors_it_has_the_bits_of_int8_linear(dtype: torch.dtype) -> None:
     made = layer(300, 712, 33)
     state = made.state_dict()
-    state["up"].zero_()
+    state["low_rank_up"].zero_()
     made.load_state_dict(state)
     made.cuda()
-    residual = {"values": state["residual_weight"], "scale": state["residual_weight_scale"]}
+    residual = {"values": state["low_rank_residual_int8_values"], "scale": state["low_rank_residual_int8_scale"]}
     packed = ops.pack("int8", residual, (300, 712), {"activation_bits": 8}, "cuda")
     for activation in ops.ACTIVATIONS:
         made.activation = activation

@@ -252,9 +252,10 @@ def test_a_graph_keeps_uint4_constants_apart() -> None:
 
 def test_a_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", 16)
-    lower(make_int4(4, 8))  # 32 integers
+    graph = Graph()
+    graph.nibbles("a", np.ones((4, 8), np.uint8))
     with pytest.raises(ValueError, match=r"the weight \[3, 11\] has 17 bytes, expected at most 16"):
-        lower(make_int4(3, 11))
+        graph.nibbles("b", np.ones((3, 11), np.uint8))
 
 
 # --- int8 with 16-bit activations -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from packing import pack_int8
 from torch import Tensor, nn
 
 from pycompress import ops
+from pycompress.ops import cpu
 from pycompress.ops.int8_fused import BEFORE
 
 K, N = 40, 24
@@ -99,3 +100,33 @@ def test_what_does_not_fit_is_refused(
     values, scale, _ = weight
     with pytest.raises(ValueError, match=message):
         ops.int8_fused_linear(torch.randn(3, K), before, *pack_int8(values, 8, scale), **operands)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_derivatives_and_autocast_are_those_of_both(
+    before: str, weight: tuple[Tensor, Tensor, Tensor], same: Same
+) -> None:
+    values, scale, bias = weight
+    x, operands, _ = case(before, torch.float32)
+    packed, form = pack_int8(values, 8, scale)
+    given = {name: operand.requires_grad_() for name, operand in {"x": x, **operands}.items()}
+
+    def apart(x: Tensor, **operands: Tensor) -> Tensor:
+        weight, shift, gate = (operands.get(name) for name in ("weight", "shift", "gate"))
+        front = cpu.int8.before_layer(x, before, weight, shift, 1e-5, gate)
+        return ops.int8_linear(front, packed, form, bias, "gelu")
+
+    def fused(x: Tensor, **operands: Tensor) -> Tensor:
+        return ops.int8_fused_linear(x, before, packed, form, bias, "gelu", **operands)
+
+    assert same(fused(**given), apart(**given))
+    found, expected = (torch.autograd.grad(f(**given).square().sum(), list(given.values())) for f in (fused, apart))
+    torch.testing.assert_close(found, expected)
+    rest = {name: operand.detach() for name, operand in operands.items()}
+    along, right = (
+        torch.func.jvp(lambda x, f=f: f(x, **rest), (x.detach(),), (x.detach() + 1,))[1] for f in (fused, apart)
+    )
+    torch.testing.assert_close(along, right)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = fused(**given)
+        assert y.dtype == torch.bfloat16 and same(y, apart(**given))

@@ -235,7 +235,7 @@ def test_gpt2_conv1d_computes_what_it_did() -> None:
     kinds = {record.kind for record in pc.summary(result).layers if record.method}
     assert kinds == {"Conv1D"}
     for name, layer in compressed_layers(result).items():
-        x = torch.randn(20, layer.in_features)
+        x = torch.randn(20, layer.k)
         dense = model.get_submodule(name)(x)
         if layer.activation == "gelu_tanh":
             dense = nn.functional.gelu(dense, approximate="tanh")

@@ -26,7 +26,7 @@ PACKAGE, CSRC = ROOT / "pycompress", ROOT / "csrc"
 # What each room may import of the package; nothing points back up the chain
 # cli -> (validation, storage) -> model -> passes -> plan -> nn -> methods -> weights -> ops -> _C.
 LOWEST = {"ops", "weights", "profiles", "methods", "kinds"}  # what a layer is made of
-HOUSE = LOWEST | {"nn", "calls", "surgery"}
+HOUSE = LOWEST | {"nn", "calls", "references", "surgery"}
 ALLOWED: dict[str, set[str]] = {
     "reference": set(),
     "measure": set(),
@@ -36,14 +36,19 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"profiles", "weights", "ops"},
     "kinds": {"methods", "weights", "ops"},
     "nn": LOWEST,
-    "calls": {"nn"},
-    "surgery": {"nn"},
-    "records": {"nn", "surgery"},
+    "state": set(),
+    "calls": {"state"},
+    "references": set(),
+    "surgery": {"nn", "references"},
+    "records": {"calls", "kinds", "nn"},
     "calibration": {"calls", "kinds", "methods", "surgery"},
     "plan": HOUSE | {"records", "measure"},
     "passes": HOUSE | {"plan"},
-    "model": HOUSE | {"passes", "plan", "records", "calibration", "measure"},
-    "storage": HOUSE | {"passes", "records"},
+    "copying": {"references"},
+    "progress": set(),
+    "race": HOUSE | {"state", "plan", "measure", "progress"},
+    "model": HOUSE | {"passes", "race", "copying", "progress", "plan", "records", "calibration"},
+    "storage": HOUSE | {"passes", "records", "references"},
     "onnx": HOUSE,
     "validation": HOUSE | {"onnx"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
@@ -52,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": HOUSE | {"validation", "storage", "model", "calibration"},
 }
 CHAIN = [
-    "model", "passes", "plan", "calibration", "records", "surgery", "calls", "nn", "kinds", "methods", "profiles", "weights", "ops",
-    "reference", "measure",
+    "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state", "nn",
+    "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress",
 ]  # fmt: skip
 ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}

@@ -257,7 +257,7 @@ def test_missing_settings_and_wrong_tensors_are_refused(decomposition: str) -> N
                 LowRankConv2dWeight.from_tensors((7, 30), {**weight.tensors(), name: wrong}, weight.settings())
             if wrong.shape != tensor[:-1].shape:  # fewer output channels are another weight
                 with pytest.raises(ValueError, match="LowRankConv2dWeight: "):
-                    LowRankConv2dWeight(decomposition, **{**weight.tensors(), name: wrong})
+                    LowRankConv2dWeight(decomposition, **{**weight.parts(), name.removeprefix("low_rank_"): wrong})
         with pytest.raises(ValueError, match="LowRankConv2dWeight: the tensors are"):
             LowRankConv2dWeight.from_tensors((7, 30), {name: tensor}, weight.settings())
 

@@ -394,7 +394,7 @@ def test_the_residual_is_its_methods_of_what_the_factors_leave(residual: Any, bi
     assert torch.equal(factors.down, weight.down)
     own = residual.compress((w.double() - factors.decompress()).float())
     for name, tensor in own.tensors().items():
-        assert torch.equal(tensor, weight.tensors()["residual_" + name])
+        assert torch.equal(tensor, weight.tensors()["low_rank_residual_" + name])
     assert torch.equal(weight.decompress(), factors.decompress() + own.decompress())
     assert lost(w, weight) < lost(w, factors)
 

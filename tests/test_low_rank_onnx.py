@@ -178,7 +178,7 @@ def test_weights_are_stored_once_in_their_own_dtype() -> None:
     for name, values in (
         ("down_weight", weight.down),
         ("up_weight", weight.up),
-        ("residual_weight", layer._tensors()["residual_weight"]),
+        ("residual_weight", layer._tensors()["low_rank_residual_int8_values"]),
     ):
         assert stored[name].dtype == np.int8
         np.testing.assert_array_equal(stored[name], values.numpy().T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import subprocess
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import pycompress as pc
-from pycompress import model as model_module
-from pycompress import ops
+from pycompress import ops, race
 from pycompress.methods import Int8, Sparse
 from pycompress.model import LayerRecord, compressed_layers
 from pycompress.nn import Int8Linear, SparseLinear
-from pycompress.surgery import install
 from pycompress.weights import SparseWeight
 
 Build = Callable[..., nn.Module]
@@ -138,6 +137,29 @@ def test_not_a_module(model: Any) -> None:
         pc.compress(model, INT8)
 
 
+ODD = ["a[0]", "a0", "b*", "b c", "ü?", "[!x]"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_name_of_a_layer_means_that_layer(name: str) -> None:
+    """Whatever it would mean as a glob."""
+    model = nn.ModuleDict({one: nn.Linear(8, 8) for one in ODD})
+    assert list(compressed_layers(pc.compress(model, {name: INT8}))) == [name]
+    assert set(compressed_layers(pc.compress(model, {name: None, "*": INT8}))) == set(ODD) - {name}
+
+
+def test_a_glob_that_is_no_name_is_a_glob() -> None:
+    model = nn.ModuleDict({one: nn.Linear(8, 8) for one in ("a0", "a1", "b0")})
+    assert list(compressed_layers(pc.compress(model, {"a[0]": INT8}))) == ["a0"]
+
+
+@pytest.mark.parametrize(("plan", "name"), [(INT8, "0"), ({"2": INT8}, "2"), ({"4": None, "[02]": INT8}, "0")])
+def test_a_glob_for_what_is_compressed_already_says_so(plan: Any, name: str) -> None:
+    once = pc.compress(mlp(), {"0": INT8, "2": INT8, "4": INT8 if plan is INT8 else None})
+    with pytest.raises(ValueError, match=f"matches no layer that could be compressed: {name} is an Int8Linear already"):
+        pc.compress(once, plan)
+
+
 # --- several methods ----------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +256,7 @@ def test_sparse_layers_take_activations_and_keep_ties(method: Sparse, inplace: b
     assert [layer.activation for layer in compressed_layers(result).values()] == ["gelu", "none", "gelu", "none"]
     assert type(result[0].act) is nn.Identity
     assert result[0].down.packed is result[1].down.packed
-    assert method.bits == 32 or torch.equal(result[0].down.weight_scale, result[1].down.weight_scale)
+    assert method.bits == 32 or torch.equal(result[0].down.canonical().scale, result[1].down.canonical().scale)
     copied = copy.deepcopy(result)
     assert copied[0].down.packed is copied[1].down.packed
     x = torch.randn(5, 48)
@@ -285,7 +307,7 @@ def test_the_summary_describes_the_layers_as_they_are_now() -> None:
     model = pc.compress(mlp(), {"0": Sparse(0.1), "2": INT8, "4": None})
     before = pc.summary(model)
     model.load_state_dict(pc.compress(mlp(), {"0": Sparse(0.5), "2": INT8, "4": None}).state_dict())
-    install(model, "4", SparseLinear.from_dense(nn.Linear(24, 8), Sparse(0.25)))
+    model[4] = SparseLinear.from_dense(nn.Linear(24, 8), Sparse(0.25))
     found = pc.summary(model)
     assert [layer.label for layer in found.layers] == ["sparse 50 %", "int8", "sparse 25 %"]
     assert found.layers[2].reason == ""
@@ -398,7 +420,7 @@ def test_tied_linear_layers_stay_tied(inplace: bool, same: Same) -> None:
     expected = model(x)
     result = pc.compress(model, INT8, inplace=inplace)
     assert result.first.packed is result.second.packed
-    assert torch.equal(result.first.weight_scale, result.second.weight_scale)
+    assert torch.equal(result.first.canonical().scale, result.second.canonical().scale)
     assert not torch.equal(result.first.bias, result.second.bias)
     assert result.last.packed is not result.first.packed
     assert cosine(result(x), expected) > 0.999
@@ -699,34 +721,56 @@ def fail_at(point: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Int8, "compress", compress)
 
 
-def test_an_exception_half_way_in_place_leaves_a_model_that_runs(
-    lookup: Build, monkeypatch: pytest.MonkeyPatch
+def test_an_exception_half_way_in_place_leaves_the_model_as_it_was(
+    lookup: Build, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place the dense weights go one by one, for the sake of memory; every layer is one thing or the other."""
+    model = lookup()
+    unchanged = snapshot(model)
     for point in range(5):
-        model, tokens = lookup(), torch.randint(50, (2, 7))
-        expected = model(tokens)
         fail_at(point, monkeypatch)
         with pytest.raises(Stop):
             pc.compress(model, INT8, inplace=True)
-        monkeypatch.undo()
-        assert cosine(model(tokens), expected) > 0.999
-        assert len(compressed_layers(model)) <= point
-        pc.compress(model, INT8, inplace=True)
-        assert len(compressed_layers(model)) == 5
-        assert cosine(model(tokens), expected) > 0.999
+        assert unchanged()
 
 
-def test_an_exception_while_copying_leaves_the_original_as_it_was(snapshot: Snapshot) -> None:
-    class Stubborn(nn.Module):
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise Stop
-
-    model = nn.Sequential(nn.Linear(8, 8), Stubborn())
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_method_that_cannot_take_a_later_layer_leaves_the_model_as_it_was(inplace: bool, snapshot: Snapshot) -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 2))
     unchanged = snapshot(model)
-    with pytest.raises(Stop):
+    with pytest.raises(ValueError, match="compress: 1: LowRank"):
+        pc.compress(model, pc.LowRank(8), inplace=inplace)
+    assert unchanged()
+    assert not compressed_layers(model)
+
+
+class Stubborn(nn.Module):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise Stop
+
+
+def generated() -> Any:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("thing", "where"),
+    [
+        (Stubborn(), "1.inner.thing"),
+        (threading.Lock(), "1.inner.thing"),
+        (generated(), "1.inner.thing"),
+        ([{"a": threading.Lock()}], "1.inner.thing"),
+    ],
+)
+def test_what_cannot_be_copied_is_named(thing: Any, where: str, snapshot: Snapshot) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"inner": nn.Tanh()}))
+    model[1]["inner"].thing = thing  # type: ignore[index]
+    unchanged = snapshot(model)
+    with pytest.raises(
+        TypeError, match=rf"compress: {where} cannot be copied .*; inplace=True changes the model itself"
+    ):
         pc.compress(model, INT8)
     assert unchanged()
+    assert type(pc.compress(model, INT8, inplace=True)[0]) is Int8Linear
 
 
 @pytest.mark.parametrize("only_if_faster", [False, True])
@@ -909,7 +953,6 @@ class Outside(nn.Module):
         return y
 
 
-@pytest.mark.xfail(strict=True, reason="a limit of fusing: a parent's forward does not show who else calls its layers")
 def test_a_layer_called_from_outside_its_parent() -> None:
     model, x = Outside(), torch.randn(9, 16)
     assert cosine(pc.compress(model, INT8)(x), model(x)) > 0.999
@@ -976,7 +1019,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[float, float]]:
         assert cosine(dense, compressed) > 0.99
         return times.get(dense.shape[-1], (10.0, 5.0))
 
-    monkeypatch.setattr(model_module, "interleaved_us", measured)
+    monkeypatch.setattr(race, "interleaved_us", measured)
+    monkeypatch.setattr(race, "model_us", lambda *_: (10.0, 5.0))
     return times
 
 
@@ -1031,7 +1075,8 @@ def test_measured_with_the_activation_that_it_takes_over(block: Build, monkeypat
         seen.append(cosine(first(), second()))
         return 2.0, 1.0
 
-    monkeypatch.setattr(model_module, "interleaved_us", measured)
+    monkeypatch.setattr(race, "interleaved_us", measured)
+    monkeypatch.setattr(race, "model_us", lambda *_: (10.0, 5.0))
     pc.compress(block(), INT8, example_inputs=torch.randn(5, 48), only_if_faster=True)
     assert len(seen) == 2
     assert min(seen) > 0.999
@@ -1143,12 +1188,13 @@ def test_summary(block: Build) -> None:
 
     lines = str(found).splitlines()
     assert lines[0].split()[:4] == ["layer", "shape", "method", "bytes"]
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert lines[1].split()[:5] == ["0.up", "128x64", "int8+gelu", f"{up.bytes:,}", f"{up.bytes / up.dense_bytes:.2f}"]
     assert lines[3].endswith(double.reason)
     assert lines[4].endswith("no glob of the plan matches it")
-    assert lines[5].startswith("the whole model")
-    assert f"{found.bytes:,}" in lines[5]
+    assert lines[5].startswith("0.norm") and lines[5].endswith("no compressed layer for LayerNorm")
+    assert lines[6].startswith("the whole model")
+    assert f"{found.bytes:,}" in lines[6]
 
 
 def test_the_error_of_a_layer_is_that_of_its_weight() -> None:
@@ -1174,11 +1220,16 @@ def test_summary_of_a_model_that_was_put_together_by_hand() -> None:
     assert "0" in str(pc.summary(model))
 
 
-def test_install_puts_a_layer_in_its_place() -> None:
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
-    layer = Int8Linear.from_dense(nn.Linear(4, 4))
-    install(model, "0.0", layer)
-    assert model[0][0] is layer  # type: ignore[index]
+@pytest.mark.parametrize("stream", [None, object()])
+@pytest.mark.parametrize("progress", [None, False])
+def test_no_standard_error_or_an_odd_one(stream: Any, progress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream)
+    assert len(compressed_layers(pc.compress(mlp(), INT8, progress=progress))) == 3
+
+
+def test_progress_without_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert len(compressed_layers(pc.compress(mlp(), INT8, progress=True))) == 3
 
 
 def test_progress_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1216,7 +1267,7 @@ for depth, inplace in ((12, True), (4, False)):
 
 
 def test_peak_memory(python: Python) -> None:
-    """In layers of 9 MiB: in place, a few above the model at the most, and three quarters of it gone at the end."""
+    """In layers of 9 MiB: in place, the model, its compressed layers and a few more at the most; at the end, a quarter of it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -1226,7 +1277,7 @@ def test_peak_memory(python: Python) -> None:
     result = python(MEMORY, MALLOC_MMAP_THRESHOLD_="1048576")
     assert result.returncode == 0, result.stderr
     (peak, after), (copy_peak, copy_after) = (map(float, line.split()) for line in result.stdout.splitlines())
-    assert peak < 5
+    assert peak < 12 * 0.25 + 5
     assert after < -12 * 0.7
     assert copy_peak < 5 + 4 * 0.3
     assert copy_after < 4 * 0.3

@@ -48,30 +48,31 @@ ATTRIBUTES = {
     LowRankConv2d: ("decomposition", "ranks"),
     LowRankEmbedding: ("rank",),
 }
-LOW_RANK, INT8_LOW_RANK = ["down", "up"], ["down", "up", "down_scale", "up_scale"]
+LOW_RANK = ["low_rank_down", "low_rank_up"]
+INT8_LOW_RANK = [*LOW_RANK, "low_rank_down_scale", "low_rank_up_scale"]
 NAMES = {
-    "linear int8: 8": ["weight", "weight_scale"],
-    "linear int8: a16": ["weight", "weight_scale"],
-    "linear int4: g32": ["weight", "group_scale", "group_zero_point"],
-    "linear int4: g64 symmetric": ["weight", "group_scale"],
-    "linear sparse: float32": ["weight_mask", "weight_values"],
-    "linear sparse: int8": ["weight_mask", "weight_values", "weight_scale"],
+    "linear int8: 8": ["int8_values", "int8_scale"],
+    "linear int8: a16": ["int8_values", "int8_scale"],
+    "linear int4: g32": ["int4_values", "int4_scale", "int4_zero_point"],
+    "linear int4: g64 symmetric": ["int4_values", "int4_scale"],
+    "linear sparse: float32": ["sparse_mask", "sparse_values"],
+    "linear sparse: int8": ["sparse_mask", "sparse_values", "sparse_scale"],
     "linear low_rank: float32": LOW_RANK,
     "linear low_rank: int8": INT8_LOW_RANK,
-    "linear low_rank: float32 + int8": [*LOW_RANK, "residual_weight", "residual_weight_scale"],
-    "linear low_rank: float32 + dense": [*LOW_RANK, "residual_weight"],
-    "linear low_rank: float32 + sparse": [*LOW_RANK, "residual_weight_mask", "residual_weight_values"],
+    "linear low_rank: float32 + int8": [*LOW_RANK, "low_rank_residual_int8_values", "low_rank_residual_int8_scale"],
+    "linear low_rank: float32 + dense": [*LOW_RANK, "low_rank_residual_dense_weight"],
+    "linear low_rank: float32 + sparse": [*LOW_RANK, "low_rank_residual_sparse_mask", "low_rank_residual_sparse_values"],
     "linear low_rank: float32 + int4": [
-        *LOW_RANK, "residual_weight", "residual_group_scale", "residual_group_zero_point",
+        *LOW_RANK, "low_rank_residual_int4_values", "low_rank_residual_int4_scale", "low_rank_residual_int4_zero_point",
     ],
-    "linear low_rank: int8 + int4": [*INT8_LOW_RANK, "residual_weight", "residual_group_scale"],
+    "linear low_rank: int8 + int4": [*INT8_LOW_RANK, "low_rank_residual_int4_values", "low_rank_residual_int4_scale"],
     "linear low_rank: int8 + sparse int8": [
-        *INT8_LOW_RANK, "residual_weight_mask", "residual_weight_values", "residual_weight_scale",
+        *INT8_LOW_RANK, "low_rank_residual_sparse_mask", "low_rank_residual_sparse_values", "low_rank_residual_sparse_scale",
     ],
-    "conv2d sparse: float32": ["weight_mask", "weight_values"],
+    "conv2d sparse: float32": ["sparse_mask", "sparse_values"],
     "conv2d low_rank: channel": LOW_RANK,
     "conv2d low_rank: spatial": LOW_RANK,
-    "conv2d low_rank: tucker": ["down", "core", "up"],
+    "conv2d low_rank: tucker": ["low_rank_down", "low_rank_core", "low_rank_up"],
     "embedding low_rank: rank 4": LOW_RANK,
 }  # fmt: skip
 LABELS = {
@@ -137,7 +138,7 @@ def test_a_layer_says_what_its_weight_is(case: Case) -> None:
     if isinstance(made, LowRankLinear):
         assert made.residual == ("" if weight.residual is None else weight.residual.name)
     if isinstance(made, Int8Linear):
-        assert torch.equal(made.weight, weight.values) and made.weight.dtype == torch.int8
+        assert torch.equal(made.weight, weight.values * weight.scale[:, None])
     if isinstance(made, Int4Linear):
         assert torch.equal(made.op.dense(made.packed, made.form), made.weight)
     if isinstance(made, SparseLinear | SparseConv2d):
@@ -151,7 +152,7 @@ def test_a_layer_says_what_its_weight_is(case: Case) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_a_state_dict(name: str) -> None:
     made = BY_NAME[name].layer()
-    assert list(made.state_dict()) == [*NAMES[name], *(["bias"] if made.bias is not None else [])]
+    assert list(made.state_dict()) == [*NAMES[name], "weight", *(["bias"] if made.bias is not None else [])]
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -229,9 +230,9 @@ def test_without_a_method_all_of_the_weight_stays() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (Int4(64), "residual_group_scale"),  # fewer of them
-        (Int4(symmetric=True), "residual_group_zero_point"),
-        (Int8(), "residual_group_scale"),
+        (Int4(64), "low_rank_residual_int4_scale"),  # fewer of them
+        (Int4(symmetric=True), "low_rank_residual_int4_zero_point"),
+        (Int8(), "low_rank_residual_int4_scale"),
     ],
 )
 def test_another_grid_of_int4_is_refused(other: Method, message: str) -> None:

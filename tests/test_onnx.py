@@ -17,7 +17,9 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra pycompress[on
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 import pycompress.nn  # noqa: E402
+from pycompress.methods import Int8, LowRank  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
+from pycompress.nn.low_rank import LowRankLinear  # noqa: E402
 from pycompress.nn.sparse import SparseLinear  # noqa: E402
 from pycompress.nn.sparse_conv import SparseConv2d  # noqa: E402
 from pycompress.onnx import DENSE, LOWERINGS, lower, session  # noqa: E402
@@ -175,7 +177,7 @@ def test_the_longest_row_reaches_but_does_not_pass_int32() -> None:
 @pytest.mark.parametrize("activation_bits", [7, 8])
 def test_activations(activation: str, activation_bits: int) -> None:
     layer = make_layer(64, 33, activation_bits, activation=activation)
-    alter(layer, "weight_scale", lambda scale: scale * 0.2)  # values before the activation of about 1 for ordinary rows
+    alter(layer, "int8_scale", lambda scale: scale * 0.2)  # values before the activation of about 1 for ordinary rows
     x = extreme_rows(64)
     y, q, acc = session(lower(layer)).run(["y", "q", "acc"], {"x": x})
     expected_q, expected_acc, v = formula(x, layer)
@@ -237,6 +239,20 @@ def test_a_weight_beyond_two_gibibytes_is_refused(monkeypatch: pytest.MonkeyPatc
         lower(SparseConv2d.from_dense(torch.nn.Conv2d(4, 4, 2)))
 
 
+def test_weights_that_only_together_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A low-rank layer beside a residual has three, each of which would fit."""
+    layer = LowRankLinear.from_dense(torch.nn.Linear(32, 32), LowRank(4, residual=Int8(), rank_guard=False))
+    sizes = [len(constant.raw_data) for constant in lower(layer).graph.initializer]
+    monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", sum(sizes))
+    lower(layer)
+    monkeypatch.setattr("pycompress.onnx.graph.MAX_WEIGHT_BYTES", sum(sizes) - 1)
+    assert max(sizes) < sum(sizes) - 1
+    with pytest.raises(
+        ValueError, match=rf"constants have together {sum(sizes)} bytes, expected at most {sum(sizes) - 1}"
+    ):
+        lower(layer)
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
 def test_a_missing_dependency_names_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pycompress.onnx")
@@ -285,7 +301,7 @@ def test_sparse_int8_equals_the_formula_to_the_bit(k: int, n: int, activation_bi
 
 def test_sparse_int8_is_the_graph_of_the_dense_int8_layer() -> None:
     sparse = make_sparse(64, 33, 7, activation="gelu")
-    values, scale = dense_integers(sparse.canonical()), sparse.weight_scale
+    values, scale = dense_integers(sparse.canonical()), sparse.canonical().scale
     dense = Int8Linear.from_weight(Int8Weight(values, scale, 7, 8), sparse.bias, "gelu")
     assert lower(sparse) == lower(dense)
 

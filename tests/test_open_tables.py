@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d
 
 import pycompress as pc
-from pycompress import ops
 from pycompress.kinds import KINDS, Kind, kind_of
 from pycompress.methods.method import Method
 from pycompress.nn import LAYERS, PlainLinear, register
@@ -33,8 +32,8 @@ class SignWeight(Weight):
 
     name: ClassVar[str] = "signs"
     fields: ClassVar[tuple[Field, ...]] = (
-        Field("signs", "weight_signs", torch.bool, "n, k"),
-        Field("scale", "weight_scale", torch.float32, "n", positive),
+        Field("signs", torch.bool, "n, k"),
+        Field("scale", torch.float32, "n", positive),
     )
     options: ClassVar[tuple[Setting, ...]] = (Setting("mean", one_of("row", "all")),)
 
@@ -108,15 +107,13 @@ class Pointwise(Kind):
 class SignPointwise(PlainLayer):
     kind, weight_type = Pointwise(), SignWeight
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        self.check(input)
-        y = conv1d(input.float(), self.dense()[:, :, None], self.bias)
-        return ops.DIFFERENTIABLE[self.activation](y).to(input.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        return conv1d(x, self.dense()[:, :, None], self.bias32)
 
     def lower(self, graph: Any, x: str) -> str:
         operands = [x, graph.weight("weight", self.weight.numpy())]
-        if self.bias is not None:
-            operands.append(graph.constant("bias", self.bias.numpy()))
+        if self.bias32 is not None:
+            operands.append(graph.constant("bias", self.bias32.numpy()))
         return graph.activation(graph.node("Conv", *operands, kernel_shape=[1]), self)
 
 
@@ -214,7 +211,7 @@ def test_calibrated_measured_and_saved_as_a_state_dict() -> None:
     layer = SignPointwise.from_dense(dense.mix[0], Signs())
     again = SignPointwise.from_dense(nn.Conv1d(6, 10, 1), Signs())
     again.load_state_dict(layer.state_dict())
-    assert set(layer.state_dict()) == {"weight_signs", "weight_scale", "bias"}
+    assert set(layer.state_dict()) == {"signs_signs", "signs_scale", "weight", "bias"}
     assert torch.equal(again(x), layer(x))
     with pytest.raises(TypeError, match="SignPointwise: the dense layer is Linear, expected Conv1d"):
         SignPointwise.from_dense(nn.Linear(4, 4), Signs())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import pycompress as pc
-from pycompress import model as model_module
+from pycompress import race
 from pycompress.kinds import kind_of, pruned_names, without_pruning
 from pycompress.methods import Int8, Sparse
 from pycompress.model import compressed_layers
@@ -75,7 +75,7 @@ def test_nothing_of_the_pruning_is_left(inplace: bool) -> None:
     result = pc.compress(pruned(), Sparse(bits=8), inplace=inplace)
     assert not [name for name in result.state_dict() if name.endswith("_orig")]
     assert set(result.state_dict()) == {
-        f"{i}.{name}" for i in (0, 2, 4) for name in ("weight_mask", "weight_values", "weight_scale", "bias")
+        f"{i}.{name}" for i in (0, 2, 4) for name in ("sparse_mask", "sparse_values", "sparse_scale", "weight", "bias")
     }
     assert not any(module._forward_pre_hooks for module in result.modules())
     assert not list(result.parameters())
@@ -150,7 +150,7 @@ def test_a_pruned_conv1d(same: Same) -> None:
     model, x = nn.Sequential(utils.Conv1D(12, 24)), torch.randn(5, 24)
     prune.l1_unstructured(model[0], "weight", amount=0.75)
     result = pc.compress(model, Sparse())
-    assert (result[0].out_features, result[0].in_features, result[0].density) == (12, 24, 0.25)
+    assert (result[0].nf, result[0].nx, result[0].density) == (12, 24, 0.25)
     torch.testing.assert_close(result(x), model(x))
     assert same(without_pruning(model[0])(x), model(x))
 
@@ -275,7 +275,8 @@ def test_measured_against_the_weight_without_hooks(monkeypatch: pytest.MonkeyPat
         seen.append(1)
         return 2.0, 1.0
 
-    monkeypatch.setattr(model_module, "interleaved_us", measured)
+    monkeypatch.setattr(race, "interleaved_us", measured)
+    monkeypatch.setattr(race, "model_us", lambda *_: (2.0, 1.0))
     result = pc.compress(model, Sparse(), example_inputs=torch.randn(5, 24), only_if_faster=True)
     assert len(seen) == len(compressed_layers(result)) == 3
     assert len(model[0]._forward_pre_hooks) == 2

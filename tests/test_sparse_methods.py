@@ -614,7 +614,7 @@ def test_the_documented_bits() -> None:
     assert (weight.k, weight.shape, weight.bits, weight.nnz, weight.density) == (10, (2, 10), 32, 4, 0.2)
     assert (weight.scale, weight.activation_bits) == (None, None)
     assert weight.settings() == {"bits": 32, "nnz": 4}
-    assert list(weight.tensors()) == ["weight_mask", "weight_values"]
+    assert list(weight.tensors()) == ["sparse_mask", "sparse_values"]
 
 
 def canonical(**changes: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pycompress as pc
 from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.methods.method import Method
-from pycompress.nn import Int8Linear, LowRankConv2d, LowRankEmbedding, SparseConv2d, SparseLinear
+from pycompress.nn import LAYERS, Int8Linear, LowRankConv2d, LowRankEmbedding, SparseConv2d, SparseLinear
 
 Build = Callable[..., nn.Module]
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -79,7 +79,7 @@ def test_several_layers(methods: tuple[Method, Method], path: Path, same: Same) 
 
 
 def test_the_plan_of_each_weight(path: Path) -> None:
-    """As it has stood in files since their version 2: whoever changes this changes the version."""
+    """As it has stood in files since version 3 of the plan, 2 of the weights: whoever changes this changes the version."""
     model = nn.ModuleDict({
         "int8": nn.Linear(16, 8), "int4": nn.Linear(67, 8), "symmetric": nn.Linear(32, 8), "sparse": nn.Linear(16, 32),
         "sparse8": nn.Linear(16, 8), "low_rank": nn.Linear(16, 32), "residual": nn.Linear(32, 24),
@@ -92,7 +92,9 @@ def test_the_plan_of_each_weight(path: Path) -> None:
     }  # fmt: skip
     made = pc.compress(model, methods)
     tensors, plan = pieces(path, made)
-    assert (plan["version"], plan["identities"], plan["aliases"]) == (2, [], {})
+    assert plan.keys() == {"version", "layers", "dense", "activations", "identities", "buffers", "aliases"}
+    assert (plan["version"], plan["identities"], plan["aliases"], plan["buffers"]) == (3, [], {}, [])
+    assert (plan["activations"], plan["dense"]) == ({}, {})
     eight = {"activation_bits": 8, "weight_bits": 8}
     geometry = {"kernel_size": [4, 2], "stride": [1, 1], "padding": "same", "dilation": [1, 3]}
     expected = {
@@ -102,33 +104,37 @@ def test_the_plan_of_each_weight(path: Path) -> None:
         "sparse": ("sparse", [32, 16], {"bits": 32, "nnz": 128}),
         "sparse8": ("sparse", [8, 16], {"bits": 8, "nnz": made.sparse8.nnz, "activation_bits": 7}),
         "low_rank": (
-            "low_rank", [32, 16], {"rank": 4, "bits": 8, "activation_bits": 7, "residual": {"method": "int8", **eight}},
+            "low_rank", [32, 16],
+            {"rank": 4, "bits": 8, "activation_bits": 7, "residual": {"method": "int8", "version": 2, **eight}},
         ),
-        "residual": ("low_rank", [24, 32], {"rank": 6, "bits": 32, "residual": {"method": "sparse", "bits": 32, "nnz": 192}}),
+        "residual": ("low_rank", [24, 32], {"rank": 6, "bits": 32, "residual": {**SPARSE, "bits": 32, "nnz": 192}}),
         "conv": ("sparse", [8, 64], {"bits": 32, "nnz": made.conv.nnz}),
         "tokens": ("low_rank", [40, 16], {"rank": 3, "bits": 32}),
     }  # fmt: skip
-    kinds = {"conv": {"kind": "conv2d", "geometry": geometry}, "tokens": {"kind": "embedding", "geometry": {}}}
+    kinds = {
+        "conv": {"kind": "conv2d", "geometry": geometry},
+        "tokens": {"kind": "embedding", "geometry": {"padding_idx": None}},
+    }
     assert plan["layers"] == {
         name: {
-            "weight": weight, "shape": shape, "settings": settings, "version": 1, "activation": "none",
+            "weight": weight, "shape": shape, "settings": settings, "version": 2, "activation": "none",
             "bias": name not in kinds, **kinds.get(name, {"kind": "linear"}),
         }
         for name, (weight, shape, settings) in expected.items()
     }  # fmt: skip
     weights = {name: getattr(made, name).canonical() for name in expected}
     for name, tensor in (
-        ("int8.weight", weights["int8"].values),
-        ("int4.weight", weights["int4"].values),
-        ("int4.group_scale", weights["int4"].scale),
-        ("int4.group_zero_point", weights["int4"].zero_point),
-        ("sparse.weight_values", weights["sparse"].values),
-        ("low_rank.residual_weight", weights["low_rank"].residual.values),
-        ("residual.residual_weight_mask", weights["residual"].residual.mask),
+        ("int8.int8_values", weights["int8"].values),
+        ("int4.int4_values", weights["int4"].values),
+        ("int4.int4_scale", weights["int4"].scale),
+        ("int4.int4_zero_point", weights["int4"].zero_point),
+        ("sparse.sparse_values", weights["sparse"].values),
+        ("low_rank.low_rank_residual_int8_values", weights["low_rank"].residual.values),
+        ("residual.low_rank_residual_sparse_mask", weights["residual"].residual.mask),
     ):
         assert torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype
-    assert (tensors["int8.weight"].dtype, tensors["int4.group_scale"].dtype) == (torch.int8, torch.bfloat16)
-    assert tensors["int4.weight"].shape == (8, 34) and "symmetric.group_zero_point" not in tensors
+    assert (tensors["int8.int8_values"].dtype, tensors["int4.int4_scale"].dtype) == (torch.int8, torch.bfloat16)
+    assert tensors["int4.int4_values"].shape == (8, 34) and "symmetric.int4_zero_point" not in tensors
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -322,27 +328,30 @@ def test_deeply_nested_settings(path: Path, snapshot: Snapshot) -> None:
     refused(path, "its plan is not JSON", snapshot, net(), compressed())
 
 
-@pytest.mark.parametrize("version", [0, 3, 99, -1, "1", None, [1], True, 1.0])
+@pytest.mark.parametrize("version", [0, 4, 99, -1, "1", None, [1], True, 1.0])
 def test_unknown_versions(version: Any, path: Path, snapshot: Snapshot) -> None:
     tensors, plan = pieces(path, compressed())
     write(path, tensors, {**plan, "version": version})
-    refused(path, "its plan has version .*, expected 1 to 2", snapshot, net(), compressed())
+    refused(path, "its plan has version .*, expected 1 to 3", snapshot, net(), compressed())
 
 
-def of_version_1(plan: Plan) -> Plan:
-    """The plan of a file of linear layers as version 1 wrote it."""
+def of_version_1(tensors: Tensors, plan: Plan) -> tuple[Tensors, Plan]:
+    """A file of int8 and int4 layers as version 1 wrote it."""
     layers = {}
     for name, entry in plan["layers"].items():
         common = {key: entry[key] for key in ("shape", "bias", "activation")}
         layers[name] = {"method": entry["weight"], **common, **entry["settings"]}
-    return {**plan, "version": 1, "layers": layers}
+        for part, stored in LAYERS["linear", entry["weight"]].weight_type.older[1].items():
+            present = f"{name}.{entry['weight']}_{part}"
+            tensors = {f"{name}.{stored}" if key == present else key: tensor for key, tensor in tensors.items()}
+    return tensors, {**plan, "version": 1, "layers": layers}
 
 
 def test_a_plan_of_version_1(path: Path, snapshot: Snapshot) -> None:
     tensors, plan = pieces(path, compressed())
-    write(path, tensors, of_version_1(plan))
+    write(path, *of_version_1(tensors, plan))
     found = pc.load(net(), path).state_dict()
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     for change, message in (
         ({"method": None}, "layer 0: weight is None, expected 'int4'"),
         ({"method": ["int8"]}, "layer 0: weight is "),
@@ -354,9 +363,9 @@ def test_a_plan_of_version_1(path: Path, snapshot: Snapshot) -> None:
         ({"conv2d": {}}, "layer 0: weight is 'int8', expected 'low_rank' or 'sparse'"),
         ({"shape": None}, "layer 0: shape is None"),
     ):
-        old = of_version_1(plan)
+        own, old = of_version_1(tensors, plan)
         old["layers"]["0"].update(change)
-        write(path, tensors, old)
+        write(path, own, old)
         refused(path, message, snapshot, net(), compressed())
 
 
@@ -369,11 +378,11 @@ PLANS: dict[str, tuple[Callable[[Plan], object], str]] = {
     "a layer a number": (edit("layers", "0", value=3), "no layers"),
     "aliases missing": (drop("aliases"), "no aliases"),
     "aliases a list": (edit("aliases", value=["0"]), "no aliases"),
-    "an alias to a number": (edit("aliases", value={"0.weight": 3}), "no aliases"),
+    "an alias to a number": (edit("aliases", value={"0.int8_values": 3}), "no aliases"),
     "an alias to nothing": (edit("aliases", value={"x": "nowhere"}), "alias 'x' stands for 'nowhere'"),
     "an alias to itself": (edit("aliases", value={"x": "x"}), "alias 'x' stands for 'x'"),
-    "an alias over a tensor": (edit("aliases", value={"0.weight": "2.weight"}), "alias '0.weight'"),
-    "an alias that the model lacks": (edit("aliases", value={"x": "0.weight"}), "the model has no tensor 'x'"),
+    "an alias over a tensor": (edit("aliases", value={"0.int8_values": "3.weight"}), "alias '0.int8_values'"),
+    "an alias that the model lacks": (edit("aliases", value={"x": "0.int8_values"}), "the model has no tensor 'x'"),
     "identities missing": (drop("identities"), "no identities"),
     "identities a number": (edit("identities", value=1), "no identities"),
     "an identity a number": (edit("identities", value=[1]), "no identities"),
@@ -453,20 +462,20 @@ def test_an_alias_may_not_give_one_weight_to_layers_of_different_bits(path: Path
 
 # --- residuals ----------------------------------------------------------------------------------------------------------
 
-FOUR = {"method": "int4", "group": 32, "symmetric": True, "activation_bits": 8}
-DEEP: dict[str, Any] = {"method": "low_rank", "rank": 2, "bits": 32, "residual": {"method": "dense"}}
-SPARSE = {"method": "sparse", "bits": 32, "nnz": 192}
+FOUR = {"method": "int4", "version": 2, "group": 32, "symmetric": True, "activation_bits": 8}
+DEEP: dict[str, Any] = {"method": "low_rank", "rank": 2, "bits": 32, "residual": {"method": "dense", "version": 2}}
+SPARSE = {"method": "sparse", "version": 2, "bits": 32, "nnz": 192}
 RESIDUALS: list[tuple[str, Any, str]] = [
     ("0", {}, "layer 0: .*method is None, expected one of"),
     ("0", DEEP, "layer 0: .*method is 'low_rank', expected one of"),
     ("2", {**SPARSE, "residual": {"method": "dense"}}, "layer 2: .*settings"),
     ("0", {"method": "dense", "bits": 32}, "layer 0: .*settings"),
-    ("0", {"method": "dense"}, r"0.residual_weight is I8 \[32, 16\], expected F32"),
+    ("0", {"method": "dense", "version": 2}, "the tensor 0.low_rank_residual_dense_weight is missing"),
     ("0", {"method": "int8"}, "layer 0: .*activation_bits is None"),
     ("0", {**FOUR, "group": 48}, "layer 0: .*group is 48, expected 32, 64 or 128"),
-    ("0", FOUR, r"0.residual_weight is I8 \[32, 16\], expected U8 \[32, 8\]"),
+    ("0", FOUR, "the tensor 0.low_rank_residual_int4_values is missing"),
     ("2", {**SPARSE, "nnz": 769}, "layer 2: .*nnz is 769"),
-    ("0", SPARSE, "the tensor 0.residual_weight_mask is missing"),
+    ("0", SPARSE, "the tensor 0.low_rank_residual_sparse_mask is missing"),
 ]
 
 
@@ -495,7 +504,12 @@ def test_entries_for_layers_of_another_kind(path: Path, snapshot: Snapshot) -> N
             refused(path, f"{other} is a .* in the model, expected {message}", snapshot, images(), copy.deepcopy(model))
     settings = plan["layers"]["tokens"]["settings"]
     for change, message in (
-        ({"geometry": {"padding_idx": 3}}, r"the settings are \['padding_idx'\], expected none"),
+        ({"geometry": {}}, r"the settings are \[\], expected \['padding_idx'\]"),
+        ({"geometry": {"padding_idx": 3, "code": 1}}, r"the settings are .*'code'\], expected \['padding_idx'\]"),
+        ({"geometry": {"padding_idx": -1}}, "padding_idx is -1, expected None or a number from 0"),
+        ({"geometry": {"padding_idx": True}}, "padding_idx is True"),
+        ({"geometry": {"padding_idx": 2}}, "tokens is .*padding_idx=3 in the model, .*padding_idx=2 in the file"),
+        ({"geometry": {"padding_idx": None}}, "tokens is .*padding_idx=3 in the model, .*padding_idx=None in the file"),
         ({"settings": {**settings, "residual": {"method": "dense"}}}, "layer tokens: the weight has a residual"),
         ({"kind": "linear", "geometry": None}, "expected a linear layer"),
     ):
@@ -503,8 +517,8 @@ def test_entries_for_layers_of_another_kind(path: Path, snapshot: Snapshot) -> N
         changed["layers"]["tokens"].update(change)
         write(path, tensors, changed)
         refused(path, message, snapshot, images())
-    settings["residual"] = {"method": "dense"}
-    write(path, {**tensors, "tokens.residual_weight": torch.ones(40, 16)}, plan)
+    settings["residual"] = {"method": "dense", "version": 2}
+    write(path, {**tensors, "tokens.low_rank_residual_dense_weight": torch.ones(40, 16)}, plan)
     refused(path, "layer tokens: the weight has a residual", snapshot, images())
 
 

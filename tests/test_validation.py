@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import sys
+import time
+from collections import UserDict
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,7 +155,7 @@ def test_rows_at_the_limits_of_float32_pass() -> None:
     x[6], x[7], x[8] = 2.0**-99, 2.0**-99 * (1 - 2.0**-24), 1e-40  # the first has half its range at 2^-100
     for activation in ["none", "relu", *SMOOTH]:
         model = nn.Sequential(int8(48, 33, activation))
-        alter(model[0], "weight_scale", lambda scale: scale * 1e3)
+        alter(model[0], "int8_scale", lambda scale: scale * 1e3)
         with torch.no_grad():
             assert model(x)[1:4].isnan().all()
             assert model(x)[5].isinf().any()
@@ -713,3 +719,180 @@ def test_the_int4_bounds_hold_and_are_not_loose() -> None:
         assert (error <= bound).all()
         assert error.max() > 1e-4 * bound.max()
         assert bound.max() < 1e-3 * np.abs(y).max()
+
+
+# --- models of which nothing can be said ----------------------------------------------------------------------------------
+
+
+class Unsteady(nn.Module):
+    """Adds what each call draws from a place that nobody can put back."""
+
+    def __init__(self, draw: Callable[[], float], activation: str = "gelu") -> None:
+        super().__init__()
+        self.layer, self.draw = int8(16, 4, activation), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + self.draw()
+
+
+def file_of_numbers(path: Path) -> Callable[[], float]:
+    path.write_text("".join(f"{i}\n" for i in range(100)))
+    file = path.open()
+    return lambda: float(file.readline())
+
+
+UNSTEADY: dict[str, Callable[[Path], Callable[[], float]]] = {
+    "a counter": lambda _: itertools.count().__next__,
+    "a counter in a partial": lambda _: partial(next, itertools.count()),
+    "a generator": lambda _: (i * 10.0 for i in range(100)).__next__,
+    "every third call": lambda _: itertools.cycle([0.0, 0.0, 30.0]).__next__,
+    "only the first": lambda _: itertools.chain([9.0], itertools.repeat(0.0)).__next__,
+    "a file": file_of_numbers,
+    "the clock": lambda _: time.perf_counter,
+    "random bytes": lambda _: lambda: float(os.urandom(1)[0]),
+}
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("kind", UNSTEADY)
+def test_a_model_that_keeps_what_cannot_be_put_back_is_never_ok(kind: str, activation: str, tmp_path: Path) -> None:
+    report = validate(Unsteady(UNSTEADY[kind](tmp_path / "numbers"), activation), torch.randn(8, 16))
+    assert not report.ok
+    assert report.layers[0].status == "ok", "which its layer is all the same"
+    assert report.model.status in {"undecided", "diverged"}
+    if kind != "every third call":
+        assert report.first_divergence is None
+        assert report.verdict.startswith("UNDECIDED: the model is not steady: run twice with the same inputs, output ")
+        assert "not steady" in str(report).splitlines()[-2]
+
+
+def test_state_that_is_put_back_costs_no_verdict() -> None:
+    counts = [0]
+
+    def count() -> float:
+        counts[0] += 1
+        return 30.0 * counts[0]
+
+    report = validate(Unsteady(count), torch.randn(8, 16))
+    assert report.ok, str(report)
+    assert report.model.cosine > 0.9999
+    assert counts == [0]
+
+
+def test_an_output_of_another_shape_or_name_each_time() -> None:
+    class Grows(nn.Module):
+        def __init__(self, by_name: bool) -> None:
+            super().__init__()
+            self.layer, self.counter, self.by_name = int8(16, 4), itertools.count(1), by_name
+
+        def forward(self, x: Tensor) -> Any:
+            y, count = self.layer(x), next(self.counter)
+            return {str(count): y} if self.by_name else y.repeat(count, 1)
+
+    for by_name, reason in ((False, r"output is [8, 4] and [24, 4]"), (True, "it returns output['1'] and output['3']")):
+        report = validate(Grows(by_name), torch.randn(8, 16))
+        assert report.model.status == "undecided" and reason in report.verdict
+
+
+class Chaotic(nn.Module):
+    """Its last bits decide."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.layer, self.times = int8(16, 64, "gelu"), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.layer(x).double() * self.times)
+
+
+def test_a_model_that_amplifies_last_bits_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(64, 16)
+    assert validate(Chaotic(10), x).ok
+    report = validate(Chaotic(1e9), x)
+    assert not report.ok
+    assert report.first_divergence is None
+    assert report.model.perturbed_cosine is not None
+    assert report.model.perturbed_cosine < 0.5
+    assert "UNDECIDED: output amplifies last bits: the native model moves to cosine" in report.verdict
+    assert "expected at least 0.975" in report.verdict
+    model = Chaotic(1e9)
+    corrupt(monkeypatch, model.layer, "weight", one_weight_off)
+    assert validate(model, x).first_divergence == "layer", "a layer that is wrong is named all the same"
+
+
+def test_the_limit_has_a_floor() -> None:
+    def at(cosine: float) -> Tensor:
+        return torch.tensor([cosine, (1 - cosine**2) ** 0.5], dtype=torch.float64)
+
+    assert compare(at(1.0), at(0.91), at(0.976)).status == "ok"
+    assert compare(at(1.0), at(0.5), at(0.976)).status == "diverged"
+    assert compare(at(1.0), at(0.91), at(0.97)).status == "undecided"
+    assert compare(at(1.0), at(0.5), at(0.5)).status == "undecided"
+    assert compare(at(1.0), at(0.9995), at(0.5)).status == "undecided", "it may be so by chance"
+    assert compare(at(1.0), torch.tensor([torch.nan, 0]).double(), at(0.5)).status == "diverged"
+
+
+# --- how it is called ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["the function", "the method", "inside"])
+def test_a_compiled_model_is_seen_layer_by_layer(how: str) -> None:
+    model, x = network(), torch.randn(5, 48)
+    compiled: Any = model
+    if how == "the function":
+        compiled = torch.compile(model, backend="eager")
+    elif how == "the method":
+        model.compile(backend="eager")
+    else:
+        compiled = nn.Sequential(torch.compile(model, backend="eager"))
+    y = compiled(x)
+    report = validate(compiled, x)
+    assert report.ok, str(report)
+    prefix = "0._orig_mod." if how == "inside" else ""
+    assert [(record.name, record.rows) for record in report.layers] == [(f"{prefix}{i}", 5) for i in (0, 1, 3)]
+    assert torch.equal(compiled(x), y)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([[1.0] * 48, [2.0] * 48], r"inputs is list, of list, without a tensor in it: expected a tensor, a sequence"),
+        (["a sentence"], r"inputs is list, of str, without a tensor in it"),
+        ([np.zeros((2, 48), np.float32)], r"inputs is list, of ndarray, without a tensor in it"),
+        ({"input": np.zeros((2, 48), np.float32)}, r"inputs is dict, of ndarray, without a tensor in it"),
+        ([torch.zeros(48), torch.zeros(48)], r"inputs is list, which are not the arguments of Sequential.forward \(too many"),
+        ({"x": torch.zeros(48)}, r"inputs is dict, which are not the arguments of Sequential.forward \(missing a required"),
+        (np.zeros((2, 48), np.float32), r"inputs is ndarray, expected a tensor, a sequence of arguments or a mapping"),
+        ("text", r"inputs is str, expected a tensor, a sequence of arguments or a mapping"),
+        (b"text", r"inputs is bytes, expected a tensor, a sequence of arguments or a mapping"),
+    ],
+)  # fmt: skip
+def test_inputs_that_are_none_are_named(inputs: Any, message: str) -> None:
+    dense = nn.Sequential(nn.Linear(48, 96))
+    for run_it in (
+        lambda: validate(network(), inputs),
+        lambda: pc.calibrate(dense, [inputs]),
+        lambda: pc.compress(dense, pc.Int8(), example_inputs=inputs, only_if_faster=True),
+    ):
+        with pytest.raises(TypeError, match=message):
+            run_it()
+
+
+def test_an_error_of_the_model_stays_what_it_is() -> None:
+    with pytest.raises(ValueError, match=r"x is \[2, 47\], the packed weight expects k = 48"):
+        validate(network(), torch.zeros(2, 47))
+
+
+def test_a_models_own_kind_of_inputs() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = int8(16, 4)
+
+        def forward(self, rows: Any) -> Tensor:
+            y: Tensor = self.layer(torch.as_tensor(rows))
+            return y
+
+    for inputs in ([np.zeros((2, 16), np.float32)], [[[0.0] * 16]], UserDict(rows=torch.zeros(2, 16))):
+        assert validate(Own(), inputs).ok

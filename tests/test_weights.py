@@ -82,7 +82,7 @@ def test_the_stored_form_is_all_of_it(name: str) -> None:
     weight, kind = example(name), type(example(name))
     rest = json.loads(json.dumps(weight.settings()))
     tensors = weight.tensors()
-    assert kind.version == 1 and weight.shape == (N, K)
+    assert kind.version == 2 and weight.shape == (N, K)
     assert same(kind.from_tensors((N, K), tensors, rest), weight)
     assert same(kind.from_parts((N, K), weight.parts(), rest), weight)
     assert same(pickle.loads(pickle.dumps(weight)), weight)
@@ -91,7 +91,7 @@ def test_the_stored_form_is_all_of_it(name: str) -> None:
     assert list(tensors) == list(kind.expected((N, K), rest)), "in the order of the state"
     assert kind.names(rest) == dict(zip(weight.parts(), tensors, strict=True))
     assert kind.complete((N, K), rest) == rest == kind.measured(tensors, rest)
-    assert kind.migrate(1, tensors, rest) == (tensors, rest)
+    assert kind.migrate(2, tensors, rest) == (tensors, rest)
     assert weight == weight and weight != example(name), "by identity, as tensors have no truth"
     shown = ", ".join(f"{key}={value!r}" for key, value in rest.items())
     assert repr(weight) == f"{kind.__name__}(shape=[9, 14]{', ' if rest else ''}{shown})"
@@ -193,9 +193,11 @@ def test_hostile_tensors(name: str) -> None:
 
 def test_nothing_is_allocated_for_what_a_file_claims() -> None:
     huge = SparseWeight.expected((2**40, 65536), {"bits": 32, "nnz": 2**55})
-    assert huge["weight_values"] == ((2**55,), torch.float32)
-    huge = LowRankWeight.expected((2**40, 65536), {"rank": 65536, "bits": 32, "residual": {"method": "dense"}})
-    assert huge["residual_weight"][0] == (2**40, 65536)
+    assert huge["sparse_values"] == ((2**55,), torch.float32)
+    huge = LowRankWeight.expected(
+        (2**40, 65536), {"rank": 65536, "bits": 32, "residual": {"method": "dense", "version": 2}}
+    )
+    assert huge["low_rank_residual_dense_weight"][0] == (2**40, 65536)
 
 
 def test_a_state_may_bring_other_sizes() -> None:
@@ -271,15 +273,15 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (int8, {"scale": torch.ones(2, dtype=torch.bfloat16)}, "torch.bfloat16"),
     (int8, {"activation_bits": 6}, "activation_bits is 6, expected 7, 8 or 16"),
     (int8, {"weight_bits": 9}, "weight_bits is 9, expected 7 or 8"),
-    (int4, {"values": torch.zeros(3, 33, dtype=U8)}, r"weight is torch.uint8 \[3, 33\].*\[3, 34\]"),
+    (int4, {"values": torch.zeros(3, 33, dtype=U8)}, r"int4_values is torch.uint8 \[3, 33\].*\[3, 34\]"),
     (int4, {"values": torch.zeros(3, 34, dtype=I8)}, "values is torch.int8"),
     (int4, {"values": torch.zeros(34, dtype=U8)}, r"values is torch.uint8 \[34\]"),
     (int4, {"values": torch.full((3, 34), 16, dtype=U8)}, "values has bits set behind the last of 67"),
     (int4, {"values": torch.zeros(0, 34, dtype=U8)}, r"\[0, 67\]"),
-    (int4, {"values": torch.zeros(3, 34, dtype=U8, device=META)}, "weight is on meta, expected the CPU"),
-    (int4, {"zero_point": torch.zeros(3, 3, dtype=U8)}, r"group_zero_point is torch.uint8 \[3, 3\]"),
+    (int4, {"values": torch.zeros(3, 34, dtype=U8, device=META)}, "int4_values is on meta, expected the CPU"),
+    (int4, {"zero_point": torch.zeros(3, 3, dtype=U8)}, r"int4_zero_point is torch.uint8 \[3, 3\]"),
     (int4, {"zero_point": torch.full((3, 2), 255, dtype=U8)}, "zero_point has bits set behind the last of 3"),
-    (int4, {"scale": torch.ones(3, 2, dtype=torch.bfloat16)}, r"group_scale is torch.bfloat16 \[3, 2\]"),
+    (int4, {"scale": torch.ones(3, 2, dtype=torch.bfloat16)}, r"int4_scale is torch.bfloat16 \[3, 2\]"),
     (int4, {"scale": torch.ones(3, 3)}, "scale is torch.float32"),
     (int4, {"k": 66}, r"has bits set|\[3, 34\]"),
     (int4, {"k": 0}, r"the shape is \[3, 0\]"),
@@ -294,9 +296,9 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (sparse8, {"mask": torch.ones(2, 1, dtype=torch.bool)}, "mask is torch.bool"),
     (sparse8, {"mask": torch.ones(3, dtype=U8)}, r"mask is torch.uint8 \[3\]"),
     (sparse8, {"mask": torch.ones(0, 1, dtype=U8)}, r"the shape is \[0, 3\], expected \[n > 0"),
-    (sparse8, {"mask": torch.ones(2, 1, dtype=U8, device=META)}, "weight_mask is on meta, expected the CPU"),
-    (sparse8, {"values": torch.ones(3, dtype=I8, device=META)}, "weight_values is on meta"),
-    (sparse8, {"scale": torch.ones(2, device=META)}, "weight_scale is on meta"),
+    (sparse8, {"mask": torch.ones(2, 1, dtype=U8, device=META)}, "sparse_mask is on meta, expected the CPU"),
+    (sparse8, {"values": torch.ones(3, dtype=I8, device=META)}, "sparse_values is on meta"),
+    (sparse8, {"scale": torch.ones(2, device=META)}, "sparse_scale is on meta"),
     (sparse8, {"mask": torch.tensor([[0b11], [0b1000]], dtype=U8)}, "row 1 of the mask has bits set behind k = 3"),
     (sparse8, {"mask": torch.tensor([[0b10000011], [0]], dtype=U8)}, "row 0 of the mask has bits set behind"),
     (sparse8, {"values": torch.ones(2, dtype=I8)}, "there are 2 values, the mask has 3 bits set"),
@@ -308,12 +310,12 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (sparse8, {"values": torch.tensor([1, -128, 3], dtype=I8)}, r"values holds -128, expected \[-127, 127\]"),
     (sparse, {"values": torch.tensor([0.0, -0.0, 1.0])}, "2 of the values are zero"),
     (sparse, {"values": torch.tensor([1.0, NAN, INF])}, "values holds NaN or Inf, .*: 2 are not"),
-    (sparse, {"scale": torch.ones(2)}, "the tensors are .*'weight_scale'.*, expected .*'weight_values'.$"),
+    (sparse, {"scale": torch.ones(2)}, "the tensors are .*'sparse_scale'.*, expected .*'sparse_values'.$"),
     (sparse, {"activation_bits": 7}, r"expected \['bits', 'nnz'\], not \['activation_bits'\]"),
     (sparse8, {"activation_bits": None}, "activation_bits is None, expected 7 or 8"),
     (sparse8, {"activation_bits": 6}, "activation_bits is 6"),
     (sparse8, {"activation_bits": 8.0}, "activation_bits is 8.0"),
-    (sparse8, {"scale": None}, "the tensors are .*, expected .*'weight_scale'"),
+    (sparse8, {"scale": None}, "the tensors are .*, expected .*'sparse_scale'"),
     (sparse8, {"scale": torch.ones(3)}, r"scale is torch.float32 \[3\], expected torch.float32 \[2\]"),
     (sparse8, {"scale": torch.ones(2, 1)}, r"\[2, 1\], expected torch.float32 \[n\]"),
     (sparse8, {"scale": torch.ones(2, dtype=F64)}, "scale is torch.float64"),
@@ -328,11 +330,11 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (low_rank, {"down": torch.ones(2, 5).double(), "up": torch.ones(4, 2).double()}, "down is torch.float64"),
     (low_rank, {"down": torch.ones(5, 5), "up": torch.ones(4, 5)}, r"rank is 5, expected 1 to 4 for a weight \[4, 5\]"),
     (low_rank, {"down": torch.ones(0, 5), "up": torch.ones(4, 0)}, "rank is 0"),
-    (low_rank, {"down": torch.ones(2, 5, device=META)}, "down is on meta, expected the CPU"),
-    (low_rank, {"down_scale": torch.ones(2)}, r"the tensors are .*'down_scale'\], expected \['down', 'up'\]"),
+    (low_rank, {"down": torch.ones(2, 5, device=META)}, "low_rank_down is on meta, expected the CPU"),
+    (low_rank, {"down_scale": torch.ones(2)}, r"the tensors are .*_scale'\], expected \['low_rank_down', 'low_rank_up'\]"),
     (low_rank, {"activation_bits": 7}, r"not \['activation_bits'\]"),
     (low_rank, {**INTEGERS, "up_scale": torch.ones(4)}, "activation_bits is None"),
-    (low_rank, {**INTEGERS, "activation_bits": 8}, "the tensors are .*, expected .*'up_scale'"),
+    (low_rank, {**INTEGERS, "activation_bits": 8}, "the tensors are .*, expected .*'low_rank_up_scale'"),
     (low_rank, {"residual": torch.ones(4, 5)}, "the residual is Tensor, expected .*Int8Weight"),
     (low_rank, {"residual": low_rank()}, "the residual is LowRankWeight, expected .*Int8Weight"),
     (low_rank, {"residual": Int4(activation_bits=16).compress(torch.ones(4, 5))}, "activation_bits is 16, expected 8"),
@@ -379,8 +381,8 @@ SETTINGS: list[tuple[type[Weight], dict[str, Any], str]] = [
             ({"residual": {"method": "int4", "group": 32, "activation_bits": 8}}, "symmetric is None, expected True or False"),
             ({"residual": {"method": "sparse", "bits": 32, "nnz": 127}}, "nnz is 127, expected 0 to 126"),
             ({"residual": {"method": "dense", "nnz": 3}}, "expected none"),
-            ({"residual": {"method": "dense", "version": 2}}, "DenseWeight: the version is 2, expected 1"),
-            ({"residual": {"method": "dense", "version": "1"}}, "DenseWeight: the version is '1', expected 1"),
+            ({"residual": {"method": "dense", "version": 3}}, "DenseWeight: the version is 3, expected 1 to 2"),
+            ({"residual": {"method": "dense", "version": "1"}}, "DenseWeight: the version is '1', expected 1 to 2"),
         )
     ),
     (LowRankWeight, {"rank": 4, "bits": 32, "activation_bits": 7}, "the settings are"),
@@ -397,13 +399,13 @@ def test_tensors_that_are_not_those_of_the_settings() -> None:
     tensors, good = int4().tensors(), int4().settings()
     with pytest.raises(ValueError, match="the tensors are"):
         Int4Weight.from_tensors((3, 67), tensors, {**good, "symmetric": True})
-    with pytest.raises(ValueError, match="group_scale is"):
+    with pytest.raises(ValueError, match="int4_scale is"):
         Int4Weight.from_tensors((3, 67), tensors, {**good, "group": 64})
-    with pytest.raises(ValueError, match="weight_values is"):
+    with pytest.raises(ValueError, match="sparse_values is"):
         SparseWeight.from_tensors((2, 3), sparse8().tensors(), {**sparse8().settings(), "nnz": 2})
     with pytest.raises(ValueError, match="bits set"):
         SparseWeight.from_tensors(
-            (2, 3), {**sparse8().tensors(), "weight_mask": torch.zeros(2, 1, dtype=U8)}, sparse8().settings()
+            (2, 3), {**sparse8().tensors(), "sparse_mask": torch.zeros(2, 1, dtype=U8)}, sparse8().settings()
         )
     with pytest.raises(ValueError, match=r"the tensors are \['values'\]"):
         DenseWeight.from_parts((2, 3), {"values": torch.ones(2, 3)}, {})
@@ -418,7 +420,7 @@ class Halves(Weight):
 
     name: ClassVar[str] = "halves"
     version: ClassVar[int] = 2
-    fields: ClassVar[tuple[Field, ...]] = (Field("values", "weight", torch.float16, "n, k", finite),)
+    fields: ClassVar[tuple[Field, ...]] = (Field("values", torch.float16, "n, k", finite),)
     options: ClassVar[tuple[Setting, ...]] = (Setting("activation_bits", one_of(16, 8), default=16),)
 
     values: Tensor
@@ -436,12 +438,12 @@ class Halves(Weight):
         cls, version: object, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         tensors, settings = super().migrate(version, tensors, settings)
-        return ({"weight": -tensors["minus"]}, settings) if version == 1 else (tensors, settings)
+        return ({"halves_values": -tensors["halves_minus"]}, settings) if version == 1 else (tensors, settings)
 
 
 class MinusHalves(Halves):
     version = 1
-    fields = (Field("values", "minus", torch.float16, "n, k"),)
+    fields = (Field("minus", torch.float16, "n, k"),)
     options = ()
 
 
@@ -456,21 +458,21 @@ def halves() -> Iterator[type[Halves]]:
 
 
 def test_an_older_version_is_migrated() -> None:
-    assert Halves.of_version(1).expected((4, 5), {}) == {"minus": ((4, 5), torch.float16)}
-    tensors, settings = Halves.migrate(1, {"minus": -VALUES}, {})
+    assert Halves.of_version(1).expected((4, 5), {}) == {"halves_minus": ((4, 5), torch.float16)}
+    tensors, settings = Halves.migrate(1, {"halves_minus": -VALUES}, {})
     assert torch.equal(Halves.from_tensors((4, 5), tensors, settings).values, VALUES)
-    tensors, settings = Halves.migrate(2, {"weight": VALUES}, {"activation_bits": 8})
+    tensors, settings = Halves.migrate(2, {"halves_values": VALUES}, {"activation_bits": 8})
     assert Halves.from_tensors((4, 5), tensors, settings).activation_bits == 8
     for version in (0, 3, True, "1", None, 1.0):
         with pytest.raises(ValueError, match=f"Halves: the version is {version!r}, expected 1 to 2"):
-            Halves.migrate(version, {"weight": VALUES}, {})
+            Halves.migrate(version, {"halves_values": VALUES}, {})
 
 
 def test_a_setting_with_a_default_may_be_missing() -> None:
-    weight = Halves.from_tensors((4, 5), {"weight": VALUES}, {})
+    weight = Halves.from_tensors((4, 5), {"halves_values": VALUES}, {})
     assert weight.settings() == Halves.complete((4, 5), {}) == {"activation_bits": 16}
     with pytest.raises(ValueError, match="Halves: activation_bits is None, expected 16 or 8"):
-        Halves.from_tensors((4, 5), {"weight": VALUES}, {"activation_bits": None})
+        Halves.from_tensors((4, 5), {"halves_values": VALUES}, {"activation_bits": None})
 
 
 def test_a_registered_weight_is_a_residual(halves: type[Halves]) -> None:
@@ -486,12 +488,16 @@ def test_a_registered_weight_is_a_residual(halves: type[Halves]) -> None:
     assert (weight.decompress() - w).abs().max() < 0.01
     rest = json.loads(json.dumps(weight.settings()))
     assert rest["residual"] == {"method": "halves", "version": 2, "activation_bits": 16}
-    assert list(weight.tensors()) == ["down", "up", "residual_weight"]
+    assert list(weight.tensors()) == ["low_rank_down", "low_rank_up", "low_rank_residual_halves_values"]
     assert same(LowRankWeight.from_tensors((4, 5), weight.tensors(), rest), weight)
-    old = {**weight.tensors(), "residual_minus": -weight.tensors()["residual_weight"]}
-    del old["residual_weight"]
+    old = weight.tensors()
+    old["low_rank_residual_halves_minus"] = -old.pop("low_rank_residual_halves_values")
     settings = {**rest, "residual": {"method": "halves", "version": 1}}
-    assert list(LowRankWeight.expected((4, 5), settings)) == ["down", "up", "residual_minus"]
+    assert list(LowRankWeight.expected((4, 5), settings)) == [
+        "low_rank_down",
+        "low_rank_up",
+        "low_rank_residual_halves_minus",
+    ]
     assert same(LowRankWeight.from_tensors((4, 5), old, settings), weight)
 
 

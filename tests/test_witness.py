@@ -41,30 +41,48 @@ class Model(nn.Module):
         self.norm, self.dense = nn.LayerNorm(16), nn.Linear(16, 8)
 
 
+# A file of each form of the weights: by their version. Files of the second hold the numbers of the first by other names.
+VERSIONS = {1: "version1.safetensors", 2: "version2.safetensors"}
 EXPECTED = load_file(WITNESS / "version1.expected.safetensors")
 LAYERS = sorted({name.split("/")[0] for name in EXPECTED})
 # They run as chains of torch's own operators, which may sum in another order elsewhere.
 CHAINS = ["conv_channel", "conv_spatial", "conv_tucker", "embedding"]
 
 
+@pytest.fixture(scope="module", params=VERSIONS, ids="version {}".format)
+def version(request: pytest.FixtureRequest) -> int:
+    found: int = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def model() -> Iterator[nn.Module]:
+def model(version: int) -> Iterator[nn.Module]:
     """On the scalar kernels, whose bits are the same everywhere."""
     with ops.capped("scalar"):
-        yield pc.load(Model().eval(), WITNESS / "version1.safetensors")
+        yield pc.load(Model().eval(), WITNESS / VERSIONS[version])
 
 
-def test_all_of_the_file_is_there(model: nn.Module) -> None:
-    with safe_open(WITNESS / "version1.safetensors", "pt") as file:
+def test_all_of_the_file_is_there(model: nn.Module, version: int) -> None:
+    with safe_open(WITNESS / VERSIONS[version], "pt") as file:
         plan = json.loads(file.metadata()["pycompress"])
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-    state = model.state_dict()
-    assert plan["version"] == 1 and sorted(plan["layers"]) == LAYERS
-    assert {entry["method"] for entry in plan["layers"].values()} == {"int8", "int4", "sparse", "low_rank"}
-    assert set(stored) | set(plan["aliases"]) == set(state)
-    for name in state:
-        tensor = stored[plan["aliases"].get(name, name)]
-        assert tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
+    assert plan["version"] == version and sorted(plan["layers"]) == LAYERS
+    formats = {entry.get("method", entry.get("weight")) for entry in plan["layers"].values()}
+    assert formats == {"int8", "int4", "sparse", "low_rank"}
+    held = dict(model.state_dict())
+    for name in LAYERS:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, CompressedLayer)
+        weight, then = layer.canonical(), layer.weight_type.of_version(version)
+        assert held.pop(f"{name}.weight").tolist() == [2], "a file has the version in its plan"
+        for present in weight.tensors():
+            del held[f"{name}.{present}"]
+        names, parts = then.names(layer._settings_of(then)), weight.parts()
+        held |= {f"{name}.{names[part]}": parts[part] for part in parts}
+    assert set(stored) | set(plan["aliases"]) == set(held)
+    for name, tensor in held.items():
+        found = stored[plan["aliases"].get(name, name)]
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -47,7 +47,7 @@ def our_product(kernel: str = "") -> Build:
         y = one.x.new_empty((one.x.shape[0], layer.n))
 
         def run() -> Tensor:
-            int8.multiply(rows, layer.packed, layer.form, y, layer.bias, kernel=kernel)
+            int8.multiply(rows, layer.packed, layer.form, y, layer.bias32, kernel=kernel)
             return y
 
         return run

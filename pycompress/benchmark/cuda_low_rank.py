@@ -16,9 +16,14 @@ from pycompress.weights import LowRankWeight
 BRANCH_RANK = 32
 
 
+def _gaussian(n: int, k: int) -> torch.Tensor:
+    """[n, k] of the variance 1 / k."""
+    return torch.randn(n, k, dtype=torch.float32, device="cpu").mul_(k**-0.5)
+
+
 def _factors(n: int, k: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian down [rank, k] and up [n, rank] whose product has the variance 1 / k; bfloat16 numbers, as the peers have them."""
-    down, up = torch.randn(rank, k) * k**-0.5, torch.randn(n, rank) * rank**-0.5
+    down, up = _gaussian(rank, k), _gaussian(n, rank)
     return down.bfloat16().float(), up.bfloat16().float()
 
 
@@ -29,7 +34,7 @@ def an_eighth(n: int, k: int) -> LowRankWeight:
 
 def beside_int8(n: int, k: int) -> LowRankWeight:
     """Factors of rank BRANCH_RANK beside an int8 weight."""
-    return LowRankWeight(*_factors(n, k, BRANCH_RANK), residual=Int8(8).compress(torch.randn(n, k) * k**-0.5))
+    return LowRankWeight(*_factors(n, k, BRANCH_RANK), residual=Int8(8).compress(_gaussian(n, k)))
 
 
 def ours(one: Set) -> Run:

@@ -22,7 +22,7 @@ BLOCKS = (("64x64", 80), ("64x64", 90), ("32x32", 80), ("16x16", 80))  # and zer
 
 def pruned(n: int, k: int, pattern: str, density: float | None) -> SparseWeight:
     """Gaussian bfloat16 numbers, pruned."""
-    weight = torch.randn(n, k).mul_(k**-0.5).to(torch.bfloat16)
+    weight = torch.randn(n, k, dtype=torch.float32, device="cpu").mul_(k**-0.5).to(torch.bfloat16)
     return Sparse(density, pattern).compress(weight)
 
 
@@ -47,7 +47,7 @@ def ours(bits: int) -> Build:
 def our_kernel(bits: int, name: str) -> Build:
     def build(one: Set) -> Run:
         layer = _layer(one, bits)
-        return lambda: sparse.linear(one.x, layer.packed, layer.form, layer.bias, "none", name)
+        return lambda: sparse.linear(one.x, layer.packed, layer.form, layer.bias32, "none", name)
 
     return build
 

@@ -119,7 +119,7 @@ def run_cell(calls: Mapping[str, Call], turns: Turns, before: Run | None = None)
 
 def copies_to_leave_cache(layer_bytes: int) -> int:
     """How many copies of a layer hold half as much again as the last-level cache (at least 2)."""
-    return max(2, math.ceil(1.5 * l3_bytes() / layer_bytes))
+    return max(2, math.ceil(1.5 * l3_bytes() / max(layer_bytes, 1)))
 
 
 def cold_call(build: Callable[..., Bind], parts: tuple[Any, ...], x: torch.Tensor, weight_bytes: int) -> Call:
@@ -273,7 +273,9 @@ class Grid:
                 everybody = {**candidates, **(spinning or {})}
                 works, built_for = self.works(layer(k, n), everybody), (k, n)
                 built = {name: build(*works[name].parts) for name, build in candidates.items()}
-            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+            x = torch.randn(
+                m, k, generator=torch.Generator(device="cpu").manual_seed(m), dtype=torch.float32, device="cpu"
+            )
             calls = {name: bind(x) for name, bind in built.items()}
             if is_cold(cell):
                 sizes = {name: call.weight_bytes or works[name].weight_bytes for name, call in calls.items()}

@@ -131,8 +131,8 @@ class TwoLinears(nn.Module):
 
     def __init__(self, k: int, rank: int, n: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.down = nn.Linear(k, rank, bias=False)
-        self.up = nn.Linear(rank, n, bias=bias)
+        self.down = nn.Linear(k, rank, bias=False, dtype=torch.float32, device="cpu")
+        self.up = nn.Linear(rank, n, bias=bias, dtype=torch.float32, device="cpu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.up(self.down(x))
@@ -211,7 +211,7 @@ def torch_csr(linear: nn.Linear) -> Bind:
         warnings.simplefilter("ignore")  # torch calls its CSR support a beta, once per process
         csr = linear.weight.detach().to_sparse_csr()
         crow, column, values = csr.crow_indices().int(), csr.col_indices().int(), csr.values()
-        weight = torch.sparse_csr_tensor(crow, column, values, csr.shape)
+        weight = torch.sparse_csr_tensor(crow, column, values, csr.shape, dtype=values.dtype, device=values.device)
     bias = linear.bias.detach()
 
     def bind(x: torch.Tensor) -> Call:
@@ -258,7 +258,7 @@ def available(builds: Mapping[str, Build]) -> tuple[dict[str, Build], dict[str, 
     missing: dict[str, str] = {}
     for name, build in builds.items():
         try:
-            build(dense_linear(16, 16))(torch.zeros(1, 16)).run()
+            build(dense_linear(16, 16))(torch.zeros(1, 16, dtype=torch.float32, device="cpu")).run()
             usable[name] = build
         except Exception as error:  # whatever keeps a peer from running is reported; it is no failure of ours
             missing[name] = str(error) or type(error).__name__
@@ -269,8 +269,8 @@ def dense_linear(k: int, n: int, weights: str = "gaussian") -> nn.Linear:
     """The same float32 layer at every call; weights "gaussian" (std 1/sqrt(k)) or "uniform" (+-1/sqrt(k))."""
     if weights not in ("gaussian", "uniform"):
         raise ValueError(f'weights is {weights!r}, expected "gaussian" or "uniform"')
-    generator = torch.Generator().manual_seed(k * 65537 + n)
-    return _filled(nn.Linear(k, n), generator, weights)
+    generator = torch.Generator(device="cpu").manual_seed(k * 65537 + n)
+    return _filled(nn.Linear(k, n, dtype=torch.float32, device="cpu"), generator, weights)
 
 
 def _filled(linear: nn.Linear, generator: torch.Generator, weights: str = "gaussian") -> nn.Linear:
@@ -287,7 +287,7 @@ def _filled(linear: nn.Linear, generator: torch.Generator, weights: str = "gauss
 
 def two_linears(k: int, rank: int, n: int, *, bias: bool = True) -> TwoLinears:
     """The same layer of low rank at every call, Gaussian (std 1/sqrt of each factor's inputs)."""
-    generator = torch.Generator().manual_seed(k * 65537 + n)
+    generator = torch.Generator(device="cpu").manual_seed(k * 65537 + n)
     factors = TwoLinears(k, rank, n, bias=bias)
     for linear in (factors.down, factors.up):
         _filled(linear, generator)

@@ -71,7 +71,7 @@ def pruned(linear: nn.Linear, pattern: str, zeros: int) -> nn.Linear:
         return linear
     weight = linear.weight.detach()
     mask = Sparse(density=None if pattern in N_OF_M else (100 - zeros) / 100, pattern=pattern).prune(weight)
-    copy = nn.Linear(linear.in_features, linear.out_features)
+    copy = nn.Linear(linear.in_features, linear.out_features, dtype=weight.dtype, device=weight.device)
     copy.weight = nn.Parameter(weight * mask, requires_grad=False)
     copy.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     return copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from pycompress.kinds.altered import alteration, replaced_code
 from pycompress.kinds.conv1d import Conv1D
 from pycompress.kinds.conv2d import Conv2d, Conv2dGeometry, Convolution
 from pycompress.kinds.embedding import Embedding, EmbeddingGeometry
@@ -26,9 +27,11 @@ __all__ = [
     "EmbeddingGeometry",
     "Geometry",
     "Kind",
+    "alteration",
     "has_foreign_hooks",
     "kind_of",
     "pruned_names",
+    "replaced_code",
     "without_pruning",
 ]
 

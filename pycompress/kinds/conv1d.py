@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pycompress.kinds.linear import Linear
@@ -18,8 +20,18 @@ class Conv1D(Linear):
     def misfit(self, module: nn.Module) -> str:
         return ""  # a subclass has another name
 
-    def dense_shape(self, module: nn.Module) -> tuple[int, ...]:
-        return tuple(self.stored(module).shape)[::-1]
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        k, n = self.dense_shape(module)
+        return n, k
 
     def matrix(self, module: nn.Module) -> Tensor:
         return super().matrix(module).T
+
+    def weight_shape(self, n: int, k: int, geometry: Any) -> tuple[int, ...]:
+        return k, n
+
+    def as_weight(self, matrix: Tensor, geometry: Any) -> Tensor:
+        return matrix.T.contiguous()
+
+    def attributes(self, n: int, k: int, geometry: Any) -> dict[str, Any]:
+        return {"nx": k, "nf": n}

@@ -153,6 +153,10 @@ class Conv2d(Kind):
         except ValueError:
             return False
 
+    def attributes(self, n: int, k: int, geometry: Conv2dGeometry) -> dict[str, Any]:
+        own = {field.name: getattr(geometry, field.name) for field in fields(geometry)}
+        return {**own, "out_channels": n, "padding_mode": "zeros", "transposed": False, "output_padding": (0, 0)}
+
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
         return x.dim() in (3, 4) and x.shape[-3] == self.dense_shape(module)[1]
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,26 +16,30 @@ from pycompress.kinds.kind import Kind
 
 @dataclass(frozen=True)
 class EmbeddingGeometry:
-    """What an ``nn.Embedding`` is besides its weight. A file leaves all of it to the model, so any two are equal.
+    """What an ``nn.Embedding`` is besides its weight.
 
     Attributes:
         padding_idx: the token that stands for none; its row is usually zeros.
-        dtype: of the results.
     """
 
-    padding_idx: int | None = field(default=None, compare=False)
-    dtype: torch.dtype = field(default=torch.float32, compare=False)
+    padding_idx: int | None = None
+
+    def __str__(self) -> str:
+        return f"padding_idx={self.padding_idx}"
 
     def settings(self) -> dict[str, Any]:
-        """For JSON: nothing."""
-        return {}
+        """For JSON."""
+        return {"padding_idx": self.padding_idx}
 
     @classmethod
     def from_settings(cls, k: int, settings: Mapping[str, Any]) -> EmbeddingGeometry:
-        """Raises ValueError where there is any setting."""
-        if settings:
-            raise ValueError(f"EmbeddingGeometry: the settings are {list(settings)}, expected none")
-        return cls()
+        """The inverse of :meth:`settings`. Raises ValueError where anything does not fit."""
+        if settings.keys() != {"padding_idx"}:
+            raise ValueError(f"EmbeddingGeometry: the settings are {list(settings)}, expected ['padding_idx']")
+        padding_idx = settings["padding_idx"]
+        if padding_idx is not None and not (type(padding_idx) is int and padding_idx >= 0):
+            raise ValueError(f"EmbeddingGeometry: padding_idx is {padding_idx!r}, expected None or a number from 0")
+        return cls(padding_idx)
 
 
 class Embedding(Kind):
@@ -52,7 +56,11 @@ class Embedding(Kind):
             raise ValueError(
                 f"max_norm is {module.max_norm}, expected None: it rescales the rows of its weight as they are used"
             )
-        return EmbeddingGeometry(module.padding_idx, self.stored(module).dtype)
+        return EmbeddingGeometry(module.padding_idx)
+
+    def attributes(self, n: int, k: int, geometry: EmbeddingGeometry) -> dict[str, Any]:
+        rows = {"num_embeddings": n, "embedding_dim": k, "padding_idx": geometry.padding_idx}
+        return {**rows, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
 
     def describe(self, n: int, k: int, geometry: EmbeddingGeometry) -> str:
         padding = "" if geometry.padding_idx is None else f", padding_idx={geometry.padding_idx}"

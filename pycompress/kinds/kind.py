@@ -58,6 +58,12 @@ class Kind:
     def __repr__(self) -> str:
         return f"<kind {self.name}>"
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)  # layers keep theirs, and are copied and pickled with it
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     # --- a dense module ---------------------------------------------------------------------------------------------
 
     @property
@@ -90,7 +96,7 @@ class Kind:
         return weight
 
     def dense_shape(self, module: nn.Module) -> tuple[int, ...]:
-        """Of the weight: (n, k), of a convolution with four dimensions. As torch computes: attributes may be out of date."""
+        """Of the weight as the module keeps it. As torch computes: attributes may be out of date."""
         return tuple(self.stored(module).shape)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
@@ -119,8 +125,16 @@ class Kind:
     # --- its compressed layers --------------------------------------------------------------------------------------
 
     def weight_shape(self, n: int, k: int, geometry: Any) -> tuple[int, ...]:
-        """Of the dense weight whose matrix is [n, k]."""
+        """Of the module's weight whose matrix is [n, k]."""
         return n, k
+
+    def as_weight(self, matrix: Tensor, geometry: Any) -> Tensor:
+        """The matrix [n, k] as the module keeps it, contiguous: the inverse of :meth:`matrix`."""
+        return matrix.view(self.weight_shape(matrix.shape[0], matrix.shape[1], geometry))
+
+    def attributes(self, n: int, k: int, geometry: Any) -> dict[str, Any]:
+        """What else may be read of the module: what its layers have as attributes."""
+        return {"in_features": k, "out_features": n}
 
     def describe(self, n: int, k: int, geometry: Any) -> str:
         """The arguments of the dense module, for ``repr``."""

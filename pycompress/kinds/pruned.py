@@ -19,11 +19,17 @@ def pruned_names(module: nn.Module) -> set[str]:
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
-    """Somebody else than torch.nn.utils.prune, pruning weight or bias, watches the calls or the gradients of this module."""
-    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
+    """Somebody else than torch.nn.utils.prune, pruning weight or bias, has hooks here, of whatever sort."""
+    return any(
+        not (name == "_forward_pre_hooks" and _only_prunes(module))
+        for name, hooks in vars(module).items()
+        if "hooks" in name and isinstance(hooks, dict) and hooks
+    )
+
+
+def _only_prunes(module: nn.Module) -> bool:
     pruning = all(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())
-    return not pruning or not pruned_names(module) <= {"weight", "bias"}
+    return pruning and pruned_names(module) <= {"weight", "bias"}
 
 
 def current(module: nn.Module, name: str) -> Tensor | None:

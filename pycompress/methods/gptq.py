@@ -55,7 +55,7 @@ def _round_columns(columns: Tensor, grid: Grid, spread: Tensor) -> tuple[Tensor,
     """The steps float32 [group, n] of the columns float64 [group, n] of one group, and the errors that they leave; changes the
     columns.
     """
-    steps, errors = torch.empty(columns.shape), torch.empty_like(columns)
+    steps, errors = torch.empty(columns.shape, dtype=torch.float32, device="cpu"), torch.empty_like(columns)
     for i, column in enumerate(columns):
         steps[i] = grid.steps(column[:, None].float())[:, 0]
         errors[i] = column - steps[i] * grid.scale[:, 0]

@@ -94,7 +94,9 @@ def damped_root(moment: Tensor, kind: str) -> Tensor | None:
     damping = DAMPING * float(moment.diagonal().mean())
     if damping == 0:
         return None
-    factor, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(len(moment), dtype=torch.float64))
+    factor, failed = torch.linalg.cholesky_ex(
+        moment + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    )
     if int(failed):
         raise ValueError(f"{kind}: the second moment of the inputs has negative eigenvalues, expected none")
     root: Tensor = factor

@@ -62,7 +62,7 @@ class Int8:
         w = finite_matrix("Int8", weight, smallest=0)
         top = 2 ** (self.weight_bits - 1) - 1
         if w.shape[1] == 0:
-            return Int8Weight(w.to(torch.int8), torch.ones(w.shape[0]), self.activation_bits, self.weight_bits)
+            return Int8Weight(w.to(torch.int8), w.new_ones(w.shape[0]), self.activation_bits, self.weight_bits)
         reach = w.abs().amax(dim=1)
         largest_rms = profile("Int8", "fit", self.fit).largest_rms
         if self.activation_bits == 8 and largest_rms is not None:

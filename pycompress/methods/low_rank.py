@@ -182,11 +182,13 @@ class LowRank:
         return replace(self, rank=rank, rank_guard=False)  # which would only estimate what was measured
 
     def _random(self, n: int, k: int, rank: int) -> LowRankWeight:
-        dice = torch.Generator().manual_seed(0)
+        dice = torch.Generator(device="cpu").manual_seed(0)
+        down, up = (torch.empty(size, dtype=torch.float32, device="cpu") for size in ((rank, k), (n, rank)))
         if self.bits == 32:
-            return LowRankWeight(torch.randn(rank, k, generator=dice), torch.randn(n, rank, generator=dice))
-        down, up = (torch.randint(-127, 128, size, dtype=torch.int8, generator=dice) for size in ((rank, k), (n, rank)))
-        return LowRankWeight(down, up, torch.ones(rank), torch.ones(n), self.activation_bits)
+            return LowRankWeight(down.normal_(generator=dice), up.normal_(generator=dice))
+        scales = down.new_ones(rank), up.new_ones(n)
+        down, up = (factor.random_(-127, 128, generator=dice).to(torch.int8) for factor in (down, up))
+        return LowRankWeight(down, up, *scales, self.activation_bits)
 
     # --- compression ----------------------------------------------------------------------------------------------
 
@@ -220,7 +222,7 @@ class LowRank:
         counts, n = inputs.counts, len(target)
         if counts is None or len(counts) != n:
             raise ValueError(f"LowRank: inputs are counts of {inputs.rows} tokens, expected those of {n} embeddings")
-        weights = counts + DAMPING * inputs.rows / n  # a token that never came counts a little
+        weights = counts.double() + DAMPING * inputs.rows / n  # a token that never came counts a little
         _, basis = self.split((target * weights.sqrt()[:, None]).T, Metric(), rank)
         return LowRankWeight(*balanced(basis.T, target @ basis))
 

@@ -77,19 +77,23 @@ def is_method(value: object) -> TypeGuard[Method]:
 
 
 def finite_matrix(kind: str, weight: Tensor, smallest: int = 1) -> Tensor:
-    """float32 [n, k] on the CPU; the weight itself where it is that already. ``smallest``: of n and of k.
+    """float32 [n, k] on the CPU, rows dense and one behind another; the weight itself where it is that already. ``smallest``: of
+    n and of k.
 
     Raises:
-        TypeError: not a floating-point matrix. ValueError: it holds NaN or Inf, is on the meta device, empty or too large.
+        TypeError: not a dense floating-point matrix. ValueError: it holds NaN or Inf, is on the meta device, empty or too large.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"{kind}: the weight is {type(weight).__name__}, expected floating point [n, k]")
+    if weight.is_nested or weight.layout != torch.strided:
+        layout = "nested" if weight.is_nested else f"of the layout {weight.layout}"
+        raise TypeError(f"{kind}: the weight is {layout}, expected a dense one, floating point [n, k]")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise TypeError(f"{kind}: the weight is {weight.dtype} {list(weight.shape)}, expected floating point [n, k]")
     matrix_shape(kind, tuple(weight.shape), smallest)
     if weight.is_meta:
         raise ValueError(f"{kind}: the weight {list(weight.shape)} is on the meta device, expected one with data")
-    w = weight.detach().to("cpu", torch.float32)
+    w = weight.detach().to("cpu", torch.float32).resolve_neg().contiguous()
     bad = int((~torch.isfinite(w)).sum())
     if bad:
         raise ValueError(f"{kind}: the weight {list(w.shape)} holds {bad} NaN or Inf, expected finite values")

@@ -51,7 +51,9 @@ def randomized(a: Tensor, rank: int) -> Tensor:
     """
     n, k = a.shape
     columns = min(rank + OVERSAMPLING, n, k)
-    sketch = torch.randn(k, columns, dtype=a.dtype, generator=torch.Generator().manual_seed(0))
+    sketch = torch.randn(
+        k, columns, dtype=a.dtype, device="cpu", generator=torch.Generator(device="cpu").manual_seed(0)
+    )
     basis: Tensor = torch.linalg.qr(a @ sketch)[0]
     for _ in range(POWER_ITERATIONS):  # orthonormalized at each half step, or rounding would drown the small values
         basis = torch.linalg.qr(a.T @ basis)[0]

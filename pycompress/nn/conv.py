@@ -27,7 +27,6 @@ class CompressedConv2d(CompressedLayer):
 
     kind = CONV2D
     geometry: Conv2dGeometry
-    padding_mode = "zeros"
 
     def __init__(
         self, weight: Weight, geometry: Conv2dGeometry, bias: Tensor | None = None, activation: str = "none"
@@ -50,11 +49,3 @@ class CompressedConv2d(CompressedLayer):
         if geometry.groups == 1:
             return ""
         return f"groups is {geometry.groups}, expected 1: convolutions in groups have no kernel yet"
-
-    in_channels = property(lambda self: self.geometry.in_channels)
-    out_channels = property(lambda self: self.n)
-    kernel_size = property(lambda self: self.geometry.kernel_size)
-    stride = property(lambda self: self.geometry.stride)
-    padding = property(lambda self: self.geometry.padding)
-    dilation = property(lambda self: self.geometry.dilation)
-    groups = property(lambda self: self.geometry.groups)

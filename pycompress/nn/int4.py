@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from pycompress import ops
 from pycompress.methods.int4 import Int4
 from pycompress.nn.layer import setting
@@ -17,8 +14,8 @@ class Int4Linear(CompressedLinear):
 
     Quantized, a row of x with NaN or Inf gives a row of NaN; in floating point NaN or Inf wherever it meets a weight.
 
-    State: ``weight`` uint8 [n, ceil(k / 2)], ``group_scale`` bfloat16 [n, groups] and, but for symmetric weights,
-    ``group_zero_point`` uint8 [n, ceil(groups / 2)], with groups = ceil(k / group), as :class:`Int4Weight` has them.
+    State: ``int4_values`` uint8 [n, ceil(k / 2)], ``int4_scale`` bfloat16 [n, groups] and, but for symmetric weights,
+    ``int4_zero_point`` uint8 [n, ceil(groups / 2)], with groups = ceil(k / group), as :class:`Int4Weight` has them.
     """
 
     weight_type = Int4Weight
@@ -29,13 +26,6 @@ class Int4Linear(CompressedLinear):
     group: int = setting("group", "How many input features share a scale: 32, 64 or 128.")
     symmetric: bool = setting("symmetric", "Whether there are no zero points.")
     activation_bits: int = setting("activation_bits", "8, or 16 where activations stay in floating point.")
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's, float32, made at each access."""
-        if self.packed.is_meta:
-            return torch.empty(self.dense_shape, device="meta")
-        return self.op.dense(self.packed, self.form)
 
     @property
     def label(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from pycompress import ops
 from pycompress.methods.int8 import Int8
 from pycompress.nn.layer import setting
@@ -16,7 +14,7 @@ class Int8Linear(CompressedLinear):
 
     Quantized, a row of x with NaN or Inf gives a row of NaN; in floating point NaN or Inf wherever it meets a weight.
 
-    State: ``weight`` int8 [n, k], ``weight_scale`` float32 [n].
+    State: ``int8_values`` [n, k], ``int8_scale`` float32 [n].
     """
 
     weight_type = Int8Weight
@@ -31,8 +29,3 @@ class Int8Linear(CompressedLinear):
     def label(self) -> str:
         """What a table calls the method: ``int8``, or ``int8 a16`` where activations stay in floating point."""
         return "int8 a16" if self.activation_bits == 16 else "int8"
-
-    @property
-    def weight(self) -> Tensor:
-        """int8 [n, k], unpacked at each access."""
-        return self._tensors()["weight"]

@@ -18,9 +18,9 @@ class LowRankLinear(CompressedLinear):
     On a CUDA device float32 factors run, rounded to bfloat16 for the product alone, on x in bfloat16 or float16: without a
     residual or, up to rank 128, beside an int8 one. Moving others there raises ValueError or RuntimeError.
 
-    State: ``down`` float32 or int8 [r, k] and ``up`` [n, r]; for int8 ``down_scale`` float32 [r] and ``up_scale`` float32 [n]; the
-    tensors of the residual behind ``residual_``. A state dict may bring another rank, and a sparse residual of another size, than
-    the layer had.
+    State: ``low_rank_down`` float32 or int8 [r, k] and ``low_rank_up`` [n, r]; for int8 ``low_rank_down_scale`` float32 [r] and
+    ``low_rank_up_scale`` float32 [n]; the tensors of the residual behind ``low_rank_residual_``. A state dict may bring another
+    rank, and a sparse residual of another size, than the layer had.
     """
 
     weight_type = LowRankWeight

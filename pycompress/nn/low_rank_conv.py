@@ -10,21 +10,20 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from pycompress import ops
 from pycompress.kinds import Conv2dGeometry
 from pycompress.methods.low_rank import LowRank
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.layer import setting
 from pycompress.weights import LowRankConv2dWeight
-from pycompress.weights.low_rank_conv import Ranks
+from pycompress.weights.low_rank_conv import Ranks, composed
 
 
 class LowRankConv2d(FactorsLayer, CompressedConv2d):
     """``act(conv2d(x, W) + b)`` with a low-rank float32 weight, computed in float32 and rounded once.
 
-    State: ``down`` and ``up``, for tucker also ``core``: the float32 weights of the convolutions. A state dict may bring other
-    ranks. NaN or Inf in x shows in all outputs whose patch holds it.
+    State: ``low_rank_down`` and ``low_rank_up``, for tucker also ``low_rank_core``: the float32 weights of the convolutions. A
+    state dict may bring other ranks. NaN or Inf in x shows in all outputs whose patch holds it.
 
     Attributes:
         stages: what the convolutions of the chain are besides their weights, in the order in which they run.
@@ -64,13 +63,14 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
         """What a table calls the method, e.g. ``low rank 24 spatial``."""
         return f"low rank {'x'.join(map(str, self.ranks))} {self.decomposition}"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
-        self.check(input)
-        y = input.float()
+    def product(self, x: Tensor) -> Tensor:
         last = len(self.stages) - 1
         for i, (weight, stage) in enumerate(zip(self._unpack().values(), self.stages, strict=True)):
-            y = conv2d(y, weight, self.bias if i == last else None, stage.stride, stage.padding, stage.dilation)
-        return ops.DIFFERENTIABLE[self.activation](y).to(input.dtype)
+            x = conv2d(x, weight, self.bias32 if i == last else None, stage.stride, stage.padding, stage.dilation)
+        return x
+
+    def dense(self) -> Tensor:
+        return composed(tuple(self._unpack().values())).flatten(1)
 
     def _details(self) -> str:
         return f"decomposition={self.decomposition}, ranks={self.ranks}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from torch.nn.functional import embedding
 
 from pycompress.kinds import EMBEDDING, EmbeddingGeometry
 from pycompress.methods.low_rank import LowRank
-from pycompress.nn.factors import FactorsLayer
+from pycompress.nn.factors import FactorsLayer, uncast
 from pycompress.nn.layer import setting
+from pycompress.ops.checks import check_tensor
 from pycompress.weights import LowRankWeight, Weight
 
 if TYPE_CHECKING:
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 class LowRankEmbedding(FactorsLayer):
     """``table[tokens] @ basis``, made by :meth:`from_dense` or :meth:`from_weight`.
 
-    State, as of every low-rank weight: ``up`` float32 [num_embeddings, r], the table, and ``down`` float32 [r, embedding_dim], the
-    basis. There is no gradient for them, so what an nn.Embedding says about that of its weight (``padding_idx``, ``sparse``,
-    ``scale_grad_by_freq``) has no effect; the row of ``padding_idx`` is zeros where the dense one was.
+    State, as of every low-rank weight: ``low_rank_up`` float32 [num_embeddings, r], the table, and ``low_rank_down`` float32
+    [r, embedding_dim], the basis. There is no gradient for them, so what an nn.Embedding says about that of its weight
+    (``padding_idx``, ``sparse``, ``scale_grad_by_freq``) has no effect; the row of ``padding_idx`` is zeros where the dense one
+    was.
 
     Attributes:
-        geometry: ``padding_idx``, the dense layer's, and ``dtype``, of the results, as the dense layer's weight had;
-            ``.to(dtype)`` changes it. The factors stay float32.
+        geometry: ``padding_idx``, the dense layer's.
+        dtype: of the results too. The factors stay float32.
 
     Shapes:
         tokens int64 or int32 [...], from 0 to num_embeddings - 1 -> [..., embedding_dim].
@@ -43,7 +45,8 @@ class LowRankEmbedding(FactorsLayer):
     def __init__(
         self, weight: LowRankWeight, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        super().__init__(weight, geometry=EmbeddingGeometry(padding_idx, dtype))
+        super().__init__(weight, geometry=EmbeddingGeometry(padding_idx))
+        self.dtype = dtype
         if padding_idx is not None and not (type(padding_idx) is int and 0 <= padding_idx < self.n):
             raise ValueError(f"LowRankEmbedding: padding_idx is {padding_idx!r}, expected None or 0 to {self.n - 1}")
 
@@ -68,7 +71,7 @@ class LowRankEmbedding(FactorsLayer):
     def build(cls, weight: Weight, geometry: Any, bias: Tensor | None = None, activation: str = "none") -> Self:
         if bias is not None or activation != "none":
             raise ValueError(f"{cls.__name__}: activation is {activation!r}, expected 'none', and no bias")
-        return cls(weight, geometry.padding_idx, geometry.dtype)  # type: ignore[arg-type]
+        return cls(weight, geometry.padding_idx)  # type: ignore[arg-type]
 
     @classmethod
     def misfit(cls, geometry: EmbeddingGeometry, settings: Mapping[str, Any] | None = None) -> str:  # noqa: ARG003
@@ -77,10 +80,6 @@ class LowRankEmbedding(FactorsLayer):
         beside = "a residual" if "residual" in settings else "int8 factors"
         return f"the weight has {beside}, expected float32 factors alone"
 
-    num_embeddings = property(lambda self: self.n)
-    embedding_dim = property(lambda self: self.k)
-    padding_idx = property(lambda self: self.geometry.padding_idx)
-    dtype = property(lambda self: self.geometry.dtype)
     rank: int = setting("rank", "How thin the table is: 1 to min(num_embeddings, embedding_dim).")
 
     @property
@@ -88,10 +87,14 @@ class LowRankEmbedding(FactorsLayer):
         """What a table calls the method, e.g. ``low rank 64``."""
         return f"low rank {self.rank}"
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Embedding gives it
+    def dense(self) -> Tensor:
         factors = self._unpack()
-        return torch.matmul(embedding(input, factors["up"]), factors["down"]).to(self.dtype)
+        return factors["up"] @ factors["down"]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.geometry = replace(self.geometry, dtype=fn(self.packed.new_empty(0, dtype=self.dtype)).dtype)
-        return super()._apply(fn, recurse)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Embedding gives it
+        check_tensor(type(self).__name__, input)
+        return uncast(self.product, input).to(self.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        factors = self._unpack()
+        return torch.matmul(embedding(x, factors["up"]), factors["down"])

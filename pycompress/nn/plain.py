@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pycompress import ops
 from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.layer import setting
 from pycompress.nn.linear import CompressedLinear
-from pycompress.ops.registry import library
+from pycompress.ops.registry import library, under_autocast
 from pycompress.weights import Weight
 
 _ALIGNMENT = 16  # bytes; tensors begin at multiples of it, so that any dtype can be viewed there
@@ -53,6 +52,7 @@ def _dense(packed: Tensor, weight: str, settings: str, n: int, k: int) -> Tensor
 
 library.impl("plain_dense", _dense, "CPU")
 library.impl("plain_dense", _dense, "CUDA")
+under_autocast("plain_dense")
 torch.library.register_fake(
     "pycompress::plain_dense", lambda packed, _w, _s, n, k: packed.new_empty((n, k), dtype=torch.float32), lib=library
 )
@@ -93,7 +93,5 @@ class PlainLinear(PlainLayer, CompressedLinear):
     State: the tensors of the canonical weight.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
-        self.check(input)
-        y = linear(input.float(), self.dense(), self.bias)
-        return ops.DIFFERENTIABLE[self.activation](y).to(input.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        return linear(x, self.dense(), self.bias32)

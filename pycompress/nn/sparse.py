@@ -15,7 +15,7 @@ from pycompress.weights import SparseWeight
 class SparseLayer(CompressedLayer):
     """A layer with a sparse weight [n, k], in float32 or in int8.
 
-    State: ``weight_mask`` uint8 [n, ceil(k / 8)], ``weight_values`` float32 or int8 [nnz], for int8 ``weight_scale`` float32 [n].
+    State: ``sparse_mask`` uint8 [n, ceil(k / 8)], ``sparse_values`` float32 or int8 [nnz], for int8 ``sparse_scale`` float32 [n].
     A state dict may bring more or fewer weights than the layer had.
     """
 

@@ -60,7 +60,7 @@ def lower(layer: nn.Module) -> onnx.ModelProto:
     the lowering shows besides.
 
     Raises:
-        TypeError: there is no lowering for this type of layer. ValueError: the weight is larger than 2 GiB.
+        TypeError: there is no lowering for this type of layer. ValueError: the weights are larger than 2 GiB, alone or together.
     """
     lowering = lowering_of(layer) if isinstance(layer, CompressedLayer) else None
     if lowering is None or not isinstance(layer, CompressedLayer):

@@ -21,4 +21,4 @@ def lower_conv2d(graph: Graph, x: str, layer: CompressedConv2d) -> str:
     """x [images, in_channels, height, width] -> Conv, which adds the bias as well. For rounding, and for NaN and Inf, what
     :func:`lower_linear` says of a row holds for the inputs of an output."""
     weight = layer.canonical().decompress().view(layer.dense_shape)
-    return graph.activation(graph.conv(x, "weight", array(weight), layer.geometry, layer.bias), layer)
+    return graph.activation(graph.conv(x, "weight", array(weight), layer.geometry, layer.bias32), layer)

@@ -17,7 +17,7 @@ from pycompress.onnx.activation import ACTIVATIONS
 
 OPSET = 20  # what torch.onnx.export writes by default; onnxruntime reads it since 1.17
 BLOCKS_OPSET = 21  # the first with 4-bit integers, and with a DequantizeLinear that has a scale per block
-MAX_WEIGHT_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB
+MAX_WEIGHT_BYTES = 2**31 - 2**20  # of all weights together: a protobuf message ends at 2 GiB
 
 
 class Graph:
@@ -32,6 +32,7 @@ class Graph:
         self.opset = OPSET
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.n_bytes = 0  # of these
         self.shown: list[onnx.ValueInfoProto] = []
 
     def show(self, name: str, dtype: int, *size: str | int) -> None:
@@ -48,14 +49,14 @@ class Graph:
 
     def weight(self, name: str, values: npt.NDArray[Any]) -> str:
         """Stores a weight. Raises ValueError where it is larger than a file can be."""
-        _check_size(values.shape, values.nbytes)
+        _check_size(f"the weight {list(values.shape)} has", values.nbytes)
         return self.constant(name, values, values.dtype)
 
     def nibbles(self, name: str, values: npt.NDArray[np.uint8]) -> str:
         """Stores integers from 0 to 15 as uint4: two a byte, the earlier one in the low half, across the ends of rows. Raises as
         :meth:`weight` does."""
         self.opset = max(self.opset, BLOCKS_OPSET)
-        _check_size(values.shape, (values.size + 1) // 2)
+        _check_size(f"the weight {list(values.shape)} has", (values.size + 1) // 2)
         low, high = np.pad(values.reshape(-1), (0, values.size % 2)).reshape(-1, 2).T
         packed = (low | high << 4).tobytes()
         return self._stored(helper.make_tensor(name, TensorProto.UINT4, values.shape, packed, raw=True))
@@ -64,6 +65,8 @@ class Graph:
         known = next((other for other in self.initializers if other.name == tensor.name), None)
         if known is None:
             self.initializers.append(tensor)
+            self.n_bytes += len(tensor.raw_data)
+            _check_size(f"the {len(self.initializers)} constants have together", self.n_bytes)
         elif known != tensor:
             raise ValueError(f"lower: the graph has another constant {tensor.name}")
         return str(tensor.name)
@@ -91,7 +94,7 @@ class Graph:
 
     def bias(self, v: str, layer: CompressedLayer) -> str:
         """Adds the bias of a layer to v [m, n]."""
-        return v if layer.bias is None else self.node("Add", v, self.constant("bias", array(layer.bias)[None, :]))
+        return v if layer.bias32 is None else self.node("Add", v, self.constant("bias", array(layer.bias32)[None, :]))
 
     def activation(self, v: str, layer: CompressedLayer) -> str:
         """Applies the activation of a layer."""
@@ -109,9 +112,9 @@ class Graph:
         return helper.make_model(proto, opset_imports=[opset], ir_version=ir_version, producer_name="pycompress")
 
 
-def _check_size(shape: tuple[int, ...], n_bytes: int) -> None:
+def _check_size(what: str, n_bytes: int) -> None:
     if n_bytes > MAX_WEIGHT_BYTES:
-        raise ValueError(f"lower: the weight {list(shape)} has {n_bytes} bytes, expected at most {MAX_WEIGHT_BYTES}")
+        raise ValueError(f"lower: {what} {n_bytes} bytes, expected at most {MAX_WEIGHT_BYTES}")
 
 
 def array(tensor: Tensor) -> npt.NDArray[np.float32]:

@@ -63,9 +63,9 @@ def lower_low_rank_conv2d(graph: Graph, x: str, layer: LowRankConv2d) -> str:
     """The Conv nodes that it runs as, of which the last one adds the bias: x float32 [images, in_channels, height, width] -> y
     float32 [images, out_channels, its height, its width], the layer's up to rounding.
     """
-    v, factors = x, layer.canonical().tensors()
+    v, factors = x, layer.canonical().parts()
     for (name, factor), stage in zip(factors.items(), layer.stages, strict=True):
-        v = graph.conv(v, name, array(factor), stage, layer.bias if name == "up" else None)
+        v = graph.conv(v, name, array(factor), stage, layer.bias32 if name == "up" else None)
     return graph.activation(v, layer)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,20 +21,29 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_float(op: str, x: Tensor) -> None:
-    """Raises TypeError where x is of a dtype that no kernel reads."""
+def check_tensor(op: str, x: Any) -> None:
+    """Raises TypeError where x is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}, expected a tensor")
+
+
+def check_float(op: str, x: Any) -> None:
+    """Raises TypeError where x is no dense tensor, or of a dtype that no kernel reads."""
+    check_tensor(op, x)
+    if x.is_nested or x.layout is not torch.strided:
+        layout = "nested" if x.is_nested else f"of the layout {x.layout}"
+        raise TypeError(f"{op}: x is {layout}, expected a dense tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: x is {x.dtype}, expected float32, bfloat16 or float16")
 
 
 def rows_of(op: str, x: Tensor) -> tuple[Tensor, int]:
     """``x`` as it can be walked by rows: [..., k] with dense rows one stride apart; and that stride in elements."""
-    if x.dtype not in FLOATS:
-        check_float(op, x)
+    check_float(op, x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x is a scalar, expected [..., k]")
     if x.is_neg() or x._is_zerotensor():  # views without memory of their own kind
-        x = x.resolve_neg() if x.is_neg() else torch.zeros(x.shape, dtype=x.dtype)
+        x = x.resolve_neg() if x.is_neg() else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if x.is_contiguous():
         return x, x.shape[-1]
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
@@ -41,7 +52,12 @@ def rows_of(op: str, x: Tensor) -> tuple[Tensor, int]:
 
 
 def matrix_of(op: str, x: Tensor) -> tuple[Tensor, int]:
-    """As :func:`rows_of`, for an x that must be [m, k]."""
+    """As :func:`rows_of`, for an x that must be [m, k] and of what has no derivative."""
+    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if tangent or (x.requires_grad and torch.is_grad_enabled()):
+        raise ValueError(
+            f"{op}: x {'has a tangent' if tangent else 'requires a gradient'}, expected x.detach(): y has none"
+        )
     x, ldx = rows_of(op, x)
     check(x.dim() == 2, f"{op}: x is {list(x.shape)}, expected [m, k]")
     return x, ldx
@@ -61,7 +77,7 @@ def vector(data: bytes, scale: Tensor | None = None) -> Tensor:
     Aligned by torch, and filled without its thread pool (fork). What the kernels pack takes whole floats.
     """
     behind = 0 if scale is None else scale.nbytes
-    packed = torch.empty(len(data) + behind, dtype=torch.uint8)
+    packed = torch.empty(len(data) + behind, dtype=torch.uint8, device="cpu")
     ctypes.memmove(packed.data_ptr(), data, len(data))
     if scale is not None:
         ctypes.memmove(packed.data_ptr() + len(data), scale.data_ptr(), behind)
@@ -73,15 +89,20 @@ def vector(data: bytes, scale: Tensor | None = None) -> Tensor:
 _tracing = getattr(torch._C, "_is_tracing", None)
 _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)
 
 
 def nobody_looks(x: Tensor) -> bool:
-    """No compiler, tracer, tensor subclass or dispatch mode must see an op of x: its kernel may be called directly."""
+    """No compiler, tracer, derivative, tensor subclass, autocast or dispatch mode must see an op of x: its kernel may be called
+    directly."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not x.requires_grad
         and not x.is_neg()
+        and forward_ad._current_level < 0
+        and _autocast is not None
+        and not _autocast()
         and _transforms is not None
         and _transforms() is None
         and _tracing is not None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pycompress.ops import int8
+from pycompress.ops import cpu, int8
 from pycompress.ops.checks import check, check_float
 from pycompress.ops.form import parse
 from pycompress.ops.registry import implement
@@ -41,6 +42,13 @@ def _check(
     check(before in NORMS or gate is not None, f"{op}: {before} needs a gate")
 
 
+def _apart(x: Tensor, *operands: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """What stands in front in torch's own operators, and then the layer."""
+    before = cpu.int8.before_layer(x, *operands[:5])
+    y: Tensor = torch.ops.pycompress.int8_linear.default(before.to(dtype or x.dtype), *operands[5:])
+    return y
+
+
 def _fake(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], parse(operands[6]).n))
 
@@ -52,7 +60,9 @@ _op = implement(
     int8.OP.doors,
     "fused_linear",
     _fake,
+    lambda _op, _keys, *operands: _apart(*operands),
     check=_check,
+    cast=lambda dtype, *operands: _apart(*operands, dtype=dtype),
 )
 
 

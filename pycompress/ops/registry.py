@@ -1,4 +1,4 @@
-"""What the ops of all weights have in common, written once: schemas, fakes, vmap, devices, and the short way in.
+"""What the ops of all weights have in common, written once: schemas, fakes, vmap, derivatives, devices, and the short way in.
 
 A weight has a *door* for each device, a module (or anything else) with these functions; ``ops/cpu`` and ``ops/cuda`` have those of
 the package, a module for each weight:
@@ -25,7 +25,7 @@ rank ``rank``, ``bits`` and ``residual``. ``activation_bits`` stands in all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
@@ -34,8 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycompress.ops.checks import ACTIVATIONS, check_float, nobody_looks
+from pycompress.ops.checks import ACTIVATIONS, FLOATS, check_float, check_tensor, nobody_looks
 from pycompress.ops.cpu import native
+from pycompress.ops.derivative import ROWS, below, wanted
 from pycompress.ops.form import Form, Sizes, parse
 
 Parts = dict[str, Tensor]
@@ -121,15 +122,19 @@ def implement(
     doors: Doors,
     function: str,
     fake: Callable[..., Tensor],
+    differentiable: Callable[..., Tensor],
     vmapped: Callable[..., Tensor] | None = None,
     check: Callable[..., None] | None = None,
+    cast: Callable[..., Tensor] | None = None,
 ) -> Any:
     """Defines the op ``name`` + schema, which calls the function of this name behind the doors of x's device; returns it.
 
     Args:
         fake: its result's shape and dtype.
+        differentiable: ``(op, keys, *operands)``, the same of operators that can be differentiated, where a derivative is wanted.
         vmapped: the op for x with the dimension of ``torch.vmap`` in front; the op itself where it is not given.
         check: of the operands, on all devices.
+        cast: ``(dtype, *operands)``, the op under autocast to a dtype; of x rounded to it where it is not given, as torch does.
     """
     library.define(name + schema, tags=EXACT_STRIDES)
 
@@ -145,6 +150,7 @@ def implement(
     def faked(*operands: Any) -> Tensor:
         if check is not None:
             check(*operands)
+        _check_together(name, operands)
         return fake(*operands)
 
     def vmap(_info: Any, in_dims: tuple[Any, ...], x: Tensor, *operands: Any) -> tuple[Tensor, int]:
@@ -152,15 +158,51 @@ def implement(
             raise NotImplementedError(f"{name}: vmap over the weights, expected over x only")
         return (vmapped or op)(x.movedim(in_dims[0], 0), *operands), 0
 
+    def autograd(keys: Any, x: Tensor, *rest: Any) -> Tensor:
+        check_float(name, x)  # before the dispatcher says at length that it knows no kernel
+        operands = (x, *rest)
+        return differentiable(op, keys, *operands) if wanted(*operands) else below(op, keys, *operands)
+
+    def cast_x(dtype: torch.dtype, x: Tensor, *operands: Any) -> Tensor:
+        y: Tensor = op(x.to(dtype) if x.dtype in FLOATS else x, *operands)
+        return y
+
     library.impl(name, on("cpu"), "CPU")
     library.impl(name, on("cuda"), "CUDA")
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    under_autocast(name, cast or cast_x)
     torch.library.register_fake(f"pycompress::{name}", faked, lib=library)
     torch.library.register_vmap(f"pycompress::{name}", vmap, lib=library)
     op = getattr(torch.ops.pycompress, name).default
     return op
 
 
-def _linear(doors: Doors, is_short: Callable[[Form], bool]) -> Callable[..., Tensor]:
+def _check_together(op: str, operands: Iterable[Any]) -> None:
+    """Raises RuntimeError where some of the tensors are on the meta device, and others on another."""
+    devices = sorted({str(one.device) for one in operands if isinstance(one, Tensor)})
+    if len(devices) > 1 and "meta" in devices:
+        raise RuntimeError(f"{op}: the tensors are on {', '.join(devices)}, expected all of them on one device")
+
+
+def under_autocast(name: str, run: Callable[..., Any] | None = None) -> None:
+    """Defines an op under autocast to a dtype: ``run(dtype, *operands)``, within which there is none; else the op without it."""
+    op = getattr(torch.ops.pycompress, name).default
+
+    def on(device: str, keys: torch._C.DispatchKeySet) -> Callable[..., Any]:
+        def cast(*operands: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*operands) if run is None else run(torch.get_autocast_dtype(device), *operands)
+
+        return cast
+
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{device.upper()}"
+        library.impl(name, on(device, torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))), key)
+
+
+def _linear(
+    doors: Doors, dense: Callable[[Tensor, str], Tensor], is_short: Callable[[Form], bool]
+) -> Callable[..., Tensor]:
     name = f"{doors.name}_linear"
 
     def fake(x: Tensor, packed: Tensor, form: str, bias: Tensor | None, activation: str) -> Tensor:  # noqa: ARG001
@@ -168,7 +210,7 @@ def _linear(doors: Doors, is_short: Callable[[Form], bool]) -> Callable[..., Ten
         return x.new_empty((*x.shape[:-1], parse(form).n))
 
     schema = "(Tensor x, Tensor packed, str form, Tensor? bias, str activation) -> Tensor"
-    op = implement(name, schema, doors, "linear", fake)
+    op = implement(name, schema, doors, "linear", fake, ROWS.differentiable(dense))
     cpu_linear, codes, threads = doors.cpu.linear, ACTIVATIONS, torch.get_num_threads
 
     @lru_cache(maxsize=1 << 16)
@@ -179,16 +221,21 @@ def _linear(doors: Doors, is_short: Callable[[Form], bool]) -> Callable[..., Ten
 
     def linear(x: Tensor, packed: Tensor, form: str, bias: Tensor | None = None, activation: str = "none") -> Tensor:
         # Nobody is looking: the kernel is called without torch's dispatcher, which costs as much as a small layer (5 us of 9).
-        if nobody_looks(x):
+        if nobody_looks(x) and (bias is None or not (bias.requires_grad or bias.is_neg())):
             if x.is_cpu:
                 n, call = short(form)
                 if call is not None:
-                    y = x.new_empty((*x.shape[:-1], n))
+                    try:
+                        y = x.new_empty((*x.shape[:-1], n))
+                    except RuntimeError:
+                        check_float(name, x)  # a nested one has no shape
+                        raise
                     if call(x, packed, bias, codes.get(activation, -1), y, threads()):
                         return y
                 return cpu_linear(x, packed, form, bias, activation)  # type: ignore[no-any-return]
             if x.is_cuda:
                 return doors.of(name, x.device, x, packed, bias).linear(x, packed, form, bias, activation)  # type: ignore[no-any-return]
+        check_tensor(name, x)
         return op(x, packed, form, bias, activation)  # type: ignore[no-any-return]
 
     linear.short = short  # type: ignore[attr-defined]  # (which remembers the native module)
@@ -231,6 +278,7 @@ def define(name: str, cpu: Any, cuda: Any = None, is_short: Callable[[Form], boo
     for op, here, fake in ((dense, dense_here, dense_fake), (unpack, unpack_here, unpack_fake)):
         for key in ("CPU", "CUDA"):
             library.impl(op, here, key)
+        under_autocast(op)
         torch.library.register_fake(f"pycompress::{op}", fake, lib=library)
     dense_op, unpack_op = (getattr(torch.ops.pycompress, op).default for op in (dense, unpack))
 
@@ -239,7 +287,7 @@ def define(name: str, cpu: Any, cuda: Any = None, is_short: Callable[[Form], boo
         device: torch.device | str = "cpu", layout: str = "",
     ) -> tuple[Tensor, str]:  # fmt: skip
         device = torch.device(device)
-        there = {part: tensor.to(device) for part, tensor in parts.items()}
+        there = {part: tensor.detach().resolve_neg().to(device) for part, tensor in parts.items()}
         door = doors.of(f"{name}_pack", device, *there.values())
         try:
             packed, form = door.pack(there, shape, settings, layout)
@@ -251,5 +299,5 @@ def define(name: str, cpu: Any, cuda: Any = None, is_short: Callable[[Form], boo
     def unpacked(packed: Tensor, form: str) -> Parts:
         return dict(zip(sizes(parse(form)), unpack_op(packed, form), strict=True))
 
-    OPS[name] = Op(name, doors, pack, unpacked, dense_op, _linear(doors, is_short), sizes)
+    OPS[name] = Op(name, doors, pack, unpacked, dense_op, _linear(doors, dense_op, is_short), sizes)
     return OPS[name]

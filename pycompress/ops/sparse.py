@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from pycompress.ops import cpu
-from pycompress.ops.checks import check, nobody_looks
+from pycompress.ops.checks import check, check_tensor, nobody_looks
+from pycompress.ops.derivative import Product
 from pycompress.ops.form import parse
 from pycompress.ops.registry import define, implement
 
@@ -74,6 +77,27 @@ def _conv2d_vmapped(x: Tensor, *operands: Any) -> Tensor:
     return y.reshape(*x.shape[:-3], *y.shape[-3:])
 
 
+def _conv2d_along(dx: Tensor, weight: Tensor, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
+    top, bottom, left, right = padding
+    wide = torch.nn.functional.pad(dx, (left, right, top, bottom))
+    weight = weight.view(len(weight), -1, *kernel_size)
+    return torch.nn.functional.conv2d(wide, weight, None, list(stride), 0, list(dilation))
+
+
+def _conv2d_back(
+    dy: Tensor, weight: Tensor, shape: Ints, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
+) -> Tensor:
+    """Of x with its zeros around it: torch's convolution has the same number of them on opposite sides."""
+    top, bottom, left, right = padding
+    *_, channels, height, width = shape
+    images = dy.reshape(-1, *dy.shape[-3:])  # [C, H, W] is one
+    padded = (len(images), channels, height + top + bottom, width + left + right)
+    weight = weight.view(len(weight), -1, *kernel_size)
+    wide: Tensor = conv2d_input(padded, weight, images, list(stride), 0, list(dilation))
+    return wide[..., top : top + height, left : left + width].reshape(shape)
+
+
+CONV2D = Product(_conv2d_along, _conv2d_back, channels=-3)
 _conv2d_op = implement(
     "sparse_conv2d",
     "(Tensor x, Tensor packed, str form, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
@@ -81,6 +105,7 @@ _conv2d_op = implement(
     OP.doors,
     "conv2d",
     _conv2d_fake,
+    CONV2D.differentiable(OP.dense),
     _conv2d_vmapped,
 )
 
@@ -108,6 +133,8 @@ def sparse_conv2d(
         TypeError: x has another dtype. ValueError: sizes or dtypes do not fit, or the weight is int8. RuntimeError: a tensor is
         not on the CPU.
     """
-    call = cpu.sparse.conv2d if nobody_looks(x) and x.is_cpu else _conv2d_op
+    check_tensor("sparse_conv2d", x)
+    direct = nobody_looks(x) and x.is_cpu and (bias is None or not (bias.requires_grad or bias.is_neg()))
+    call = cpu.sparse.conv2d if direct else _conv2d_op
     result: Tensor = call(x, packed, form, bias, kernel_size, stride, padding, dilation, activation)
     return result

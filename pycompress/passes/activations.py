@@ -1,16 +1,23 @@
-"""An activation that follows a layer directly goes into its kernel, which applies it while the result is in registers."""
+"""An activation that follows a layer directly goes into its kernel, which applies it while the result is in registers.
+
+That it follows is read from the source of the parent's ``forward``; that nothing else is done with them, from the rest of the code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
+import ast
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
-import torch.fx
 from torch import nn
 
+from pycompress.kinds import has_foreign_hooks, replaced_code
+from pycompress.passes.code import Code
 from pycompress.passes.edit import Edit
 from pycompress.plan import Target
-from pycompress.surgery import split
+from pycompress.references import References, held
+from pycompress.surgery import names_of
 
 # Transformers has classes of its own for the same functions; by name, because the package need not be installed.
 _BY_NAME = {
@@ -20,6 +27,13 @@ _BY_NAME = {
     "GELUTanh": "gelu_tanh",
     "SiLUActivation": "silu",
 }
+_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
+# What may not come to evaluate what stands in it, or evaluates it more than once.
+_SOMETIMES = (
+    ast.IfExp, ast.BoolOp, ast.Compare, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Await, ast.Yield,
+    ast.YieldFrom,
+)  # fmt: skip
+_ALL_NAMES = {"locals", "vars", "eval", "exec"}  # reach variables without naming them
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -35,81 +49,124 @@ def activation_name(module: nn.Module) -> str | None:
     return None
 
 
-class _ChildrenAreLeaves(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
-        return True
-
-
-def _calls(parent: nn.Module, training: bool) -> list[torch.fx.Node]:
-    """The calls of children in ``parent.forward``, traced on a stand-in so that what forward assigns stays off the parent."""
-    stand_in = copy(parent)
-    stand_in.__dict__.update({name: dict(value) for name, value in vars(parent).items() if isinstance(value, dict)})
-    stand_in.training = training
-    graph = _ChildrenAreLeaves().trace(stand_in)
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
-        return []  # a branch on another argument would be traced one way only
-    return [node for node in graph.nodes if node.op == "call_module"]
-
-
-def _pairs(calls: list[torch.fx.Node], activations: dict[str, str]) -> dict[str, tuple[str, str]]:
-    found: dict[str, tuple[str, str]] = {}
-    for node in calls:
-        target = str(node.target)
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if target not in activations or not isinstance(source, torch.fx.Node) or source.op != "call_module":
-            continue
-        once = all(sum(other.target == name for other in calls) == 1 for name in (node.target, source.target))
-        if once and len(source.users) == 1:
-            found[str(source.target)] = (target, activations[target])
-    return found
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Somebody watches the calls or the gradients of this module."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
-
-
-def followers(parent: nn.Module) -> dict[str, tuple[str, str]]:
-    """Children of ``parent`` whose result goes into one activation child and nowhere else.
-
-    Found by tracing the parent's ``forward`` symbolically (torch.fx) with its children as leaves, in training and in evaluation;
-    a forward that cannot be traced has no followers. Left out are children that are called more than once, and activations that
-    have hooks or two names. What other code does with the children, past this forward, cannot be seen from here.
-
-    Returns:
-        {name of the child: (name of the activation child, the kernels' name of the activation)}
-    """
-    children = {name: child for name, child in parent._modules.items() if child is not None}
-    activations = {
-        name: kind
-        for name, child in children.items()
-        if (kind := activation_name(child)) and not has_hooks(child) and sum(c is child for c in children.values()) == 1
-    }
-    if not activations or len(children) < 2:
-        return {}
-    try:
-        trained, evaluated = (_pairs(_calls(parent, training), activations) for training in (True, False))
-    except Exception:
-        return {}
-    return {name: pair for name, pair in trained.items() if evaluated.get(name) == pair}
-
-
 def take_over(model: nn.Module, targets: Sequence[Target]) -> list[Edit]:
-    """An activation that follows a layer wherever it is used becomes the layer's; the module leaves its place."""
-    known: dict[str, dict[str, tuple[str, str]]] = {}
+    """An activation that follows a layer wherever it is used becomes the layer's; the module leaves its place.
+
+    Left out are layers and activations that the model holds in more than one place or calls in more than one, that have hooks, or
+    with which code may do what cannot be seen. Calls from outside the model cannot be seen from here.
+    """
+    layers = {target.module: target for target in targets if target.kind.epilogue}
+    parents = [
+        module
+        for module in model.modules()
+        if any(child in layers for child in module.children()) and any(map(activation_name, module.children()))
+    ]
+    if not parents:
+        return []
+    code = Code(model)
+    pairs = [pair for parent in parents for pair in _pairs(model, parent, code) if pair[0] in layers]
+    places = Counter(one.module for one in held(References(model), {module for pair in pairs for module in pair}))
     edits = []
-    for target in targets:
-        if not target.kind.epilogue:
-            continue
-        hits = []
-        for name in filter(None, target.names):
-            parent, attribute = split(name)
-            if parent not in known:
-                known[parent] = followers(model.get_submodule(parent))
-            if attribute in known[parent]:
-                activation, kind = known[parent][attribute]
-                hits.append((f"{parent}.{activation}".lstrip("."), kind))
-        alike = len(hits) == len(target.names) and len({kind for _, kind in hits}) == 1
-        if hits and alike:
-            edits.append(Edit(target, activation=hits[0][1], emptied=[name for name, _ in hits]))
+    for layer, activation in pairs:
+        hidden = any(id(module) in code.hidden or places[module] != 1 for module in (layer, activation))
+        name = activation_name(activation)
+        if name and not hidden and not has_foreign_hooks(activation) and not replaced_code(activation):
+            edits.append(Edit(layers[layer], activation=name, emptied=activation))
     return edits
+
+
+def _pairs(model: nn.Module, parent: nn.Module, code: Code) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Children of ``parent`` of which the second gets all that the first gives, and only that."""
+    if isinstance(parent, nn.Sequential):
+        if _is_plain(parent) and not _is_asked_for_items(model, parent, code):
+            for pair in pairwise(parent._modules.values()):
+                if not any(child is None or code.mentions.get(id(child)) for child in pair):
+                    yield pair
+        return
+    forward = code.forward_of(parent)
+    for names, calls in followed(forward.tree) if forward else ():
+        first, second = (parent._modules.get(name) for name in names)
+        if first is None or second is None or code.names.intersection(names):
+            continue
+        if all(code.mentions.get(id(child)) == [call] for child, call in zip((first, second), calls, strict=True)):
+            yield first, second
+
+
+def _is_plain(parent: nn.Sequential) -> bool:
+    """Whether a call of it calls its children one behind the other, and nobody watches that."""
+    kind = type(parent)
+    plain = all(
+        getattr(kind, name) is getattr(nn.Sequential, name)
+        for name in ("forward", "__iter__", "__call__", "_call_impl")
+    )
+    return plain and not has_foreign_hooks(parent) and not replaced_code(parent) and not replaced_code(nn.Sequential())
+
+
+def _is_asked_for_items(model: nn.Module, parent: nn.Module, code: Code) -> bool:
+    """Whether code that knows it by its name, on an object that was not followed, may call its items one by one."""
+    for name in names_of(model)[parent]:
+        words = [word for word in name.split(".") if not word.isdigit()]
+        if words and words[-1] in code.names:
+            return True
+    return False
+
+
+def followed(forward: ast.FunctionDef) -> Iterator[tuple[tuple[str, str], tuple[ast.Call, ast.Call]]]:
+    """Names of children, and their calls, where every run of a forward that comes so far does ``self.second(self.first(x))``:
+    written so, or with a local variable between two statements that has no other use."""
+    if not forward.args.args or any(isinstance(node, ast.Name) and node.id in _ALL_NAMES for node in ast.walk(forward)):
+        return
+    owner = forward.args.args[0].arg
+    for i, statement in enumerate(forward.body):
+        for second in _certain(statement) if isinstance(statement, _SIMPLE) else ():
+            if not (name := _child_called(second, owner)):
+                continue
+            assert isinstance(second, ast.Call)
+            first: ast.expr | None = second.args[0]
+            if isinstance(first, ast.Name):
+                first = _assigned(forward, i, first)
+            if first is not None and (before := _child_called(first, owner)):
+                assert isinstance(first, ast.Call)
+                yield (before, name), (first, second)
+
+
+def _certain(node: ast.AST) -> Iterator[ast.AST]:
+    """What is evaluated once where a statement is run."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, _SOMETIMES):
+            yield from _certain(child)
+
+
+def _child_called(node: ast.AST, owner: str) -> str:
+    """``name`` of ``owner.name(x)``, or ''."""
+    if not isinstance(node, ast.Call) or len(node.args) != 1 or node.keywords or isinstance(node.args[0], ast.Starred):
+        return ""
+    called = node.func
+    mine = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == owner
+    return called.attr if mine and isinstance(called, ast.Attribute) else ""
+
+
+def _assigned(forward: ast.FunctionDef, i: int, variable: ast.Name) -> ast.expr | None:
+    """What the statement before statement i gave a variable that is read in statement i, once, and nowhere later."""
+    before, statement = forward.body[i - 1], forward.body[i]
+    if i == 0 or not isinstance(before, ast.Assign) or not _is_name(before.targets, variable.id):
+        return None
+    again = isinstance(statement, ast.Assign) and _is_name(statement.targets, variable.id)
+    inside = [
+        node for node in ast.walk(forward) if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node is not forward
+    ]
+    reads = [*_reads(statement, variable.id)]
+    for later in [*inside, *([] if again else forward.body[i + 1 :])]:
+        reads += _reads(later, variable.id)
+    return before.value if reads == [variable] else None
+
+
+def _is_name(targets: list[ast.expr], name: str) -> bool:
+    return len(targets) == 1 and isinstance(targets[0], ast.Name) and targets[0].id == name
+
+
+def _reads(node: ast.AST, name: str) -> Iterator[ast.Name]:
+    for one in ast.walk(node):
+        if isinstance(one, ast.Name) and one.id == name and not isinstance(one.ctx, ast.Store):
+            yield one

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from torch import nn
 
 from pycompress.plan import Target
 
@@ -13,12 +15,12 @@ class Edit:
 
     Attributes:
         activation: what its kernel applies behind the product.
-        emptied: names of the modules that do so now, and become ``nn.Identity``.
+        emptied: the module that does so now, and becomes an ``nn.Identity``.
     """
 
     target: Target
     activation: str = "none"
-    emptied: list[str] = field(default_factory=list)
+    emptied: nn.Module | None = None
 
     def apply(self) -> None:
         self.target.record.activation = self.activation

@@ -74,7 +74,7 @@ class Check:
         self.rows += count
         if count == 0:
             return
-        chosen = torch.arange(count)
+        chosen = torch.arange(count, dtype=torch.int64, device="cpu")
         if total == len(x):
             x = x[:count]
         else:

@@ -41,7 +41,7 @@ def float64(x: Tensor) -> Array:
 
 def _bias(layer: CompressedLayer) -> Array | float:
     """float64 [n], or 0."""
-    return 0.0 if layer.bias is None else float64(layer.bias)
+    return 0.0 if layer.bias32 is None else float64(layer.bias32)
 
 
 def array(x: Tensor) -> Array:
@@ -374,7 +374,7 @@ def numpy_steps(x: Array, layer: Int8Linear | SparseLinear | Int4Linear | LowRan
     """
     weight, exact = layer.canonical(), dict[str, Array]()
     clean, broken = _without_broken(x)
-    v: Array = np.zeros(1, np.float32) if layer.bias is None else float32(layer.bias)
+    v: Array = np.zeros(1, np.float32) if layer.bias32 is None else float32(layer.bias32)
     size, roundings, order, prefix = np.abs(v), 0, None, ""
     if isinstance(weight, LowRankWeight):
         if weight.bits == 32:

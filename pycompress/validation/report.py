@@ -33,7 +33,9 @@ class ModelRecord:
     max_difference: float
     cosine: float  # the smallest over the tensors
     perturbed_cosine: float | None  # native against itself, perturbed; None where the outputs must be equal
-    status: str  # "ok" or "diverged"
+    status: (
+        str  # "ok", "diverged", or "undecided" where the model's own behaviour allows no verdict: the reason says why
+    )
     reason: str
 
 
@@ -60,18 +62,21 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True where nothing diverged and at least one layer was compared."""
-        return self.first_divergence is None and any(record.rows for record in self.layers)
+        """True where nothing diverged, the whole model could be judged, and at least one layer was compared."""
+        nothing_wrong = self.first_divergence is None and self.model.status == "ok"
+        return nothing_wrong and any(record.rows for record in self.layers)
 
     @property
     def verdict(self) -> str:
-        """One line: OK, DIVERGED or NOTHING COMPARED, and what was left out."""
+        """One line: OK, DIVERGED, UNDECIDED or NOTHING COMPARED, and what was left out."""
         cut = [record.rows for record in self.layers if record.rows < record.rows_seen]
         left_out = f"; {len(cut)} layer(s) only in the first {max(cut)} rows" if cut else ""
         if self.not_called:
             left_out += f"; NOT CALLED and so not compared: {', '.join(self.not_called)}"
         if self.first_divergence is not None:
             return f"DIVERGED: first at {self.first_divergence}{left_out}"
+        if self.model.status == "undecided":
+            return f"UNDECIDED: {self.model.reason.splitlines()[0]}{left_out}"
         if not self.ok:
             return f"NOTHING COMPARED{left_out}"
         compared = len(self.layers) - len(self.not_called)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pycompress.calls import Inputs, only_argument
+from pycompress.calls import Inputs, only_argument, uncompiled
 from pycompress.nn.layer import CompressedLayer
 from pycompress.surgery import compressed_layers
 from pycompress.validation.checks import Check, check_of
@@ -27,7 +27,7 @@ Forward = Callable[..., Tensor]
 def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None = None) -> Report:
     """Compares a compressed model with ONNX Runtime and NumPy, layer by layer and as a whole.
 
-    The model runs two or three times, in evaluation mode and without gradients; it, the inputs and the random state are left as
+    The model runs three or four times, in evaluation mode and without gradients; it, the inputs and the random state are left as
     they were, also after an exception, and so each run begins with the same. In the first run every layer computes natively, and
     what it was given and gave is compared:
 
@@ -53,10 +53,12 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     In the second run ONNX Runtime computes the layers (but not rows with NaN or Inf for float32 weights, in a
     convolution whole images). The outputs must be equal where all weights are int8 and all activations none or
     relu. Elsewhere a third run tells how far the native model moves when the results of the other layers move by
-    PERTURBATION, and ONNX Runtime's outputs must be SMALLEST_COSINE close or about as close as that.
+    PERTURBATION, and ONNX Runtime's outputs must be SMALLEST_COSINE close or about as close as that. A last run is native again:
+    where its outputs are not those of the first, the model keeps something between runs that could not be put back. Of such a
+    model, and of one that moves far by itself, the report is not OK, and says that no verdict was reached.
 
     Args:
-        model: has at least one compressed layer.
+        model: has at least one compressed layer; also one that ``torch.compile`` made, whose layers run eagerly here.
         inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``.
         layers: names or glob patterns of the layers to compare, all by default. Others always run natively.
     Returns:
@@ -70,6 +72,7 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
 
     import onnxruntime  # isort: skip
 
+    model = uncompiled(model)
     chosen = _choose(compressed_layers(model), layers)
     sessions = {layer: onnx.session(onnx.lower(layer)) for layer in chosen}
     checks = {layer: check_of(name, layer, sessions[layer]) for layer, name in chosen.items()}
@@ -105,8 +108,9 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     if inexact:
         with _forwards(inexact, _perturbed()):
             perturbed = outputs_of(model, inputs)
+    again = outputs_of(model, inputs)
     in_order += [check for check in checks.values() if check.calls == 0]
-    record = compare_outputs(expected, actual, perturbed)
+    record = compare_outputs(expected, actual, perturbed, again)
     return Report([check.record() for check in in_order], record, onnxruntime.__version__)
 
 
@@ -147,7 +151,7 @@ def _forwards(layers: Iterable[CompressedLayer], make: Callable[[CompressedLayer
 
 def _run_session(layer: CompressedLayer, session: onnxruntime.InferenceSession, x: Tensor) -> Tensor:
     """The layer's forward in ONNX Runtime, on x's device and in its dtype; tokens give that of the layer's geometry."""
-    dtype = layer.geometry.dtype if layer.kind.tokens else x.dtype
+    dtype = layer.dtype if layer.kind.tokens else x.dtype
     (y,) = session.run(["y"], {"x": array(layer.kind.items(x))})
     shape = (*x.shape[: x.dim() - layer.kind.dims], *y.shape[1:])
     return x.new_empty(shape, dtype=dtype).copy_(torch.from_numpy(y).reshape(shape))
@@ -155,14 +159,14 @@ def _run_session(layer: CompressedLayer, session: onnxruntime.InferenceSession, 
 
 def _perturbed() -> Callable[[CompressedLayer, Forward], Forward]:
     """Native forwards whose results move by PERTURBATION up or down; in 16 bits few do, by one step."""
-    generator = torch.Generator().manual_seed(0)  # the model's own random numbers stay the same
+    generator = torch.Generator(device="cpu").manual_seed(0)  # the model's own random numbers stay the same
 
     def make(_layer: CompressedLayer, native: Forward) -> Forward:
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
             y = native(*args, **kwargs)
             step = max(PERTURBATION, torch.finfo(y.dtype).eps)
-            moved = torch.rand(y.shape, generator=generator) < PERTURBATION / step
-            sign = torch.randint(2, y.shape, generator=generator) * 2 - 1
+            moved = torch.rand(y.shape, generator=generator, dtype=torch.float32, device="cpu") < PERTURBATION / step
+            sign = torch.randint(2, y.shape, generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
             return y * (1 + step * sign * moved).to(y.device, y.dtype)
 
         return forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,9 @@ class DenseWeight(Weight):
     """
 
     name: ClassVar[str] = "dense"
-    fields: ClassVar[tuple[Field, ...]] = (Field("weight", "weight", torch.float32, "n, k", finite),)
+    version: ClassVar[int] = 2
+    older: ClassVar[Mapping[int, Mapping[str, str]]] = {1: {"weight": "weight"}}
+    fields: ClassVar[tuple[Field, ...]] = (Field("weight", torch.float32, "n, k", finite),)
 
     weight: Tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,11 +60,15 @@ class Int4Weight(Weight):
     """
 
     name: ClassVar[str] = "int4"
+    version: ClassVar[int] = 2
+    older: ClassVar[Mapping[int, Mapping[str, str]]] = {
+        1: {"values": "weight", "scale": "group_scale", "zero_point": "group_zero_point"}
+    }
     fields: ClassVar[tuple[Field, ...]] = (
-        Field("values", "weight", torch.uint8, "n, ceil(k / 2)", lambda name, t, w: _padded(name, t, w.k)),
-        Field("scale", "group_scale", torch.bfloat16, "n, ceil(k / group)", _in_range),
+        Field("values", torch.uint8, "n, ceil(k / 2)", lambda name, t, w: _padded(name, t, w.k)),
+        Field("scale", torch.bfloat16, "n, ceil(k / group)", _in_range),
         Field(
-            "zero_point", "group_zero_point", torch.uint8, "n, ceil(groups / 2)",
+            "zero_point", torch.uint8, "n, ceil(groups / 2)",
             lambda name, t, w: _padded(name, t, w.groups), when=lambda s: not s["symmetric"],
         ),
     )  # fmt: skip
@@ -104,7 +109,7 @@ class Int4Weight(Weight):
     def zero_points(self) -> Tensor:
         """uint8 [n, groups], of symmetric weights too."""
         if self.zero_point is None:
-            return torch.full(self.scale.shape, SYMMETRIC_ZERO_POINT, dtype=torch.uint8)
+            return torch.full_like(self.scale, SYMMETRIC_ZERO_POINT, dtype=torch.uint8)
         return unpack_nibbles(self.zero_point, self.groups)
 
     def decompress(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,11 +26,11 @@ class Int8Weight(Weight):
     """
 
     name: ClassVar[str] = "int8"
+    version: ClassVar[int] = 2
+    older: ClassVar[Mapping[int, Mapping[str, str]]] = {1: {"values": "weight", "scale": "weight_scale"}}
     fields: ClassVar[tuple[Field, ...]] = (
-        Field(
-            "values", "weight", torch.int8, "n, k", lambda name, t, w: symmetric(name, t, 2 ** (w.weight_bits - 1) - 1)
-        ),
-        Field("scale", "weight_scale", torch.float32, "n", positive),
+        Field("values", torch.int8, "n, k", lambda name, t, w: symmetric(name, t, 2 ** (w.weight_bits - 1) - 1)),
+        Field("scale", torch.float32, "n", positive),
     )
     options: ClassVar[tuple[Setting, ...]] = (
         Setting("activation_bits", one_of(7, 8, 16)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,11 +44,15 @@ class LowRankWeight(Weight):
     """
 
     name: ClassVar[str] = "low_rank"
+    version: ClassVar[int] = 2
+    older: ClassVar[Mapping[int, Mapping[str, str]]] = {
+        1: {name: name for name in ("down", "up", "down_scale", "up_scale", "residual")}
+    }
     fields: ClassVar[tuple[Field, ...]] = (
-        Field("down", "down", _DTYPE, "rank, k", numbers),
-        Field("up", "up", _DTYPE, "n, rank", numbers),
-        Field("down_scale", "down_scale", torch.float32, "rank", positive, when=_is_int8),
-        Field("up_scale", "up_scale", torch.float32, "n", positive, when=_is_int8),
+        Field("down", _DTYPE, "rank, k", numbers),
+        Field("up", _DTYPE, "n, rank", numbers),
+        Field("down_scale", torch.float32, "rank", positive, when=_is_int8),
+        Field("up_scale", torch.float32, "n", positive, when=_is_int8),
     )
     options: ClassVar[tuple[Setting, ...]] = (
         Setting("rank", between(1, min), measured=lambda tensors: len(tensors["down"])),
@@ -92,5 +97,6 @@ class LowRankWeight(Weight):
     def decompress(self) -> Tensor:
         """float32 [n, k]."""
         down, up = self.factors()
-        product = up @ down
+        with torch.autocast("cpu", enabled=False):
+            product = up @ down
         return product if self.residual is None else product + self.residual.decompress()

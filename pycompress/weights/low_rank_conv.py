@@ -7,6 +7,7 @@ tucker    [r_in, c, 1, 1], then [r_out, r_in, kh, kw], then [n, r_out, 1, 1]
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -49,9 +50,10 @@ def largest_ranks(decomposition: str, shape: Shape4) -> Ranks:
 def composed(factors: tuple[Tensor, ...]) -> Tensor:
     """The dense weight [n, c, kh, kw] of a chain of convolutions."""
     down, *core, up = factors
-    if core:
-        return torch.einsum("no,oiyx,ic->ncyx", up.flatten(1), core[0], down.flatten(1))
-    return torch.einsum("nrx,rcyz->ncyxz", up[:, :, 0], down).flatten(3)
+    with torch.autocast("cpu", enabled=False):
+        if core:
+            return torch.einsum("no,oiyx,ic->ncyx", up.flatten(1), core[0], down.flatten(1))
+        return torch.einsum("nrx,rcyz->ncyxz", up[:, :, 0], down).flatten(3)
 
 
 def _shape4(shape: Shape, settings: Settings) -> Shape4:
@@ -96,10 +98,12 @@ class LowRankConv2dWeight(Weight):
     """
 
     name: ClassVar[str] = "low_rank"  # which the weight of a linear layer has in the table
+    version: ClassVar[int] = 2
+    older: ClassVar[Mapping[int, Mapping[str, str]]] = {1: {name: name for name in ("down", "core", "up")}}
     fields: ClassVar[tuple[Field, ...]] = (
-        Field("down", "down", torch.float32, "r_in, c, down_height, down_width", finite),
-        Field("core", "core", torch.float32, "r_out, r_in, height, width", finite, when=_is_tucker),
-        Field("up", "up", torch.float32, "n, r_out, 1, up_width", finite),
+        Field("down", torch.float32, "r_in, c, down_height, down_width", finite),
+        Field("core", torch.float32, "r_out, r_in, height, width", finite, when=_is_tucker),
+        Field("up", torch.float32, "n, r_out, 1, up_width", finite),
     )
     options: ClassVar[tuple[Setting, ...]] = (
         Setting("decomposition", one_of(*DECOMPOSITIONS)),

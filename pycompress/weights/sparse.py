@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,14 +64,18 @@ class SparseWeight(Weight):
     """
 
     name: ClassVar[str] = "sparse"
+    version: ClassVar[int] = 2
+    older: ClassVar[Mapping[int, Mapping[str, str]]] = {
+        1: {"mask": "weight_mask", "values": "weight_values", "scale": "weight_scale"}
+    }
     fields: ClassVar[tuple[Field, ...]] = (
-        Field("mask", "weight_mask", torch.uint8, "n, ceil(k / 8)", _mask),
-        Field("values", "weight_values", {32: torch.float32, 8: torch.int8}, "nnz", _values),
-        Field("scale", "weight_scale", torch.float32, "n", positive, when=lambda s: s["bits"] == 8),
+        Field("mask", torch.uint8, "n, ceil(k / 8)", _mask),
+        Field("values", {32: torch.float32, 8: torch.int8}, "nnz", _values),
+        Field("scale", torch.float32, "n", positive, when=lambda s: s["bits"] == 8),
     )
     options: ClassVar[tuple[Setting, ...]] = (
         Setting("bits", one_of(8, 32)),
-        Setting("nnz", between(0, lambda n, k: n * k), measured=lambda tensors: tensors["weight_values"].numel()),
+        Setting("nnz", between(0, lambda n, k: n * k), measured=lambda tensors: tensors["values"].numel()),
         Setting("activation_bits", one_of(7, 8), when=lambda s: s["bits"] == 8),
     )
 

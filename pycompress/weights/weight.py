@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ class Field:
     """One tensor of a weight.
 
     Attributes:
-        attribute, stored: its name in the weight; in state dicts and files, below the layer's.
+        attribute: its name in the weight. In state dicts and files it is stored behind the weight's: ``int8_values``.
         dtype: or, where it depends on the setting ``bits``, one for each value of that.
         shape: one size after another, each a name of :meth:`Weight.sizes`, a number or ``ceil(size / size)``: ``n, ceil(k / 8)``.
         rule: what else must hold.
@@ -39,7 +40,6 @@ class Field:
     """
 
     attribute: str
-    stored: str
     dtype: torch.dtype | Mapping[int, torch.dtype]
     shape: str
     rule: Rule | None = None
@@ -74,7 +74,8 @@ class Setting:
         allowed: see :mod:`pycompress.weights.rules`; it may look at the settings that stand before this one in the table.
         default: what a file that lacks it means, :data:`REQUIRED` or :data:`OPTIONAL`.
         when: the settings with which it is there; None: always.
-        measured: the value that follows from the stored tensors, if it does: a state dict may bring others than the layer had.
+        measured: the value that follows from the tensors (by attribute), if it does: a state dict may bring others than the layer
+            had.
     """
 
     name: str
@@ -97,16 +98,21 @@ class Weight:
     its constructor raises ValueError where anything breaks the rules of the tables, or lies elsewhere than on the CPU.
 
     Attributes:
-        name: in plans, files and summaries: that of the method that makes it.
-        version: of the stored form. Who changes that raises it, keeps the older tables in ``older``, by their version, and lets
-            :meth:`migrate` read what they left. A new setting with a default needs no new version.
+        name: in plans, files and summaries: that of the method that makes it; it stands before the names of stored tensors, so
+            that no dense layer has one of these.
+        version: of the stored form. Who changes that raises it, keeps what was in ``older``, and lets :meth:`migrate` read what
+            it left. A new setting with a default needs no new version.
+        older: by version, the class with its tables; or, where tensors had other names and nothing else was different, these
+            names by attribute, and then :meth:`migrate` needs nothing.
+        stored: the names of stored tensors by attribute, where they are others than ``<name>_<attribute>``.
         fields, options: the tables.
         smallest: of n and of k.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    older: ClassVar[Mapping[int, type[Weight]]] = {}
+    older: ClassVar[Mapping[int, type[Weight] | Mapping[str, str]]] = {}
+    stored: ClassVar[Mapping[str, str]] = {}
     fields: ClassVar[tuple[Field, ...]]
     options: ClassVar[tuple[Setting, ...]] = ()
     smallest: ClassVar[int] = 1
@@ -125,7 +131,7 @@ class Weight:
             if tensor.device.type != "cpu":
                 raise ValueError(f"{kind}: {name} is on {tensor.device}, expected the CPU")
         for field in given:
-            wrong = "" if field.rule is None else field.rule(field.attribute, tensors[field.stored], self)
+            wrong = "" if field.rule is None else field.rule(field.attribute, getattr(self, field.attribute), self)
             if wrong:
                 raise ValueError(f"{kind}: {wrong}")
 
@@ -146,17 +152,19 @@ class Weight:
 
     def parts(self) -> dict[str, Tensor]:
         """Its tensors, by the names of its attributes; those of a weight inside it (a residual) behind that one's and ``_``."""
-        return self._by("attribute")
+        found = {field.attribute: getattr(self, field.attribute) for field in self.fields}
+        for option in self._nested():
+            inner: Weight | None = getattr(self, option.name)
+            found |= {} if inner is None else {option.prefix + name: part for name, part in inner.parts().items()}
+        return {name: part for name, part in found.items() if part is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by the names that it has below the layer's."""
-        return self._by("stored")
-
-    def _by(self, key: str) -> dict[str, Tensor]:
-        found = {getattr(field, key): getattr(self, field.attribute) for field in self.fields}
+        found = {self._stored_as(field.attribute): getattr(self, field.attribute) for field in self.fields}
         for option in self._nested():
             inner: Weight | None = getattr(self, option.name)
-            found |= {} if inner is None else {option.prefix + name: part for name, part in inner._by(key).items()}
+            prefix = self._prefix(option)
+            found |= {} if inner is None else {prefix + name: part for name, part in inner.tensors().items()}
         return {name: part for name, part in found.items() if part is not None}
 
     def settings(self) -> dict[str, Any]:
@@ -204,10 +212,10 @@ class Weight:
         """
         settings = cls.complete(shape, settings)
         sizes = cls.sizes(*shape, settings)
-        found = {field.stored: field.form(sizes, settings) for field in cls._there(settings)}
+        found = {cls._stored_as(field.attribute): field.form(sizes, settings) for field in cls._there(settings)}
         for option in cls._nested(settings):
             inner, rest = option.table(settings)
-            found |= {option.prefix + name: form for name, form in inner.expected(shape, rest).items()}
+            found |= {cls._prefix(option) + name: form for name, form in inner.expected(shape, rest).items()}
         return found
 
     @classmethod
@@ -216,8 +224,11 @@ class Weight:
         settings = cls.complete(shape, settings)
         check_tensors(cls.__name__, tensors, cls.expected(shape, settings))
         values = {**settings, "n": shape[0], "k": shape[1]}
-        values |= {field.attribute: tensors[field.stored] for field in cls._there(settings)}
-        values |= {option.name: option.weight(shape, tensors, settings) for option in cls._nested(settings)}
+        values |= {field.attribute: tensors[cls._stored_as(field.attribute)] for field in cls._there(settings)}
+        values |= {
+            option.name: option.weight(shape, cls._inside(option, tensors), settings)
+            for option in cls._nested(settings)
+        }
         return cls(**{field.name: values.get(field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
     @classmethod
@@ -229,21 +240,37 @@ class Weight:
     @classmethod
     def names(cls, settings: Settings) -> dict[str, str]:
         """{name of a part: its stored name}, of a weight with these settings."""
-        found = {field.attribute: field.stored for field in cls._there(settings)}
+        found = {field.attribute: cls._stored_as(field.attribute) for field in cls._there(settings)}
         for option in cls._nested(settings):
             inner, rest = option.table(settings)
-            found |= {option.prefix + name: option.prefix + stored for name, stored in inner.names(rest).items()}
+            found |= {option.prefix + name: cls._prefix(option) + stored for name, stored in inner.names(rest).items()}
         return found
 
     @classmethod
     def measured(cls, tensors: Tensors, settings: Settings) -> dict[str, Any]:
         """The settings, with those that follow from stored tensors (a rank, a number of non-zeros) as these tensors have them."""
+        parts = {field.attribute: tensors[cls._stored_as(field.attribute)] for field in cls._there(settings)}
         there = [option for option in cls.options if option.name in settings]
-        found = {option.name: option.measured(tensors) for option in there if option.measured is not None}
+        found = {option.name: option.measured(parts) for option in there if option.measured is not None}
         for option in cls._nested(settings):
             inner, rest = option.table(settings)
-            found[option.name] = {**settings[option.name], **inner.measured(option.own(tensors), rest)}
+            found[option.name] = {**settings[option.name], **inner.measured(cls._inside(option, tensors), rest)}
         return {**settings, **found}
+
+    @classmethod
+    def _stored_as(cls, attribute: str) -> str:
+        return cls.stored.get(attribute, f"{cls.name}_{attribute}")
+
+    @classmethod
+    def _prefix(cls, option: Nested) -> str:
+        """What stands before the names of the stored tensors of a weight inside this one."""
+        return f"{cls._stored_as(option.name)}_"
+
+    @classmethod
+    def _inside(cls, option: Nested, tensors: Tensors) -> dict[str, Tensor]:
+        """The stored tensors of a weight inside this one, by its own names."""
+        prefix = cls._prefix(option)
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     @classmethod
     def _there(cls, settings: Settings) -> list[Field]:
@@ -263,13 +290,25 @@ class Weight:
         if type(version) is not int or not 1 <= version <= cls.version:
             expected = "1" if cls.version == 1 else f"1 to {cls.version}"
             raise ValueError(f"{cls.__name__}: the version is {version!r}, expected {expected}")
-        return cls if version == cls.version else cls.older[version]
+        if version == cls.version:
+            return cls
+        older = cls.older[version]
+        return older if isinstance(older, type) else _renamed(cls, version)  # type: ignore[arg-type] # a class is hashable
 
     @classmethod
     def migrate(cls, version: object, tensors: Tensors, settings: Settings) -> tuple[Tensors, Settings]:
         """What a file of an older version holds -> the tensors and settings of the present one. Raises as :meth:`of_version`."""
-        cls.of_version(version)
+        older = cls.of_version(version)
+        if isinstance(cls.older.get(older.version), Mapping):
+            names = cls.names(settings)
+            tensors = {names[part]: tensors[stored] for part, stored in older.names(settings).items()}
         return tensors, settings
+
+
+@cache
+def _renamed(weight_type: type[Weight], version: int) -> type[Weight]:
+    """The class of an older version, in which tensors had other names."""
+    return type(weight_type.__name__, (weight_type,), {"version": version, "stored": weight_type.older[version]})
 
 
 def _plain(value: object) -> object:
@@ -296,7 +335,8 @@ def register(weight_type: WeightT) -> WeightT:
 class Nested(Setting):
     """A weight [n, k] inside another one, described by its name (``method``), its version (where it is above 1) and its settings.
 
-    It may be any registered weight that has none inside itself. Its tensors are stored behind the setting's name and ``_``.
+    It may be any registered weight that has none inside itself. Its tensors are stored behind the setting's name and ``_``, which
+    stand where the attribute of a field does: ``low_rank_residual_int8_values``.
     """
 
     def __init__(self, name: str) -> None:
@@ -334,16 +374,10 @@ class Nested(Setting):
         rest = {name: value for name, value in inner.items() if name not in ("method", "version")}
         return WEIGHTS[inner["method"]].of_version(inner.get("version", 1)), rest
 
-    def own(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Those of the inner weight, by its own names."""
-        return {n.removeprefix(self.prefix): t for n, t in tensors.items() if n.startswith(self.prefix)}
-
     def weight(self, shape: Shape, tensors: Tensors, settings: Settings) -> Weight:
-        """The inner weight, from stored tensors and settings of the outer one."""
+        """The inner weight, from its stored tensors and the settings of the outer one."""
         inner = settings[self.name]
-        own, rest = WEIGHTS[inner["method"]].migrate(
-            inner.get("version", 1), self.own(tensors), self.table(settings)[1]
-        )
+        own, rest = WEIGHTS[inner["method"]].migrate(inner.get("version", 1), tensors, self.table(settings)[1])
         return WEIGHTS[inner["method"]].from_tensors(shape, own, rest)
 
 

@@ -15,7 +15,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract.bounds import step, within
-from contract.cases import CASES, EACH_FLOAT_ROW, EACH_ROW, EVERY, EVERY_FLOAT, ROWS, Case, Same, over
+from contract.cases import (
+    CASES,
+    EACH_FLOAT_ROW,
+    EACH_ROW,
+    EVERY,
+    EVERY_FLOAT,
+    ROWS,
+    Case,
+    Same,
+    equal_states,
+    over,
+    state,
+)
 from pycompress import ops
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -159,13 +171,31 @@ def test_nan_and_inf_show_where_they_count_and_nowhere_else(case: Case, bad: flo
 # --- bad input ----------------------------------------------------------------------------------------------------------
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of the layout torch.sparse_coo": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor(list(x.detach().unbind())),
+    "nested ": lambda x: torch.nested.nested_tensor(list(x.detach().unbind()), layout=torch.jagged),
+    **({"of the layout torch._mkldnn": lambda x: x.to_mkldnn()} if torch.backends.mkldnn.is_available() else {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @EVERY_FLOAT
 def test_bad_input_names_what_was_expected(case: Case, same: Same) -> None:
     made, good = case.layer(), case.x(2)
     expected = made(good)
-    for dtype in (torch.float64, torch.int64):
+    for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
         with pytest.raises(TypeError, match=rf"x is {dtype}, expected float32, bfloat16 or float16"):
             made(good.to(dtype))
+    for name, change in LAYOUTS.items():
+        for x in (change(good), change(good.clone().requires_grad_())):
+            with pytest.raises(TypeError, match=f"x is {name.strip()}, expected a dense tensor"):
+                made(x)
+    for none in (None, [1.0], good.numpy()):
+        with pytest.raises(TypeError, match=f"x is {type(none).__name__}, expected a tensor"):
+            made(none)
+    with pytest.raises(RuntimeError, match="meta"):
+        made(good.to("meta"))
     with pytest.raises(TypeError, match=r"x is torch\.float64, expected float32"):
         made(good.double().requires_grad_())
     wide = torch.cat([good, good], -case.kind.dims)
@@ -196,6 +226,9 @@ def test_bad_tokens_are_refused_as_the_dense_layer_does(case: Case) -> None:
         for module in (made, dense):
             with pytest.raises(error):
                 module(tokens)
+    for none in (None, [1]):
+        with pytest.raises(TypeError, match=f"x is {type(none).__name__}, expected a tensor"):
+            made(none)
 
 
 # --- modes --------------------------------------------------------------------------------------------------------------
@@ -216,20 +249,48 @@ def test_inference_mode(case: Case, same: Same) -> None:
 
 
 @HALVES
-@EACH_FLOAT_ROW
+@EACH_ROW
 def test_autocast(case: Case, dtype: torch.dtype, same: Same) -> None:
-    """Under autocast the dense layers before it emit half precision; the layer takes what comes."""
-    made, x, first = case.layer("relu"), case.x(2), nn.Linear(case.item()[-1], case.item()[-1])
+    """The dtype that the dense layer gives; of x in that dtype what it is without autocast."""
+    made, x = case.layer("relu"), case.x(2)
+    dense, exact = case.as_dense(made), made(x)
     with torch.autocast("cpu", dtype):
-        hidden = first(x)
-        y = made(hidden)
-        assert hidden.dtype == y.dtype == dtype
-        assert same(made(hidden.clone()), y)
-        assert made(x).shape == y.shape
-    if case.runs_in_torch:  # whose convolutions autocast runs in half precision
-        torch.testing.assert_close(y, made(hidden), rtol=0.05, atol=0.05)
-    else:
-        assert same(y, made(hidden))
+        y = made(x)
+        assert y.dtype == dense(x).dtype
+        with torch.autocast("cpu", enabled=False):
+            assert same(made(x), exact)
+    torch.testing.assert_close(y, exact.to(y.dtype), rtol=0.05, atol=0.05)
+    if case.kind.tokens:
+        assert same(y, exact)
+        return
+    half, wide = x.to(dtype), x.clone().requires_grad_()
+    expected = made(half)
+    with torch.autocast("cpu", dtype):
+        assert same(made(half), expected)
+        assert same(y, exact.to(dtype) if case.runs_in_torch else expected), "rounded once"
+        (gradient,) = torch.autograd.grad(made(wide).float().sum(), wide)
+        assert gradient.dtype == torch.float32
+        torch._dynamo.reset()
+        assert same(torch.compile(made, fullgraph=True, backend="aot_eager")(x), y)
+        with pytest.raises(TypeError, match="float64"):
+            made(x.double())
+    wide.grad = None
+    (right,) = torch.autograd.grad(made(wide).sum(), wide)
+    torch.testing.assert_close(gradient, right, rtol=0.05, atol=0.05)
+    assert same(made(x), exact), "and nothing stays"
+
+
+@EVERY
+def test_weights_under_autocast_are_the_same(case: Case, same: Same) -> None:
+    dense = case.dense()
+    made = case.layer_type.from_dense(dense, case.method)
+    weight = made.canonical().decompress()
+    by_op = None if made.op is None else made.op.dense(made.packed, made.form)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = case.layer_type.from_dense(dense, case.method)
+        assert same(made.canonical().decompress(), weight)
+        assert by_op is None or same(made.op.dense(made.packed, made.form), by_op)
+    assert equal_states(state(inside), state(made))
 
 
 @EACH_FLOAT_ROW

@@ -11,6 +11,7 @@ import torch
 from packing import backend, backends  # noqa: F401
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract.packed import CASES, EACH, FEW, FLOATS, Case, K, over
@@ -39,6 +40,7 @@ INPUTS: dict[str, tuple[Tensor, bool, str]] = {
     "float32": (torch.randn(3, K), True, "none"),
     "bfloat16": (torch.randn(2, 3, K).bfloat16(), False, "relu"),
     "float16": (torch.randn(K).half(), True, "gelu"),
+    "requires a gradient": (torch.randn(3, K, requires_grad=True), True, "gelu"),
     "no rows": (torch.randn(0, K), False, "silu"),
     "transposed": (transposed(torch.randn(5, K)), True, "gelu_tanh"),
     "transposed in three dimensions": (transposed(torch.randn(2, 5, K)).half(), False, "none"),
@@ -123,6 +125,77 @@ def test_compile_once_for_every_batch_size(same: Same, sample: Sample) -> None:
         x = torch.randn(batch, K)
         check(compiled(x), model(x), same)
     assert counter.frame_count == 1
+
+
+# --- derivatives ----------------------------------------------------------------------------------------------------------
+
+
+@on_every_backend
+@EVERY
+def test_derivatives_of_the_op_itself(case: Case) -> None:
+    """With or without the short way in, of x and of the bias; the layers have no others."""
+    packed, form, bias = case.made()
+    weight, x = case.op.dense(packed, form), torch.randn(3, K)
+    dx, dbias, gelu = torch.randn_like(x), torch.randn_like(bias), nn.functional.gelu
+    for call in (case.op.linear, op(case)):
+        sums = call(x, packed, form, bias, "none")
+        offset = sums - nn.functional.linear(x, weight, bias)
+
+        def ours(x: Tensor, bias: Tensor, call: Any = call) -> Tensor:
+            y: Tensor = call(x, packed, form, bias, "gelu")
+            return y
+
+        def expected(x: Tensor, bias: Tensor, offset: Tensor = offset) -> Tensor:
+            return gelu(nn.functional.linear(x, weight, bias) + offset)
+
+        scale = float(weight.abs().max()) + 1
+        for given in ((True, True), (True, False), (False, True)):
+            operands = [t.clone().requires_grad_(want) for t, want in zip((x, bias), given, strict=True)]
+            wanted = [t for t in operands if t.requires_grad]
+            seed = torch.randn_like(sums)
+            found, right = (torch.autograd.grad(f(*operands), wanted, seed) for f in (ours, expected))
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4 * scale)
+        found, right = (torch.func.jvp(f, (x, bias), (dx, dbias))[1] for f in (ours, expected))
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3 * scale)
+    with torch.no_grad():
+        assert not case.op.linear(x.clone().requires_grad_(), packed, form, bias).requires_grad
+    with pytest.raises(ValueError, match="activation is 'tanh', expected one of"):
+        case.op.linear(x.clone().requires_grad_(), packed, form, bias, "tanh")
+
+
+@over(EACH)
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_derivatives_in_one_graph(case: Case) -> None:
+    (packed, form, bias), x = case.made(), torch.randn(3, K)
+
+    def loss(x: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+        return case.op.linear(x, packed, form, bias, "silu").square().sum()
+
+    def first(x: Tensor, packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(loss, argnums=(0, 2))(x, packed, bias)
+
+    def each(x: Tensor, packed: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))(x, packed, bias)
+
+    for function in (first, each):
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(x, packed, bias)
+        torch.testing.assert_close(found, function(x, packed, bias))
+
+
+def test_what_gives_integers_has_no_derivative_and_says_so() -> None:
+    x = torch.randn(3, K, requires_grad=True)
+    for case in FEW:
+        packed, form, _ = case.made()
+        for name, function in case.others(form).items():
+            with pytest.raises(ValueError, match=rf"{name}: x requires a gradient, expected x\.detach\(\)"):
+                function(x, packed, form)
+            with torch.no_grad():
+                function(x, packed, form)
+            function(x.detach(), packed, form)
+            with forward_ad.dual_level():
+                function(x.detach(), packed, form)
+                with pytest.raises(ValueError, match=f"{name}: x has a tangent"):
+                    function(forward_ad.make_dual(x.detach(), x.detach()), packed, form)
 
 
 # --- tensors that are not what they seem: each has to see the dispatcher ------------------------------------------------

@@ -109,7 +109,9 @@ def test_what_is_in_the_file_follows_from_the_table(case: Case, path: Path, snap
     tensors, plan = pieces(path, model)
     assert unchanged()
     layer, weight = model.layer, model.layer.canonical()
-    assert set(tensors) == set(model.state_dict()) and not [name for name in tensors if "packed" in name]
+    assert set(tensors) == set(model.state_dict()) - {"layer.weight"} and not [
+        name for name in tensors if "packed" in name
+    ]
     stored = {name.removeprefix("layer."): t for name, t in tensors.items() if name.startswith("layer.")}
     bias = {} if layer.bias is None else {"bias": layer.bias}
     expected = {**weight.tensors(), **bias}
@@ -118,7 +120,7 @@ def test_what_is_in_the_file_follows_from_the_table(case: Case, path: Path, snap
     forms = type(weight).expected(weight.shape, weight.settings())
     assert {name: (tuple(stored[name].shape), stored[name].dtype) for name in forms} == forms
     geometry = {} if layer.geometry is None else {"geometry": layer.geometry.settings()}
-    assert plan["version"] == 2
+    assert plan["version"] == 3
     assert plan["layers"] == {
         "layer": {
             "kind": case.kind.name, **geometry, "weight": case.layer_type.weight_type.name, "version": type(weight).version,
@@ -212,6 +214,69 @@ def test_one_module_under_two_names(case: Case, path: Path, same: Same) -> None:
     assert same(loaded(x), model(x))
 
 
+@EVERY
+def test_a_loaded_model_does_not_depend_on_its_file(case: Case, path: Path, same: Same) -> None:
+    pc.save(compressed(case), path)
+    with torch.device("meta"):
+        place = model_of(case)
+    loaded, x = pc.load(place, path), case.x()
+    state, y = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}, loaded(x)
+    with path.open("r+b") as file:  # the same file, which may still be mapped
+        file.write(b"\x55" * path.stat().st_size)
+    assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert same(loaded(x), y)
+
+
+class Steps(nn.Module):
+    """Walks a plain list of its layers."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.layer, self.act = case.dense(), nn.Tanh()
+        self.steps = [self.layer, self.act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@EACH_ROW
+def test_a_model_that_walks_a_list_of_its_layers(case: Case, path: Path, same: Same) -> None:
+    model, place, x = pc.compress(Steps(case).eval(), {"layer": case.method}), Steps(case).eval(), case.x()
+    pc.save(model, path)
+    loaded = pc.load(place, path)
+    assert loaded.steps == [loaded.layer, loaded.act] and type(loaded.layer) is case.layer_type
+    assert same(loaded(x), model(x))
+
+
+@EACH_ROW
+@pytest.mark.parametrize("target", ["dense", "compressed"])
+def test_a_load_that_fails_late_leaves_the_model_as_it_was(
+    case: Case, target: str, path: Path, snapshot: Snapshot
+) -> None:
+    pc.save(compressed(case), path)
+    place: nn.Module = model_of(case) if target == "dense" else compressed(case)
+
+    def late(*_: Any) -> None:
+        raise RuntimeError("too late")
+
+    place.register_load_state_dict_post_hook(late)
+    unchanged = snapshot(place)
+    with pytest.raises(RuntimeError, match="too late"):
+        pc.load(place, path)
+    assert unchanged()
+
+
+@EACH_ROW
+@pytest.mark.parametrize("target", ["dense", "compressed"])
+def test_hooks_of_a_layer_are_not_lost(case: Case, target: str, path: Path, snapshot: Snapshot) -> None:
+    pc.save(compressed(case), path)
+    place: nn.Sequential = model_of(case) if target == "dense" else compressed(case)
+    place.layer.register_forward_hook(lambda *_: None)
+    refused(path, "layer cannot be replaced in the model: it has hooks, which would be lost", snapshot, place)
+
+
 # --- files that are refused ---------------------------------------------------------------------------------------------
 
 
@@ -267,13 +332,15 @@ def test_hostile_settings(case: Case, path: Path, snapshot: Snapshot) -> None:
     def plans() -> Iterator[Hostile]:
         for keys, option, value in tables(layer.weight_type, layer.settings):
             at, name = (*here, *keys), option.name
-            gone = "the model has no tensor 'layer.residual_" if option.default is OPTIONAL else f"{name} is None"
+            gone = (
+                "the model has no tensor 'layer.low_rank_residual_" if option.default is OPTIONAL else f"{name} is None"
+            )
             yield f"{keys} missing", drop(*at), f"layer layer: .*{gone}" if option.default is not OPTIONAL else gone
             for bad in wrong(value):
                 yield f"{keys} {bad!r}", edit(*at, value=bad), f"layer layer: .*{name}('s method)? is "
             if isinstance(value, dict):
                 yield f"{keys} unknown", edit(*at, "code", value="import os"), r"layer layer: .*not \['code'\]"
-                yield f"{keys} newer", edit(*at, "version", value=2), "layer layer: .*the version is 2, expected 1"
+                yield f"{keys} newer", edit(*at, "version", value=3), "layer layer: .*the version is 3, expected 1 to 2"
                 for method in (["int8"], "os.system", "low_rank"):
                     yield f"{keys} {method}", edit(*at, "method", value=method), "method is .*, expected one of"
         for extra in ({"code": "import os"}, {"version": 1}, {"residuals": {}}):
@@ -363,8 +430,9 @@ def test_hostile_entries(case: Case, path: Path, snapshot: Snapshot) -> None:
             yield f"{key} missing", drop(*entry, key), f"layer layer: .*{key} is None"
         for name, value in {} if layer.geometry is None else layer.geometry.settings().items():
             yield f"{name} missing", drop(*entry, "geometry", name), "layer layer: .*the settings are "
-            for bad in wrong(value):
-                yield f"{name} {bad!r}", edit(*entry, "geometry", name, value=bad), f"layer layer: .*{name} is "
+            for bad in (bad for bad in wrong(value) if bad is not value):
+                message = rf"layer layer: .*{name} is |in the model, .*{name}={bad!r} in the file"
+                yield f"{name} {bad!r}", edit(*entry, "geometry", name, value=bad), message
         if layer.geometry is not None:
             yield "geometry", edit(*entry, "geometry", "code", value=1), "layer layer: .*the settings are .*'code'"
 
@@ -382,7 +450,10 @@ OTHER_DTYPES = [*DTYPES, torch.float64, torch.float16, torch.int32, torch.bool]
 def test_hostile_tensors(case: Case, path: Path, snapshot: Snapshot) -> None:
     model = compressed(case)
     layer = model.layer
-    weight, names = layer.weight_type, {field.stored for field in layer.weight_type.fields}
+    weight, names = (
+        layer.weight_type,
+        {layer.weight_type._stored_as(field.attribute) for field in layer.weight_type.fields},
+    )
     forms = weight.expected((layer.n, layer.k), layer.settings)
     if layer.bias is not None:
         forms["bias"] = ((layer.n,), torch.float32)
@@ -403,7 +474,7 @@ def test_hostile_tensors(case: Case, path: Path, snapshot: Snapshot) -> None:
                 if other != dtype:
                     message = rf"{full} is \w+ .*, {expected}"
                     yield f"{name} {other}", lambda ts, f=full, d=other: ts.update({f: ts[f].to(d)}), message
-        for name in {*names, "bias", "weight", "zero_point", "residual_weight"} - forms.keys():
+        for name in {*names, "bias", "weight", "zero_point", "low_rank_residual_dense_weight"} - forms.keys():
             message = f"the model has no tensor 'layer.{name}'"
             yield f"{name}, too", lambda ts, n=name: ts.update({f"layer.{n}": torch.ones(3)}), message
 

@@ -92,7 +92,7 @@ def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
     own = parse(form)
     check_operand("int4_unpack", "packed", packed, torch.uint8)
     native.header_of("int4_unpack", "int4", packed, packed.shape[0], own, _CHECKED)
-    parts = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes(own).items()}
+    parts = {name: packed.new_empty(shape, dtype=dtype) for name, (shape, dtype) in sizes(own).items()}
     addresses = [parts[name].data_ptr() if name in parts else 0 for name in ("values", "scale", "zero_point")]
     native._C.int4_unpack(packed.data_ptr(), packed.shape[0], *addresses)
     return parts

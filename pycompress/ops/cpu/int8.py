@@ -56,7 +56,7 @@ def _checked(op: str, packed: Tensor, form: str) -> tuple[Form, int, dict[str, A
 
 def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
     own, n_bytes, _ = _checked("int8_unpack", packed, form)
-    values = torch.empty((own.n, own.k), dtype=torch.int8)
+    values = packed.new_empty((own.n, own.k), dtype=torch.int8)
     native._C.int8_unpack(packed.data_ptr(), n_bytes, values.data_ptr())
     return {"values": values, "scale": native.scale_of(packed, own.n)}
 
@@ -75,13 +75,14 @@ def fused_linear(
     x: Tensor, before: str, weight: Tensor | None, shift: Tensor | None, eps: float, gate: Tensor | None, packed: Tensor,
     form: str, bias: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
-    """The layer, after what stands in front of it in torch's own operators: in float32, rounded to x's dtype."""
-    return linear(_before(x, before, weight, shift, eps, gate), packed, form, bias, activation)
+    """The layer, after what stands in front of it in torch's own operators."""
+    return linear(before_layer(x, before, weight, shift, eps, gate), packed, form, bias, activation)
 
 
-def _before(
+def before_layer(
     x: Tensor, before: str, weight: Tensor | None, shift: Tensor | None, eps: float, gate: Tensor | None
 ) -> Tensor:
+    """What stands in front of a layer: computed in float32, rounded to x's dtype."""
     if gate is not None:
         act = nn.functional.silu(gate.float()) if before == "silu_gate" else nn.functional.gelu(
             gate.float(), approximate="tanh" if before == "gelu_tanh_gate" else "none"
@@ -105,8 +106,8 @@ def depths(packed: Tensor, form: str) -> dict[str, Any]:
 def quantize(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     x, ldx = matrix_of("int8_quantize", x)
     m, k = x.shape
-    q = torch.empty((m, k), dtype=torch.uint8)
-    scale, zero_point = torch.empty(m), torch.empty(m, dtype=torch.int32)
+    q, scale = x.new_empty((m, k), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
+    zero_point = x.new_empty(m, dtype=torch.int32)
     native._C.int8_quantize(
         x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, q.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
     )  # fmt: skip

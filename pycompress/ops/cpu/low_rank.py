@@ -193,9 +193,9 @@ def _unpacked(packed: Tensor, form: str) -> tuple[dict[str, Tensor], Tensor]:
         f"low_rank_unpack: the packed weight has {header['residual']!r} beside it, not {kind!r}",
     )
     names = ("down", "up", "down_scale", "up_scale")
-    parts = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes(own).items() if name in names}
+    parts = {name: packed.new_empty(shape, dtype=dtype) for name, (shape, dtype) in sizes(own).items() if name in names}
     behind = 0 if own.residual is None else _scale_bytes(kind, own.residual)
-    residual = torch.empty(header["residual_bytes"] + behind, dtype=torch.uint8)
+    residual = packed.new_empty(header["residual_bytes"] + behind)
     at = residual.data_ptr()
     native._C.low_rank_unpack(
         packed.data_ptr(), packed.shape[0], *(parts[name].data_ptr() if name in parts else 0 for name in names),
@@ -249,7 +249,7 @@ def intermediate(x: Tensor, packed: Tensor, form: str) -> Tensor:
     factors, factors_form = _factors_of(packed, form)
     own = parse(factors_form)
     m, k = x.shape
-    t, y = torch.empty(m, own.rank), torch.empty(m, own.n)
+    t, y = (x.new_empty((m, size), dtype=torch.float32) for size in (own.rank, own.n))
     native.header_of("low_rank_intermediate", "low_rank", factors, factors.shape[0], own, _CHECKED)
     native._C.low_rank_linear(
         x.data_ptr(), FLOATS[x.dtype], m, k, ldx, factors.data_ptr(), factors.shape[0], own.n, 0, 0, y.data_ptr(),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,10 @@ except ModuleNotFoundError as error:  # built without a compiler: the numba twin
         RuntimeWarning,
         stacklevel=2,
     )
+except ImportError as error:  # PYCOMPRESS_ISA names no instruction set
+    if Path(sys.argv[0]).stem == "pycompress":  # the command line, which is not running yet
+        sys.exit(f"pycompress: {error}")
+    raise
 
 # torch >= 2.10 lets the native module read tensors itself; before, and with the numba twin, their addresses are passed.
 reads_tensors = hasattr(Tensor, "__dlpack_c_exchange_api__") and _C.use_exchange(Tensor.__dlpack_c_exchange_api__)
@@ -160,8 +166,8 @@ def accumulate(op: str, x: Tensor, packed: Tensor, form: str, n_bytes: int) -> t
     """The integers of ``<op>_linear``, before any float: acc int32 [m, n], scale float32 [m], zero point int32 [m]."""
     x, ldx = matrix_of(f"{op}_accumulate", x)
     (m, k), n = x.shape, parse(form).n
-    acc = torch.empty((m, n), dtype=torch.int32)
-    scale, zero_point = torch.empty(m), torch.empty(m, dtype=torch.int32)
+    acc, scale = x.new_empty((m, n), dtype=torch.int32), x.new_empty(m, dtype=torch.float32)
+    zero_point = x.new_empty(m, dtype=torch.int32)
     getattr(_C, f"{op}_linear")(
         x.data_ptr(), FLOATS[x.dtype], m, k, ldx, packed.data_ptr(), n_bytes, n, 0, 0, 0,
         acc.data_ptr(), INT32, scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads(),
@@ -181,7 +187,7 @@ def split(op: str, packed: Tensor, n: int) -> tuple[int, int]:
 
 def scale_of(packed: Tensor, n: int) -> Tensor:
     """A copy of the scale float32 [n] behind a packed weight."""
-    scale = torch.empty(n)
+    scale = packed.new_empty(n, dtype=torch.float32)
     ctypes.memmove(scale.data_ptr(), packed.data_ptr() + packed.shape[0] - scale.nbytes, scale.nbytes)
     return scale
 

@@ -114,7 +114,7 @@ def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
     own = parse(form)
     n_bytes, scale = _split("sparse_unpack", packed, own)
     native.header_of("sparse_unpack", "sparse", packed, n_bytes, own, _CHECKED)
-    mask, values = (torch.empty(shape, dtype=dtype) for shape, dtype in list(sizes(own).values())[:2])
+    mask, values = (packed.new_empty(shape, dtype=dtype) for shape, dtype in list(sizes(own).values())[:2])
     native._C.sparse_unpack(packed.data_ptr(), n_bytes, mask.data_ptr(), values.data_ptr())
     parts = {"mask": mask, "values": values}
     return {**parts, "scale": native.scale_of(packed, own.n)} if scale else parts
@@ -144,8 +144,7 @@ def accumulate(x: Tensor, packed: Tensor, form: str) -> tuple[Tensor, Tensor, Te
 
 def conv2d_shape(x: Tensor, n: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> tuple[int, ...]:
     """Of the result: [..., n, out_h, out_w] for x [..., channels, height, width]."""
-    if x.dtype not in FLOATS:
-        check_float("sparse_conv2d", x)
+    check_float("sparse_conv2d", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"sparse_conv2d: x is {list(x.shape)}, expected [N, C, H, W] or [C, H, W]")
     pairs = (*kernel_size, *stride, *dilation)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pycompress.calls import Inputs, call_model, evaluating
+from pycompress.calibration.positions import CONVENTION, Mask, Positions
+from pycompress.calls import Inputs, call_model, evaluating, layer_by_layer, uncompiled
 from pycompress.kinds import Kind, kind_of
 from pycompress.methods.inputs import InputStatistics
 
@@ -66,25 +68,38 @@ class Calibration(Mapping[str, InputStatistics]):
     is one float64 [k, k] for each of these inputs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mask: Mask = CONVENTION) -> None:
         self.running = True
         self._model: nn.Module | None = model
+        self._positions = Positions(model, mask)
+        self._context = ExitStack()  # for as long as the layers are watched
         self._kinds: dict[nn.Module, Kind] = {}
         self._sums: dict[int, _Sums] = {}  # by id of module
         self._latest: _Input | None = None
         self._statistics: dict[str, InputStatistics] = {}
-        self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        if self._model is None or self._handles:
+        if self._model is None or self._kinds:
             raise RuntimeError("calibrate: this calibration has begun already, expected one `with` block for each")
         kinds = {module: kind_of(module) for module in self._model.modules()}
         self._kinds = {module: kind for module, kind in kinds.items() if kind is not None and kind.has_rows(module)}
-        self._handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in self._kinds]
+        if not self._kinds:
+            raise ValueError(
+                f"calibrate: the model is {type(self._model).__name__}, in which no layer can be watched; expected one with "
+                "nn.Linear, Conv1D, nn.Conv2d or nn.Embedding (of one that was scripted, the module that it was made of)"
+            )
+        self._context.enter_context(layer_by_layer())
+        handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in self._kinds]
+        for handle in [*handles, *self._positions.watch()]:
+            self._context.callback(handle.remove)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._finish()
+        if kind is None and self._positions.unmet:
+            raise ValueError(
+                f"calibrate: no module was given a mask {self._positions.mask!r} of the shape [batch, length]"
+            )
 
     def __getitem__(self, name: str) -> InputStatistics:
         return self._statistics[name]
@@ -103,9 +118,11 @@ class Calibration(Mapping[str, InputStatistics]):
     def _note(self, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         (x, *_) = (*args, *keywords.values())
         kind = self._kinds[module]
-        if not isinstance(x, Tensor) or x.numel() == 0 or not kind.accepts(module, x):
+        if not isinstance(x, Tensor) or x.numel() == 0 or not kind.accepts(module, x := _dense(x.detach())):
             return
-        x = x.detach()
+        x = self._positions.counting(x, kind.dims)
+        if x.numel() == 0:
+            return
         if kind.tokens:
             counts = torch.bincount(x.flatten().cpu(), minlength=kind.shape(module)[0])
             self._add(_Sums({id(module)}, x.numel(), None, counts))
@@ -143,9 +160,7 @@ class Calibration(Mapping[str, InputStatistics]):
             self._sums.update(dict.fromkeys(fresh, replace(new, users=fresh)))
 
     def _finish(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._context.close()
         self._settle()
         self.running = False
         assert self._model is not None
@@ -159,6 +174,11 @@ class Calibration(Mapping[str, InputStatistics]):
         self._sums.clear()
         self._kinds.clear()
         self._model = None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The rows of all items of a nested tensor, one after another."""
+    return torch.cat([item.reshape(-1, *item.shape[-1:]) for item in x.unbind()]) if x.is_nested else x
 
 
 def _moments(x: Tensor, kind: Kind, geometry: Any) -> _Sums:
@@ -177,7 +197,7 @@ def _moments(x: Tensor, kind: Kind, geometry: Any) -> _Sums:
     return sums
 
 
-def calibrate(model: nn.Module, batches: Iterable[Inputs] | None = None) -> Calibration:
+def calibrate(model: nn.Module, batches: Iterable[Inputs] | None = None, *, mask: Mask = CONVENTION) -> Calibration:
     """Watches the inputs of a model's layers while batches run through it.
 
         calibration = pc.calibrate(model, batches)
@@ -189,24 +209,31 @@ def calibrate(model: nn.Module, batches: Iterable[Inputs] | None = None) -> Cali
         model = pc.compress(model, pc.LowRank(96), calibration=calibration)
 
     A few hundred sentences or images like those that the model is for are enough for most layers: their rows (tokens, positions)
-    should be several times as many as a layer has input features. Every row counts alike, padding too: use batches of like lengths.
+    should be several times as many as a layer has input features. Every row counts alike, but padding does not count: see ``mask``.
 
     Args:
         model: any ``nn.Module`` with linear layers (``nn.Linear``, transformers' ``Conv1D``), ``nn.Conv2d`` or ``nn.Embedding``.
-            Its layers carry hooks while they are watched, and lose them at the end, also when an error ends it.
+            One that ``torch.compile`` made runs uncompiled for that long. Its layers carry hooks while they are watched, and lose
+            them at the end, also when an error ends it.
         batches: inputs as ``compress`` takes them, each a tensor, a sequence of positional or a mapping of keyword arguments. The
             model runs in evaluation mode; it, the batches and the random state are left as they were. None: the ``with`` block runs
             the model, in whatever mode it is.
+        mask: which positions count: the name of an argument of the model, or of modules in it, a tensor [batch, length] that is
+            not 0 there; or a function that makes such a tensor, or None, of all arguments of the model by name. Others are left
+            out in each layer whose input is [batch, length, ...] or [batch * length, ...]; other inputs (pooled, images) count
+            whole, and so does everything with None. By default transformers' ``attention_mask``, where there is one. Of torch's
+            transformers ``src_key_padding_mask`` and ``tgt_key_padding_mask`` are read besides.
     Returns:
         The :class:`Calibration`, to be read when the block has ended. For each layer met, in float64: the second moment and the
         mean of its inputs, of a convolution those of its patches, of an embedding how often each token came; over all batches.
     Raises:
-        TypeError: no module, or one input in place of several. ValueError: from the model's call, where the input of a layer holds
-            NaN or Inf.
+        TypeError: no module, or one input in place of several. ValueError: no layer that could be watched, or no mask where one was
+            asked for by another name; from the model's call, where the input of a layer holds NaN or Inf.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate: model is {type(model).__name__}, expected a torch.nn.Module")
-    calibration = Calibration(model)
+    model = uncompiled(model)
+    calibration = Calibration(model, mask)
     if batches is None:
         return calibration
     if isinstance(batches, Tensor | Mapping | str):

@@ -1,0 +1,164 @@
+"""``only_if_faster``: each layer against its dense one, and then the whole model against the dense one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress.calls import Inputs, call_model, evaluating, only_argument
+from pycompress.kinds import without_pruning
+from pycompress.measure import interleaved_us
+from pycompress.nn import CompressedLayer
+from pycompress.plan import Target
+from pycompress.progress import track
+from pycompress.state import unwatched
+from pycompress.surgery import Swap, switch_off_fast_paths
+
+Layers = Mapping[nn.Module, CompressedLayer]  # by the dense module
+
+_ROUNDS, _SECONDS = (7, 41), 2.0  # of a whole model: at least and at most, and for how long in between
+
+
+def replacements(targets: Iterable[Target], layers: Layers) -> dict[nn.Module, nn.Module]:
+    """What takes which place where these targets are compressed."""
+    places: dict[nn.Module, nn.Module] = {}
+    for target in targets:
+        places[target.module] = layers[target.module]
+        if target.fused is not None:
+            places[target.fused] = nn.Identity()
+    return places
+
+
+# --- layer by layer ---------------------------------------------------------------------------------------------------
+
+
+def keep_faster_layers(
+    model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs, progress: bool
+) -> None:  # fmt: skip
+    """Measures each layer on the shapes that the inputs produce; where dense wins, the target loses its method."""
+    calls = _input_shapes(model, targets, inputs)
+    for target in track(targets, "measuring", progress):
+        shapes = calls[id(target.module)]
+        if not shapes:
+            target.keep_dense("example_inputs never reach it, so it could not be shown to be faster")
+            continue
+        record = target.record
+        record.dense_us, record.us = _layer_us(target, layers[target.module], shapes)
+        if record.us >= record.dense_us:
+            target.keep_dense(f"dense is faster here: {record.dense_us:.0f} us against {record.us:.0f} us")
+
+
+def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:
+    """The shapes, strides and dtypes in which the example inputs reach each target: tensors without data, one a call."""
+    calls: dict[int, list[Tensor]] = {id(t.module): [] for t in targets}
+
+    def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls[id(module)].append(torch.empty_like(only_argument(args, keywords), device="meta"))
+
+    handles = [t.module.register_forward_pre_hook(note, with_kwargs=True) for t in targets]
+    try:
+        with evaluating(model, inputs):
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _layer_us(target: Target, layer: CompressedLayer, shapes: list[Tensor]) -> tuple[float, float]:
+    """Of all calls together, dense and compressed."""
+    steps = [without_pruning(target.module)]  # dense without torch's masks: these need not be applied at each call
+    if target.fused is not None:
+        steps.append(target.fused)
+
+    def dense(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    dense_us = us = 0.0
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for shape in shapes:
+            x = target.kind.sample(target.module, shape)
+            pair = interleaved_us(lambda x=x: dense(x), lambda x=x: layer(x))  # type: ignore[misc]
+            dense_us, us = dense_us + pair[0], us + pair[1]
+    return dense_us, us
+
+
+# --- the whole model --------------------------------------------------------------------------------------------------
+
+
+def keep_what_makes_it_faster(model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs) -> None:
+    """Puts dense layers back until the model is faster than the dense one: a layer may win alone and lose in its place, where other
+    code asks for its weight or converts its results.
+
+    Where the model is not faster with all, each half of the layers is tried in turn, and halves of these, and at last what is left
+    together. Decided by medians over turns, so that what makes no difference may go either way, and nothing that makes one.
+    """
+    if targets:
+        _faster(model, targets, layers, inputs)
+
+
+def _faster(
+    model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs
+) -> tuple[float, list[Target]]:  # fmt: skip
+    """Those of the targets with which the model is faster, and by how much; the others lose their method."""
+    dense_us, us = model_us(model, targets, layers, inputs)
+    if us < dense_us:
+        return dense_us - us, targets
+    if len(targets) == 1:
+        return _put_back(targets, dense_us, us)
+    middle = len(targets) // 2
+    halves = [_faster(model, half, layers, inputs) for half in (targets[:middle], targets[middle:])]
+    (_, worse), better = sorted(halves, key=lambda half: half[0])
+    if not worse:
+        return better
+    both = [*worse, *better[1]]
+    dense_us, us = model_us(model, both, layers, inputs)
+    if us < dense_us:
+        return dense_us - us, both
+    _put_back(worse, dense_us, us)
+    return better
+
+
+def _put_back(targets: list[Target], dense_us: float, us: float) -> tuple[float, list[Target]]:
+    for target in targets:
+        target.keep_dense(f"the model is slower with it: {us:.0f} us against {dense_us:.0f} us")
+    return 0.0, []
+
+
+def model_us(model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs) -> tuple[float, float]:
+    """Median microseconds of a call of the model, dense and with these layers, in turns."""
+    change = Swap(model, replacements(targets, layers))
+
+    def turn() -> tuple[float, float]:
+        dense = _call_us(model, inputs)
+        change.do()
+        try:
+            return dense, _call_us(model, inputs)
+        finally:
+            change.undo()
+
+    fewest, most = _ROUNDS
+    rounds = round(_SECONDS * 1e6 / sum(turn()))  # the first one warms up
+    turns = [turn() for _ in range(max(fewest, min(most, rounds)))]
+    return median(dense for dense, _ in turns), median(us for _, us in turns)
+
+
+def _call_us(model: nn.Module, inputs: Inputs) -> float:
+    """Of one call, as a user would make it: each meets the same caches, counters and inputs."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with evaluating(model, inputs):
+        with evaluating(model, inputs):
+            call_model(model, inputs)  # warms up; and the block around this one learns what a call writes to
+        switch_off_fast_paths(model)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        with unwatched():
+            start = time.perf_counter()
+            call_model(model, inputs)
+            return (time.perf_counter() - start) * 1e6
