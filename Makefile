@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-all stress emulated spills gpu gpu-dry lint format bench sanitize docs clean
+.PHONY: demo test test-all stress emulated spills gpu gpu-dry lint format bench sanitize docs clean drawn
 
 demo: $(READY)
 	$(BIN)/pycompress demo
@@ -68,6 +68,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/models.py
 
 EMULATED := build/sanitize/tests/native/cuda/cuda_kernels
+
+# 2,000 models as people write them: compressed, validated, saved, loaded; an error ends it.
+drawn: $(READY)
+	$(BIN)/python tests/test_drawn_models.py
 
 # The C++ core alone under AddressSanitizer and UBSan; and the CUDA kernels' source, where the toolkit's headers are.
 sanitize:

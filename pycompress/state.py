@@ -152,7 +152,10 @@ _ATOMS = (
     str, bytes, int, float, complex, type(None), range, slice, CodeType, BuiltinFunctionType, ModuleType, torch.dtype, torch.device,
     torch.layout,
 )  # fmt: skip
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "transformers"} - {"__main__"}
+# (Those that run tests have state of their own, which the functions of a test lead to.)
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "transformers", "pytest", "_pytest", "hypothesis"} - {
+    "__main__"
+}
 
 
 @cache
