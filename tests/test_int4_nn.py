@@ -100,6 +100,7 @@ def test_only_if_faster(faster: bool, method: Method, monkeypatch: pytest.Monkey
         return (20.0, 10.0) if faster else (10.0, 20.0)
 
     monkeypatch.setattr("pycompress.race.interleaved_us", clock)
+    monkeypatch.setattr("pycompress.race.model_us", lambda *_: (20.0, 10.0))
     model, x = nn.Sequential(nn.Linear(K, N)), torch.randn(2, K)
     result = pc.compress(model, method, example_inputs=x, only_if_faster=True)
     (record,) = pc.summary(result).layers
