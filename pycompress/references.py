@@ -14,6 +14,8 @@ from weakref import getweakrefs, ref
 import torch
 from torch import Tensor, nn
 
+from pycompress.state import slots_of
+
 # Nothing is looked for in these. Globals are reached through frames and modules of Python: they are not the model's.
 _CLOSED = (
     type, ModuleType, FrameType, CodeType, Tensor, str, bytes, bytearray, int, float, complex, range, type(None), torch.dtype,
@@ -165,12 +167,9 @@ def _iterated(owner: Any) -> list[Any]:
 
 
 def _slots_of(owner: Any) -> Iterator[Reference]:
-    for base in type(owner).__mro__:
-        slots = vars(base).values() if "__slots__" in vars(base) else ()
-        for slot in slots:
-            if isinstance(slot, MemberDescriptorType):
-                with suppress(AttributeError):  # it was never set
-                    yield Reference(owner, _attribute, slot.__name__, slot.__get__(owner), _slot_setter(slot))
+    for name, slot in slots_of(type(owner)).items():
+        with suppress(AttributeError):  # it was never set
+            yield Reference(owner, _attribute, name, slot.__get__(owner), _slot_setter(slot))
 
 
 # --- how a place is called, and written to ----------------------------------------------------------------------------

@@ -230,7 +230,7 @@ class _Before:
             self.undo.callback(setattr, value, "training", value.training)
         if type(attributes := getattr(value, "__dict__", None)) is dict:
             self.pending.append(attributes)
-        if slots := _slots(type(value)):
+        if slots := slots_of(type(value)):
             self._attributes(
                 lambda: slots,
                 lambda name: getattr(value, name, _NOTHING),
@@ -365,7 +365,7 @@ def _contents(cell: CellType) -> Any:
         return _NOTHING
 
 
-def _slots(cls: type) -> dict[str, Any]:
+def slots_of(cls: type) -> dict[str, Any]:
     """The descriptors of attributes that are not in ``__dict__``."""
     return {
         name: found

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import EACH_WAY, compiled
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -190,27 +191,21 @@ def test_a_nested_tensor_has_no_padding(layout: torch.layout) -> None:
 # --- compiled, scripted ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["the function", "the method", "inside"])
+@EACH_WAY
 @pytest.mark.parametrize("block", [False, True])
 def test_a_compiled_model_is_seen(how: str, block: bool) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(3, 8)
     expected = pc.calibrate(model, [x])
-    compiled: Any = model
-    if how == "the function":
-        compiled = torch.compile(model, backend="eager")
-    elif how == "the method":
-        model.compile(backend="eager")
-    else:
-        compiled = nn.Sequential(torch.compile(model, backend="eager"))
-    y = compiled(x)
+    made = compiled(model, how)
+    y = made(x)
     if block:
-        with pc.calibrate(compiled) as found:
-            assert torch.equal(compiled(x), y)
+        with pc.calibrate(made) as found:
+            assert torch.equal(made(x), y)
     else:
-        found = pc.calibrate(compiled, [x])
+        found = pc.calibrate(made, [x])
     prefix = "0._orig_mod." if how == "inside" else ""
     alike(found, {prefix + name: value for name, value in expected.items()})
-    assert torch.equal(compiled(x), y)
+    assert torch.equal(made(x), y)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "nn": LOWEST,
     "state": set(),
     "calls": {"state"},
-    "references": set(),
+    "references": {"state"},
     "surgery": {"nn", "references"},
     "records": {"calls", "kinds", "nn"},
     "calibration": {"calls", "kinds", "methods", "surgery"},

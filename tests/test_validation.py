@@ -23,6 +23,7 @@ from torch import Tensor, nn
 onnx = pytest.importorskip("onnx", reason="the extra pycompress[onnx] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra pycompress[onnx] is not installed")
 
+from compiled import EACH_WAY, compiled  # noqa: E402
 from lowered import corrupt  # noqa: E402
 
 import pycompress as pc  # noqa: E402
@@ -836,22 +837,16 @@ def test_the_limit_has_a_floor() -> None:
 # --- how it is called ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["the function", "the method", "inside"])
+@EACH_WAY
 def test_a_compiled_model_is_seen_layer_by_layer(how: str) -> None:
     model, x = network(), torch.randn(5, 48)
-    compiled: Any = model
-    if how == "the function":
-        compiled = torch.compile(model, backend="eager")
-    elif how == "the method":
-        model.compile(backend="eager")
-    else:
-        compiled = nn.Sequential(torch.compile(model, backend="eager"))
-    y = compiled(x)
-    report = validate(compiled, x)
+    made = compiled(model, how)
+    y = made(x)
+    report = validate(made, x)
     assert report.ok, str(report)
     prefix = "0._orig_mod." if how == "inside" else ""
     assert [(record.name, record.rows) for record in report.layers] == [(f"{prefix}{i}", 5) for i in (0, 1, 3)]
-    assert torch.equal(compiled(x), y)
+    assert torch.equal(made(x), y)
 
 
 @pytest.mark.parametrize(
