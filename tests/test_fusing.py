@@ -573,6 +573,11 @@ def test_trying_out_leaves_no_trace(snapshot: Callable[[nn.Module], Callable[[],
     [
         ("Bert", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}, {"gelu": 2}),
         ("ViT", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}, {"gelu": 2}),
+        (
+            "CLIPVision",
+            {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32},
+            {"quick_gelu": 2},
+        ),
         ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2}, {"gelu_tanh": 2}),
         ("T5", {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16}, {"relu": 4}),
         (

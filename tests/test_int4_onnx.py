@@ -24,7 +24,7 @@ from pycompress.weights.int4 import pack_nibbles  # noqa: E402
 Array = npt.NDArray[Any]
 F32 = np.float32
 EPS = 2.0**-23
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu"]
 # (k, n, group): one short group, whole groups, a short last one, odd numbers of integers, groups and both.
 SHAPES = [
     (1, 1, 32), (31, 3, 32), (32, 16, 32), (33, 5, 32), (65, 17, 32), (64, 8, 64), (127, 4, 64), (129, 3, 128), (1025, 33, 128),
@@ -124,6 +124,8 @@ def bias64(layer: Int4Linear | Int8Linear) -> Array:
 def activate64(v: Array, activation: str) -> Array:
     functional: Any = torch.nn.functional
     t = torch.from_numpy(v)
+    if activation == "quick_gelu":
+        return (t * torch.sigmoid(1.702 * t)).numpy()
     name, options = {"gelu_tanh": ("gelu", {"approximate": "tanh"})}.get(activation, (activation, {}))
     return v if activation == "none" else getattr(functional, name)(t, **options).numpy()
 

@@ -25,6 +25,7 @@ SMOOTH = {
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
     "silu": nn.functional.silu,
+    "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
 }
 
 

@@ -30,7 +30,7 @@ from pycompress.weights.low_rank_conv import DECOMPOSITIONS, composed  # noqa: E
 
 Array = npt.NDArray[Any]
 EPS = 2.0**-23
-SMOOTH = ["gelu", "gelu_tanh", "silu"]
+SMOOTH = ["gelu", "gelu_tanh", "silu", "quick_gelu"]
 RESIDUALS: dict[str, Method | None] = {
     "none": None,
     "int8": Int8(7),

@@ -28,7 +28,7 @@ from pycompress.weights import Int8Weight, SparseWeight  # noqa: E402
 Array = npt.NDArray[np.generic]
 F32 = np.float32
 BITS = [(7, 8), (8, 8), (8, 7), (7, 7)]  # activation_bits, weight_bits
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu"]
 
 
 def formula(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array, Array, Array]:
@@ -66,6 +66,7 @@ def activate64(v: Array, activation: str) -> Array:
         "gelu": lambda: functional.gelu(t),
         "gelu_tanh": lambda: functional.gelu(t, approximate="tanh"),
         "silu": lambda: functional.silu(t),
+        "quick_gelu": lambda: t * torch.sigmoid(1.702 * t),
     }[activation]()
     return result.numpy()
 

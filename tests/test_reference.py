@@ -89,7 +89,7 @@ def test_same_bits_of_y(
 
 
 @native
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "quick_gelu"])
 def test_smooth_activations_within_their_bound(activation: str, twin: Callable[..., Any]) -> None:
     """The twin has the exact functions; the kernels stay within 8 ulp of their argument (test_int8_ops derives it)."""
     values = torch.zeros(4001, 3, dtype=torch.int8)

@@ -47,7 +47,7 @@ from pycompress.weights import Int4Weight, SparseWeight  # noqa: E402
 from pycompress.weights.int4 import pack_nibbles  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMOOTH = ["gelu", "gelu_tanh", "silu"]
+SMOOTH = ["gelu", "gelu_tanh", "silu", "quick_gelu"]
 
 
 @pytest.fixture(autouse=True)
@@ -487,6 +487,7 @@ def test_activation_bound_holds_for_torch_and_is_not_loose(activation: str) -> N
         "gelu": nn.functional.gelu,
         "gelu_tanh": lambda t: nn.functional.gelu(t, approximate="tanh"),
         "silu": nn.functional.silu,
+        "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
     }[activation]
     error = (function(v).double() - function(v.double())).abs()
     half_bound = torch.from_numpy(activation_bound(v.numpy(), activation)) / 2

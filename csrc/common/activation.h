@@ -14,8 +14,11 @@ namespace pycompress {
 namespace {
 
 struct Scalar {
+  static constexpr int kWidth = 1;
   float value;
   PYCOMPRESS_HOST_DEVICE static Scalar of(float v) { return {v}; }
+  static Scalar load(const float* p) { return {*p}; }
+  void store(float* p) const { *p = value; }
 };
 PYCOMPRESS_HOST_DEVICE inline Scalar operator+(Scalar a, Scalar b) { return {a.value + b.value}; }
 PYCOMPRESS_HOST_DEVICE inline Scalar operator-(Scalar a, Scalar b) { return {a.value - b.value}; }
@@ -87,12 +90,15 @@ PYCOMPRESS_HOST_DEVICE inline V activate(Activation activation, V v) {
       return where_less(v, zero, zero, v);  // NaN stays NaN
     case Activation::gelu:
       return gelu(v);
-    case Activation::gelu_tanh:  // 0.5 v (1 + tanh u) = v sigmoid(2u)
-      return times_sigmoid(v, V::of(1.59576912f) * (v + V::of(0.044715f) * ((v * v) * v)));
-    case Activation::silu:
-      return times_sigmoid(v, v);
+    default:
+      break;
   }
-  return v;
+  V u = v;  // silu; the three share the sigmoid, which takes registers of a kernel's epilogue
+  if (activation == Activation::gelu_tanh)  // 0.5 v (1 + tanh u) = v sigmoid(2u)
+    u = V::of(1.59576912f) * (v + V::of(0.044715f) * ((v * v) * v));
+  else if (activation == Activation::quick_gelu)
+    u = V::of(1.702f) * v;
+  return times_sigmoid(v, u);
 }
 
 }  // namespace

@@ -33,6 +33,10 @@ def _silu(graph: Graph, v: str) -> str:
     return _times_sigmoid(graph, v, v)
 
 
+def _quick_gelu(graph: Graph, v: str) -> str:
+    return _times_sigmoid(graph, v, graph.node("Mul", v, graph.constant("quick_factor", 1.702)))
+
+
 def _times_sigmoid(graph: Graph, v: str, s: str) -> str:
     """v sigmoid(s) = v / (1 + exp(-s)). ONNX Runtime's Sigmoid stops at 1e-8, this goes on to 0."""
     exp = graph.node("Exp", graph.node("Neg", s))
@@ -45,4 +49,5 @@ ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "silu": _silu,
+    "quick_gelu": _quick_gelu,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -12,4 +13,5 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
     "silu": nn.functional.silu,
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quick_gelu": 5}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT32 = 3
 MAX_IN_FEATURES = 65536  # int32 sums cannot overflow up to here

@@ -26,6 +26,7 @@ _BY_NAME = {
     "PytorchGELUTanh": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
     "SiLUActivation": "silu",
+    "QuickGELUActivation": "quick_gelu",
 }
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
 # What may not come to evaluate what stands in it, or evaluates it more than once.

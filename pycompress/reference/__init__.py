@@ -2,7 +2,7 @@
 
 A module for each op (``int8``, ``int4``, ``sparse``, ``low_rank``, and ``weight_only`` for what two of them share) has its
 formulas, step by step. Integers, and floats where the contract leaves one order, have the same bits as the kernels' (but for the
-activations ``gelu``, ``gelu_tanh`` and ``silu``, which here are the exact functions, rounded once).
+activations ``gelu``, ``gelu_tanh``, ``silu`` and ``quick_gelu``, which here are the exact functions, rounded once).
 ``extension`` wraps them in the functions of the native module.
 """
 

@@ -24,6 +24,8 @@ def activate(code: int, v: float) -> float:
         return 0.5 * v * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v * v * v)))
     if code == 4:
         return v * (1.0 / (1.0 + math.exp(-v)) if v > -700 else 0.0)  # NaN of NaN and of -Inf, as the kernels have it
+    if code == 5:
+        return v * (1.0 / (1.0 + math.exp(-1.702 * v)) if v > -400 else 0.0)
     return v
 
 

@@ -172,6 +172,7 @@ SMOOTH: dict[str, Change] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
     "silu": torch.nn.functional.silu,
+    "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
 }
 
 

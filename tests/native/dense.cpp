@@ -155,7 +155,7 @@ void run_kernel(const Kernel& kernel) {
       for (const int rows : {1, 2, 7}) run_load(kernel, type, rows, k);
     for (const int rows : {1, 3, 18})
       for (const int columns : {1, 7, 8, 9, 15, 16, 17, 33, 128})
-        for (int activation = 0; activation < 5; ++activation)
+        for (int activation = 0; activation < 6; ++activation)
           run_finish(kernel, rows, columns, type, static_cast<Activation>(activation));
   }
 }

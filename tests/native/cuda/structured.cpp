@@ -411,7 +411,7 @@ void check_structured_kernel(const Kernel& kernel) {
   check_plain(kernel, {element, kernel.bm + 1, kernel.bn + 2, deep});
   const StructuredCase vectors(element, 11, 44, 65),
       odd(element, 5, 7, deep, is_int8 ? Content::extreme : Content::exact);
-  for (int activation = 0; activation < 5; ++activation)
+  for (int activation = 0; activation < 6; ++activation)
     for (const bool bias : {false, true}) {
       const StructuredCase& c = (activation + bias) % 2 ? vectors : odd;
       if (!is_int8)
