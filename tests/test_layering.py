@@ -224,7 +224,7 @@ def test_no_rooms_without_a_name() -> None:
 
 # --- C++ ----------------------------------------------------------------------------------------------------------------
 
-INSTRUCTION_SETS = sorted(CSRC.glob("*/avx*.cpp"))
+INSTRUCTION_SETS = sorted([*CSRC.glob("*/avx*.cpp"), *CSRC.glob("*/amx.cpp")])
 
 
 def includes(path: Path) -> list[str]:
@@ -417,11 +417,13 @@ def test_vector_instructions_stay_in_their_files(objects: dict[str, Unit]) -> No
     allowed = {  # by the first word of the file's name
         "avx2": {"vex", "ymm"},
         "avxvnni": {"vex", "ymm", "vpdpbusd"},
+        "avx512": {"vex", "ymm", "zmm"},
         "avx512vnni": {"vex", "ymm", "zmm", "vpdpbusd"},
+        "amx": {"vex", "ymm", "zmm", "tdpbusd"},
     }
     for name, unit in objects.items():
         text = disassembly(unit.target)
-        found = {what for what in ("ymm", "zmm", "vpdpbusd") if what in text}
+        found = {what for what in ("ymm", "zmm", "vpdpbusd", "tdpbusd") if what in text}
         if re.search(r"^\s+[0-9a-f]+:\s+v[a-z]", text, re.MULTILINE):  # any instruction in the VEX or EVEX encoding
             found.add("vex")
         assert found <= allowed.get(Path(name).stem.split("_")[0], set()), f"{name} holds {found}"
@@ -464,6 +466,6 @@ def test_the_linker_has_no_choice(objects: dict[str, Unit]) -> None:
 def test_the_built_module_holds_what_the_files_hold(extension: Path, objects: dict[str, Unit]) -> None:
     """The extension that is installed here, disassembled: not one wide instruction more, so none in the bindings."""
     whole, parts = disassembly(extension), [disassembly(unit.target) for unit in objects.values()]
-    for what in ("ymm", "zmm", "vpdpbusd"):
+    for what in ("ymm", "zmm", "vpdpbusd", "tdpbusd"):
         expected = sum(what in line for part in parts for line in part.splitlines())
         assert sum(what in line for line in whole.splitlines()) == expected, what

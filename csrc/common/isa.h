@@ -12,7 +12,7 @@ struct Isa {
   Family family;
   uint32_t bits;
 
-  static const Isa scalar, avx2, avx_vnni, avx512_vnni;
+  static const Isa scalar, avx2, avx_vnni, avx512_vnni, amx_int8;
 };
 constexpr bool operator==(Isa a, Isa b) { return a.family == b.family && a.bits == b.bits; }
 constexpr bool operator!=(Isa a, Isa b) { return !(a == b); }
@@ -20,7 +20,8 @@ constexpr bool operator!=(Isa a, Isa b) { return !(a == b); }
 inline constexpr Isa Isa::scalar{Family::none, 0};
 inline constexpr Isa Isa::avx2{Family::x86, 1};  // with FMA, F16C and POPCNT
 inline constexpr Isa Isa::avx_vnni{Family::x86, 1 | 2};
-inline constexpr Isa Isa::avx512_vnni{Family::x86, 1 | 4};  // with F, BW and VL
+inline constexpr Isa Isa::avx512_vnni{Family::x86, 1 | 4};   // with F, BW and VL
+inline constexpr Isa Isa::amx_int8{Family::x86, 1 | 4 | 8};  // with tiles, which the operating system grants
 
 // Those with a name. A cap lets run what needs no other features than `allows` has, of its family.
 struct NamedIsa {
@@ -31,7 +32,8 @@ struct NamedIsa {
 constexpr NamedIsa kIsas[] = {{"scalar", Isa::scalar, 0},
                               {"avx2", Isa::avx2, 1},
                               {"avx_vnni", Isa::avx_vnni, 1 | 2},
-                              {"avx512_vnni", Isa::avx512_vnni, 1 | 2 | 4}};
+                              {"avx512_vnni", Isa::avx512_vnni, 1 | 2 | 4},
+                              {"amx_int8", Isa::amx_int8, 1 | 2 | 4 | 8}};
 
 const char* isa_name(Isa isa);
 

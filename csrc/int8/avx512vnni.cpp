@@ -35,7 +35,10 @@ void tile_rows(const uint8_t* a, ptrdiff_t lda, const int8_t* w, int groups, int
     for (int j = 0; j < 2; ++j) _mm512_storeu_si512(c + kNr * i + 16 * j, acc[i][j]);
 }
 
-void tile(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int length, int32_t* c, bool accumulate) {
+}  // namespace
+
+void tile_avx512_vnni(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int length, int32_t* c,
+                      bool accumulate) {
   using Rows = void (*)(const uint8_t*, ptrdiff_t, const int8_t*, int, int32_t*, bool);
   static constexpr Rows table[kMr] = {tile_rows<1>, tile_rows<2>,  tile_rows<3>,  tile_rows<4>,
                                       tile_rows<5>, tile_rows<6>,  tile_rows<7>,  tile_rows<8>,
@@ -43,9 +46,7 @@ void tile(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int leng
   table[rows - 1](a, lda, static_cast<const int8_t*>(panel), length / 4, c, accumulate);
 }
 
-}  // namespace
-
-const Kernel kAvx512Vnni{"avx512_vnni_12x32", Isa::avx512_vnni, kMr,  kNr,        4,
-                         Layout::dot4,        quantize_avx2,    tile, finish_avx2};
+const Kernel kAvx512Vnni{"avx512_vnni_12x32", Isa::avx512_vnni, kMr,          kNr, 4, Layout::dot4,
+                         quantize_avx512,     tile_avx512_vnni, finish_avx512};
 
 }  // namespace pycompress::int8

@@ -54,7 +54,13 @@ class Worker {
     sums_ = reinterpret_cast<int32_t*>(room_.data + bytes);
     room_.scale = reinterpret_cast<float*>(sums_ + sums);
     room_.zero_point = reinterpret_cast<int32_t*>(room_.scale + rows);
+    if (kernel.begin != nullptr) kernel.begin();
   }
+  ~Worker() {
+    if (kernel_.end != nullptr) kernel_.end();
+  }
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
 
   // Rows that are there already, from the task before, are not quantized again.
   void quantize(int64_t row, int rows) {
@@ -141,7 +147,7 @@ class Worker {
 Kernels<Kernel>& kernels() {
   static constexpr const Kernel* best_first[] = {
 #if defined(PYCOMPRESS_X86)
-      &kAvx512Vnni, &kAvxVnni, &kAvx2, &kAvx2Windows,
+      &kAmx,   &kAvx512Vnni, &kAvxVnni, &kAvx2, &kAvx2Windows,
 #endif
       &kScalar};
   static Kernels<Kernel> all{"int8", best_first};
@@ -181,6 +187,8 @@ void linear(const Problem& p, const Kernel& kernel) {
     panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
   const int64_t row_tasks = divide_up(p.m, task_rows);
   task_rows = divide_up(divide_up(p.m, row_tasks), kernel.mr) * kernel.mr;
+  if (threads > 1 && divide_up(p.m, task_rows) < threads)  // whole tiles are fewer
+    panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
   const int64_t task_panels = divide_up(panels, panel_tasks), tasks = divide_up(p.m, task_rows) * panel_tasks;
 
   std::atomic<int64_t> next{0};

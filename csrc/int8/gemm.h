@@ -84,6 +84,8 @@ struct Kernel {
   Quantize quantize;
   Tile tile;
   Finish finish;
+  void (*begin)() = nullptr;  // on a thread before it calls tile, and after; or null
+  void (*end)() = nullptr;
 };
 
 Kernels<Kernel>& kernels();

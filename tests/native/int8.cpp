@@ -16,6 +16,7 @@
 namespace pycompress::int8 {
 extern const Kernel kAvxVnniEmulated;
 extern const Kernel kAvx512VnniEmulated;
+extern const Kernel kAmxEmulated;
 }  // namespace pycompress::int8
 
 namespace native {
@@ -282,9 +283,10 @@ void test_int8() {
   std::vector<const Kernel*> kernels{&kScalar};
 #if defined(PYCOMPRESS_X86)
   if (isa_available(Isa::avx2))
-    kernels.insert(kernels.end(), {&kAvx2, &kAvx2Windows, &kAvxVnniEmulated, &kAvx512VnniEmulated});
+    kernels.insert(kernels.end(), {&kAvx2, &kAvx2Windows, &kAvxVnniEmulated, &kAvx512VnniEmulated, &kAmxEmulated});
   if (isa_available(Isa::avx_vnni)) kernels.push_back(&kAvxVnni);
   if (isa_available(Isa::avx512_vnni)) kernels.push_back(&kAvx512Vnni);
+  if (isa_available(Isa::amx_int8)) kernels.push_back(&kAmx);
   check_skipped(kAvx2);
 #endif
   for (const Kernel* kernel : kernels) {

@@ -69,7 +69,7 @@ def capped(name: str) -> Iterator[None]:
     A weight that was packed for a kernel that this excludes is refused there (ValueError).
 
     Args:
-        name: scalar, avx2, avx_vnni or avx512_vnni; "" for all that the processor has, whatever PYCOMPRESS_ISA says.
+        name: scalar, avx2, avx_vnni, avx512_vnni or amx_int8; "" for all that the processor has, whatever PYCOMPRESS_ISA says.
     Raises:
         ValueError: for another name, or where the processor lacks it.
     """

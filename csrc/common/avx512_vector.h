@@ -1,0 +1,50 @@
+// The vector type of avx2_vector.h in 512 bits, for code that is written once over either. In an anonymous namespace,
+// because each instruction-set file compiles its own copy and the linker must not merge them.
+#pragma once
+
+#include <immintrin.h>
+
+#include "activation.h"
+
+// See avx2_vector.h.
+#define KEEP_IN_REGISTER(v) asm("" : "+v"(v))
+
+namespace pycompress {
+namespace {
+
+struct Vector {
+  static constexpr int kWidth = 16, kSums = 24;  // floats; sums that fit the registers beside their operands
+  __m512 value;
+  static Vector of(float v) { return {_mm512_set1_ps(v)}; }
+  static Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, value); }
+};
+inline Vector operator+(Vector a, Vector b) { return {_mm512_add_ps(a.value, b.value)}; }
+inline Vector operator-(Vector a, Vector b) { return {_mm512_sub_ps(a.value, b.value)}; }
+inline Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.value, b.value)}; }
+inline Vector operator/(Vector a, Vector b) { return {_mm512_div_ps(a.value, b.value)}; }
+inline Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
+inline Vector larger(Vector a, Vector b) { return {_mm512_max_ps(a.value, b.value)}; }  // b where one of them is NaN
+inline Vector where_less(Vector a, Vector b, Vector yes, Vector no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.value, b.value, _CMP_LT_OQ), no.value, yes.value)};
+}
+inline Vector power_of_two(Vector n) {
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.value), _mm512_set1_epi32(127)), 23))};
+}
+
+inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline Vector load_up_to(const float* p, int count) {
+  return count >= 16 ? Vector::load(p) : Vector{_mm512_maskz_loadu_ps(first_lanes(count), p)};
+}
+inline void store_up_to(float* p, Vector v, int count) {
+  if (count >= 16) return v.store(p);
+  _mm512_mask_storeu_ps(p, first_lanes(count), v.value);
+}
+// Zeros behind the first `count`.
+inline Vector only(Vector v, int count) {
+  return count >= 16 ? v : Vector{_mm512_maskz_mov_ps(first_lanes(count), v.value)};
+}
+
+}  // namespace
+}  // namespace pycompress

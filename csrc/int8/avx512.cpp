@@ -1,0 +1,137 @@
+// The quantizer and the epilogue of avx2.cpp in 512 bits: the same float32 steps, so the same bits.
+#include "../common/avx512_vector.h"
+#include "kernel_list.h"
+
+namespace pycompress::int8 {
+namespace {
+
+constexpr int kLanes = Vector::kWidth;
+
+inline __mmask16 up_to(int count) { return count >= kLanes ? 0xffff : first_lanes(count); }
+
+// Up to 16 values of a row, zeros behind them.
+template <Type kType>
+inline __m512 load_values(const void* x, ptrdiff_t i, __mmask16 lanes) {
+  if constexpr (kType == Type::float32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + i);
+  const __m256i half = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(x) + i);
+  if constexpr (kType == Type::bfloat16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  return _mm512_cvtph_ps(half);
+}
+
+template <Type kType>
+void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, uint8_t* data, float* scale,
+                  int32_t* zero_point) {
+  const __m512 zero = _mm512_setzero_ps();
+  __m512 low[2] = {zero, zero}, high[2] = {zero, zero}, poison[2] = {zero, zero};
+  for (int i = 0; i < shape.k; i += 2 * kLanes)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int at = i + j * kLanes;
+      if (at >= shape.k) break;
+      const __m512 v = load_values<kType>(x, begin + at, up_to(shape.k - at));
+      low[j] = _mm512_min_ps(low[j], v);
+      high[j] = _mm512_max_ps(high[j], v);
+      poison[j] = _mm512_fmadd_ps(v, zero, poison[j]);  // 0 where finite, NaN for ever after NaN or Inf
+    }
+  const __m512 bad = _mm512_add_ps(poison[0], poison[1]);
+  const bool finite = _mm512_cmp_ps_mask(bad, bad, _CMP_UNORD_Q) == 0;
+  const float least = _mm512_reduce_min_ps(_mm512_min_ps(low[0], low[1]));
+  const float most = _mm512_reduce_max_ps(_mm512_max_ps(high[0], high[1]));
+  const float half_max = 0.5f * static_cast<float>(amax);
+  const float half = 0.5f * most - 0.5f * least;
+  float inverse = 0;
+  *scale = finite ? 0.0f : __builtin_nanf("");
+  if (finite && !(half < 0x1p-100f)) {
+    inverse = half_max / half;
+    *scale = half / half_max;
+  }
+  const int rounded = _mm_cvtss_si32(_mm_set_ss(finite ? -least * inverse : 0.0f));
+  *zero_point = rounded < 0 ? 0 : rounded > amax ? amax : rounded;
+
+  const __m512 factor = _mm512_set1_ps(inverse);
+  const __m512i shift = _mm512_set1_epi32(*zero_point), top = _mm512_set1_epi32(amax), none = _mm512_setzero_si512();
+  for (int block = 0; block < shape.blocks(); ++block) {
+    uint8_t* out = data + shape.offset(block);
+    const int length = shape.length(block), first = block * kBlockK;
+    for (int i = 0; i < length; i += kLanes) {
+      const int left = shape.k - first - i;
+      const __m512 v = load_values<kType>(x, begin + first + i, left > 0 ? up_to(left) : 0);
+      __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, factor));  // half to even; NaN gives INT_MIN, so 0 below
+      q = _mm512_min_epi32(_mm512_max_epi32(_mm512_add_epi32(q, shift), none), top);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(q));
+    }
+  }
+}
+
+inline __m256i to_bfloat16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+}
+
+template <Type kType>
+void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  for (int j = 0; j < columns; j += kLanes) {
+    const __mmask16 lanes = up_to(columns - j);
+    const __m512i column_sum = _mm512_loadu_si512(e.column_sum + j);
+    const __m512 weight_scale =
+        e.weight_scale == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes, e.weight_scale + j);
+    const __m512 bias = e.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes, e.bias + j);
+    for (int m = 0; m < rows; ++m) {
+      const __m512i correction = _mm512_mullo_epi32(column_sum, _mm512_set1_epi32(e.zero_point[m]));
+      const __m512i acc = _mm512_sub_epi32(_mm512_loadu_si512(c + m * nr + j), correction);
+      if constexpr (kType == Type::int32) {
+        _mm512_mask_storeu_epi32(static_cast<int32_t*>(y) + m * ldy + j, lanes, acc);
+        continue;
+      }
+      const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(e.row_scale[m]));
+      Vector v{_mm512_mul_ps(scaled, weight_scale)};
+      if (e.bias_stride != 0)
+        v = v + Vector::load(e.bias + m * e.bias_stride + j);
+      else if (e.bias != nullptr)
+        v = v + Vector{bias};
+      if (e.activation != Activation::none) v = activate(e.activation, v);
+      if constexpr (kType == Type::float32) {
+        _mm512_mask_storeu_ps(static_cast<float*>(y) + m * ldy + j, lanes, v.value);
+      } else {
+        __m256i half;
+        if constexpr (kType == Type::bfloat16)
+          half = to_bfloat16(v.value);
+        else
+          half = _mm512_cvtps_ph(v.value, _MM_FROUND_TO_NEAREST_INT);
+        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + m * ldy + j, lanes, half);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void quantize_avx512(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, uint8_t* data,
+                     float* scale, int32_t* zero_point) {
+  if (shape.versions != 1) return quantize_avx2(x, type, ldx, rows, shape, amax, data, scale, zero_point);
+  for (int m = 0; m < rows; ++m, data += shape.stride()) {
+    const ptrdiff_t begin = m * ldx;
+    if (type == Type::float32) quantize_row<Type::float32>(x, begin, shape, amax, data, scale + m, zero_point + m);
+    if (type == Type::bfloat16) quantize_row<Type::bfloat16>(x, begin, shape, amax, data, scale + m, zero_point + m);
+    if (type == Type::float16) quantize_row<Type::float16>(x, begin, shape, amax, data, scale + m, zero_point + m);
+  }
+}
+
+void finish_avx512(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  switch (e.type) {
+    case Type::float32:
+      return finish_as<Type::float32>(c, nr, rows, columns, e, y, ldy);
+    case Type::bfloat16:
+      return finish_as<Type::bfloat16>(c, nr, rows, columns, e, y, ldy);
+    case Type::float16:
+      return finish_as<Type::float16>(c, nr, rows, columns, e, y, ldy);
+    case Type::int32:
+      return finish_as<Type::int32>(c, nr, rows, columns, e, y, ldy);
+  }
+}
+
+}  // namespace pycompress::int8
