@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-all stress emulated spills gpu gpu-dry lint format bench sanitize docs clean drawn
+.PHONY: demo test test-all stress emulated spills gpu gpu-dry lint format bench models sanitize docs clean drawn
 
 demo: $(READY)
 	$(BIN)/pycompress demo
@@ -65,7 +65,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/kernels.py --op int4
 	$(BIN)/python benchmarks/kernels.py --op sparse
 	$(BIN)/python benchmarks/kernels.py --op low_rank
-	$(BIN)/python benchmarks/models.py
+
+# Whole models and blocks beside the whole of what a user would pick, which the extra installs; one thread and two.
+models: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt 'pycompress[bench]'
+	$(BIN)/python benchmarks/models.py --threads 1 --threads 2
+	$(BIN)/python benchmarks/models.py --blocks --threads 1 --threads 2
 
 EMULATED := build/sanitize/tests/native/cuda/cuda_kernels
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from pycompress import benchmark
-from pycompress.benchmark import Record, UnavailableError
+from pycompress.benchmark import Record, Timing, UnavailableError
 from pycompress.calibration import Calibration, calibrate
 from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.methods.method import Method
@@ -194,23 +194,25 @@ def pycompress_variant(
 
 def ort_fp32(model: nn.Module, folder: Path) -> Variant:
     path = exported(model, folder)
-    return _ort_variant(path, linear_share(model, path.stat().st_size))
+    return ort_variant(path, linear_share(model, path.stat().st_size))
 
 
-def ort_dynamic(model: nn.Module, folder: Path, *, spinning: bool = False, **options: Any) -> Variant:
-    """ONNX Runtime's `quantize_dynamic` of the exported graph; it compresses the embeddings too."""
-    source = exported(model, folder)
-    path = folder / ("-".join(["int8", *(f"{key}_{value}" for key, value in options.items())]) + ".onnx")
+def ort_dynamic(model: nn.Module, folder: Path) -> Variant:
+    return ort_variant(ort_quantized(exported(model, folder), folder / "int8.onnx"))
+
+
+def ort_quantized(source: Path, path: Path, **options: Any) -> Path:
+    """ONNX Runtime's `quantize_dynamic` of a graph, done once; it compresses the embeddings too."""
     if not path.exists():
         with quiet():
             from onnxruntime.quantization import quantize_dynamic
 
             quantize_dynamic(str(source), str(path), **options)
-    return _ort_variant(path, None, spinning=spinning)
+    return path
 
 
-def _ort_variant(path: Path, linear_bytes: int | None, *, spinning: bool = False) -> Variant:
-    session = benchmark.ort_session(str(path), spinning=spinning)
+def ort_variant(path: Path, linear_bytes: int | None = None) -> Variant:
+    session = benchmark.ort_session(str(path))
 
     def forward(batch: Batch) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in INPUTS})[0])
@@ -360,29 +362,25 @@ def token_batch(tokenizer: Any, sentences: Sequence[str], batch: int, length: in
     return dict(zip(INPUTS, (ids, torch.ones_like(ids), torch.zeros_like(ids)), strict=True))
 
 
-def latencies(
-    variants: Mapping[str, Variant], batches: Sequence[Batch], rounds: int, min_time_s: float = 0.1
-) -> dict[str, list[Record]]:
-    """For each variant and batch: milliseconds per call and the speed-up over the baseline."""
-    result: dict[str, list[Record]] = {name: [] for name in variants}
-    for batch in batches:
-        calls = {name: partial(variant.forward, batch) for name, variant in variants.items()}
-        with torch.inference_mode():
-            timings = benchmark.interleave(calls, rounds=rounds, min_time_s=min_time_s, pause_s=0.02)
-        rows, length = batch["input_ids"].shape
-        for name, timing in timings.items():
-            faster = benchmark.ratio(timings[BASELINE], timing)
-            result[name].append(
-                {
-                    "batch": rows,
-                    "length": length,
-                    "ms": timing.median * 1e3,
-                    "ms_quartiles": [value * 1e3 for value in timing.quartiles],
-                    "speedup": faster.median,
-                    "speedup_quartiles": [faster.low, faster.high],
-                }
-            )
-    return result
+def timed(variants: Mapping[str, Variant], batch: Batch, rounds: int, min_time_s: float = 0.1) -> dict[str, Timing]:
+    """How long each variant takes for a batch, turn by turn."""
+    calls = {name: partial(variant.forward, batch) for name, variant in variants.items()}
+    with torch.inference_mode():
+        return benchmark.interleave(calls, rounds=rounds, min_time_s=min_time_s, pause_s=0.02)
+
+
+def latency(name: str, batch: Batch, timings: Mapping[str, Timing]) -> Record:
+    """Milliseconds per call of a variant, and its speed-up over the baseline."""
+    rows, length = batch["input_ids"].shape
+    faster = benchmark.ratio(timings[BASELINE], timings[name])
+    return {
+        "batch": rows,
+        "length": length,
+        "ms": timings[name].median * 1e3,
+        "ms_quartiles": [value * 1e3 for value in timings[name].quartiles],
+        "speedup": faster.median,
+        "speedup_quartiles": [faster.low, faster.high],
+    }
 
 
 def measure(
@@ -396,7 +394,7 @@ def measure(
     """One record per variant: sizes, closeness to the baseline's embeddings, latency per (batch, length)."""
     reference = embed(variants[BASELINE].forward, tokenizer, sentences)
     batches = [token_batch(tokenizer, sentences, *shape) for shape in shapes]
-    latency = latencies(variants, batches, rounds)
+    timings = [timed(variants, batch, rounds) for batch in batches]
     return [
         {
             "model": "all-MiniLM-L6-v2",
@@ -405,7 +403,7 @@ def measure(
             "file_bytes": variant.file_bytes,
             "linear_bytes": variant.linear_bytes,
             **closeness(embed(variant.forward, tokenizer, sentences), reference),
-            "latency": latency[name],
+            "latency": [latency(name, batch, found) for batch, found in zip(batches, timings, strict=True)],
         }
         for name, variant in variants.items()
     ]

@@ -15,9 +15,10 @@ from pycompress.copying import copied
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import Method, Refused
 from pycompress.nn import CompressedLayer, layer_for
+from pycompress.passes import whole
 from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, targets_of
 from pycompress.progress import on_a_terminal, track
-from pycompress.race import keep_faster_layers, keep_what_makes_it_faster, replacements
+from pycompress.race import keep_blocks_that_are_not_slower, keep_faster_layers, keep_what_makes_it_faster, replacements
 from pycompress.records import LayerRecord, Summary, leave_records, relative_error, summary
 from pycompress.surgery import compressed_layers, held_elsewhere, names_of, swap, switch_off_fast_paths
 from pycompress.weights import Weight
@@ -82,6 +83,7 @@ def compress(
     only_if_faster: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
+    blocks: bool = True,
 ) -> ModelT:
     """Replaces the layers that ``plan`` names by compressed ones. Everything that can fail fails before a layer is replaced.
 
@@ -105,6 +107,10 @@ def compress(
             they are in memory together. Otherwise a copy is returned, which shares nothing with ``model``, except functions; the
             dense weights that are replaced are never copied.
         progress: show a progress bar; None: on a terminal, where the model is large.
+        blocks: have transformer blocks of known classes, and the embeddings and means around them, run as one op each
+            (:mod:`pycompress.passes.whole`). Each is tried beside its original first, and stays as it was where they differ; with
+            hooks inside, gradients, in training, or with attentions asked for, the original forward runs. Where ``only_if_faster``
+            is set, those stay with which the model is not slower.
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 
@@ -132,6 +138,22 @@ def compress(
     if isinstance(calibration, Calibration) and calibration.running:
         raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
     given, model = model, uncompiled(model)  # type: ignore[assignment]
+    with whole.without(model):
+        result = _replaced(model, plan, calibration, example_inputs, only_if_faster, inplace, progress)
+    whole.remove(result)
+    if blocks:
+        whole.install(result)
+        if only_if_faster:
+            assert example_inputs is not None
+            keep_blocks_that_are_not_slower(result, example_inputs)
+    return given if inplace else result
+
+
+def _replaced(
+    model: ModelT, plan: Plan, calibration: Mapping[str, InputStatistics] | None, example_inputs: Inputs | None,
+    only_if_faster: bool, inplace: bool, progress: bool | None,
+) -> ModelT:  # fmt: skip
+    """The model, or a copy of it, with compressed layers."""
     targets = targets_of(model, plan, calibration)
     _keep_what_is_held_elsewhere(model, targets)
     passes.run(model, _chosen(targets), example_inputs)
@@ -150,7 +172,7 @@ def compress(
     result = _with_layers(model, replacements(_chosen(targets), layers), inplace=inplace)
     leave_records(result, [target.record for target in targets])
     switch_off_fast_paths(result)
-    return given if inplace else result
+    return result
 
 
 def _chosen(targets: list[Target]) -> list[Target]:

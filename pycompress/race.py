@@ -14,6 +14,8 @@ from pycompress.calls import Inputs, call_model, evaluating, only_argument
 from pycompress.kinds import without_pruning
 from pycompress.measure import interleaved_us
 from pycompress.nn import CompressedLayer
+from pycompress.nn.block import LEFT, Block, become_block, become_original
+from pycompress.passes.blocks import blocks_of
 from pycompress.plan import Target
 from pycompress.progress import track
 from pycompress.state import unwatched
@@ -148,6 +150,44 @@ def model_us(model: nn.Module, targets: list[Target], layers: Layers, inputs: In
     rounds = round(_SECONDS * 1e6 / sum(turn()))  # the first one warms up
     turns = [turn() for _ in range(max(fewest, min(most, rounds)))]
     return median(dense for dense, _ in turns), median(us for _, us in turns)
+
+
+def keep_blocks_that_are_not_slower(model: nn.Module, inputs: Inputs) -> None:
+    """Has blocks run as they did before until the model is not slower with those that are left: all of them or, where it is, each
+    half in turn, and halves of these."""
+    _not_slower(model, [*blocks_of(model).items()], inputs)
+
+
+def _not_slower(model: nn.Module, blocks: list[tuple[nn.Module, Block]], inputs: Inputs) -> None:
+    """Leaves those of the blocks in with which the model is not slower than with none of them; all others stay as they are."""
+    if not blocks:
+        return
+
+    def put(these: list[tuple[nn.Module, Block]]) -> None:
+        for module, block in these:
+            become_block(module, block.description)
+
+    def turn() -> tuple[float, float]:
+        for module, _ in blocks:
+            become_original(module)
+        without = _call_us(model, inputs)
+        put(blocks)
+        return without, _call_us(model, inputs)
+
+    turn()
+    before, after = map(median, zip(*(turn() for _ in range(_ROUNDS[0])), strict=True))
+    if after <= before:
+        return
+    for module, _ in blocks:
+        become_original(module)
+        vars(module)[LEFT] = f"the model is slower with it: {after:.0f} us against {before:.0f} us"
+    if len(blocks) > 1:
+        middle = len(blocks) // 2
+        for half in (blocks[:middle], blocks[middle:]):
+            for module, _ in half:
+                del vars(module)[LEFT]
+            put(half)
+            _not_slower(model, half, inputs)
 
 
 def _call_us(model: nn.Module, inputs: Inputs) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from pycompress.calls import uncompiled
 from pycompress.kinds import kind_of
 from pycompress.nn import CompressedLayer
+from pycompress.nn.block import LEFT, block_of
 from pycompress.nn.layer import RECORD
 
 
@@ -59,6 +60,22 @@ class LayerRecord:
         self.bytes = 4 * _size(layer.bias) + (0 if shares_weight else layer.canonical_bytes())
 
 
+@dataclass
+class BlockRecord:
+    """A module that runs as one op, or that looks as if it might.
+
+    Attributes:
+        name, kind: dotted name in the model, class.
+        family: what was read in it; '' where nothing was.
+        reason: why the original forward runs, as the module is now; '' where it does not, but for gradients and the like.
+    """
+
+    name: str
+    kind: str
+    family: str = ""
+    reason: str = ""
+
+
 def _size(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.numel()
 
@@ -96,12 +113,15 @@ class Summary:
         layers: one :class:`LayerRecord` for each layer that is compressed, or that :func:`compress` left dense.
         others: one for each other module that has parameters or buffers of its own, with the reason why it was left alone. The
             table has one line for those that are alike.
+        blocks: one :class:`BlockRecord` for each module that runs as one op, or whose class is known for it.
         dense_bytes, bytes: of all parameters and buffers of the model, before and after (a shared tensor counts once): the sums
             over both lists.
     """
 
-    def __init__(self, layers: list[LayerRecord], others: list[LayerRecord]) -> None:
-        self.layers, self.others = layers, others
+    def __init__(
+        self, layers: list[LayerRecord], others: list[LayerRecord], blocks: Sequence[BlockRecord] = ()
+    ) -> None:  # fmt: skip
+        self.layers, self.others, self.blocks = layers, others, [*blocks]
         self.dense_bytes = sum(record.dense_bytes for record in [*layers, *others])
         self.bytes = sum(record.bytes for record in [*layers, *others])
 
@@ -116,7 +136,13 @@ class Summary:
         for row in rows:
             cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             lines.append("  ".join(cells))
+        lines += [""] * bool(self.blocks) + [*map(self._line, self.blocks)]
         return "\n".join(line.rstrip() for line in lines)
+
+    @staticmethod
+    def _line(block: BlockRecord) -> str:
+        runs = f"runs as one op ({block.family})" if not block.reason else f"runs layer by layer: {block.reason}"
+        return f"{block.name or '(the model)'}: {block.kind} {runs}"
 
     @staticmethod
     def _row(layer: LayerRecord) -> tuple[str, ...]:
@@ -156,7 +182,7 @@ def summary(model: nn.Module) -> Summary:
 
     Layers are described as they are now. Of those that were loaded from a file or put in by hand, errors and times are not known.
     """
-    layers, others = [], []
+    layers, others, blocks = [], [], []
     seen: set[int] = set()
     for name, module in uncompiled(model).named_modules():
         tensors: dict[str, Tensor] = {}
@@ -164,6 +190,11 @@ def summary(model: nn.Module) -> Summary:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors[key] = tensor
+        if (block := block_of(module)) is not None:
+            reason = block.reason(module)
+            blocks.append(BlockRecord(name, type(module).__name__, block.description.family, reason))
+        elif LEFT in vars(module):
+            blocks.append(BlockRecord(name, type(module).__name__, reason=vars(module)[LEFT]))
         record = vars(module).get(RECORD)
         if isinstance(module, CompressedLayer):
             shares = all(tensor is not module.packed for tensor in tensors.values())
@@ -175,7 +206,7 @@ def summary(model: nn.Module) -> Summary:
             size, largest = sum(map(_bytes, tensors.values())), max(tensors.values(), key=_bytes)
             why = _why(module, tensors)
             others.append(LayerRecord(name, type(module).__name__, _shape(largest), size, reason=why, bytes=size))
-    return Summary(layers, others)
+    return Summary(layers, others, blocks)
 
 
 def _compressed(name: str, layer: CompressedLayer, record: LayerRecord | None, shares_weight: bool) -> LayerRecord:

@@ -409,7 +409,7 @@ def test_embeddings_are_candidates_only_where_the_plan_takes_them() -> None:
     assert [record.label for record in pc.summary(result).layers] == ["low rank 8", "low rank 8"]
     result = pc.compress(model, {"head": LowRank(8, embeddings=True), "*": Int8()})
     table, head = pc.summary(result).layers
-    assert (table.label, table.reason) == ("dense", "int8 takes linear layers only")
+    assert (table.label, table.reason) == ("dense", "Int8 takes embeddings with embeddings=True only")
     assert head.method == "low_rank"
 
 

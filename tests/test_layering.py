@@ -46,11 +46,11 @@ ALLOWED: dict[str, set[str]] = {
     "passes": HOUSE | {"plan"},
     "copying": {"references"},
     "progress": set(),
-    "race": HOUSE | {"state", "plan", "measure", "progress"},
+    "race": HOUSE | {"state", "plan", "passes", "measure", "progress"},
     "model": HOUSE | {"passes", "race", "copying", "progress", "plan", "records", "calibration"},
     "storage": HOUSE | {"passes", "records", "references"},
     "onnx": HOUSE,
-    "validation": HOUSE | {"onnx"},
+    "validation": HOUSE | {"onnx", "passes"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
     "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
@@ -251,6 +251,8 @@ BUILDS_ON: dict[str, set[str]] = {
     "cuda": {"common"},
     "peak": {"common"},
     "dense": {"common"},
+    "embed": {"common"},
+    "pool": {"common"},
     "int8": {"common", "cuda"},
     "int4": {"common", "int8"},
     "sparse": {"common", "cuda", "int8"},
@@ -259,6 +261,7 @@ BUILDS_ON: dict[str, set[str]] = {
     "sparse/structured": {"common", "cuda", "int8", "sparse"},
     "weight_only": {"common", "cuda", "dense", "int4"},
     "low_rank": {"common", "cuda", "dense", "int4", "int8", "sparse"},
+    "block": {"common", "dense", "int4", "int8", "low_rank", "sparse", "weight_only"},
 }
 BUILDS_ON["bindings"] = set(BUILDS_ON)
 

@@ -17,6 +17,7 @@ from pycompress.methods.method import Method
 from pycompress.nn import (
     LAYERS,
     Int4Linear,
+    Int8Embedding,
     Int8Linear,
     LowRankConv2d,
     LowRankEmbedding,
@@ -36,11 +37,13 @@ TABLE = {
     ("linear", "low_rank"): (LowRankLinear, LowRankWeight),
     ("conv2d", "sparse"): (SparseConv2d, SparseWeight),
     ("conv2d", "low_rank"): (LowRankConv2d, LowRankConv2dWeight),
+    ("embedding", "int8"): (Int8Embedding, Int8Weight),
     ("embedding", "low_rank"): (LowRankEmbedding, LowRankWeight),
 }
 # What a layer says of its weight.
 ATTRIBUTES = {
     Int8Linear: ("activation_bits", "weight_bits"),
+    Int8Embedding: ("weight_bits",),
     Int4Linear: ("group", "symmetric", "activation_bits"),
     SparseLinear: ("bits", "nnz", "density", "activation_bits"),
     SparseConv2d: ("bits", "nnz", "density", "activation_bits"),
@@ -74,6 +77,7 @@ NAMES = {
     "conv2d low_rank: spatial": LOW_RANK,
     "conv2d low_rank: tucker": ["low_rank_down", "low_rank_core", "low_rank_up"],
     "embedding low_rank: rank 4": LOW_RANK,
+    "embedding int8: 8": ["int8_values", "int8_scale"],
 }  # fmt: skip
 LABELS = {
     "linear int8: 8": "int8", "linear int8: a16": "int8 a16",
@@ -85,7 +89,7 @@ LABELS = {
     "linear low_rank: float32 + int8": "low rank 6 + int8", "linear low_rank: float32 + sparse int8": "low rank 6 + sparse",
     "linear low_rank: float32 + int4": "low rank 6 + int4", "linear low_rank: int8 + int4": "low rank 6 int8 + int4",
     "conv2d sparse: float32": "sparse 30 %", "conv2d low_rank: spatial": "low rank 4 spatial",
-    "conv2d low_rank: tucker": "low rank 4x4 tucker", "embedding low_rank: rank 4": "low rank 4",
+    "conv2d low_rank: tucker": "low rank 4x4 tucker", "embedding low_rank: rank 4": "low rank 4", "embedding int8: 8": "int8",
 }  # fmt: skip
 CONV = "out_channels=19, in_channels=5, kernel_size=(3, 2), stride=(1, 2), padding=(1, 1), dilation=(1, 1)"
 LINEAR = "in_features=71, out_features=24"

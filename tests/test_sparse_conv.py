@@ -529,7 +529,7 @@ def test_summary() -> None:
 def test_methods_that_take_no_convolutions(same: Same) -> None:
     model, x = resnet(), torch.randn(1, 3, 32, 32)
     for method, reason in (
-        (Int8(), "int8 takes linear layers only"),
+        (Int8(), "int8 takes linear layers and embeddings only"),
         (Sparse(0.5, bits=8), "int8 has no sparse convolution yet"),
     ):
         result = pc.compress(model, method)

@@ -358,7 +358,7 @@ def test_a_plan_of_version_1(path: Path, snapshot: Snapshot) -> None:
         ({"activation_bits": 9}, "layer 0: .*activation_bits is 9"),
         ({"code": "import os"}, "layer 0: .*settings"),
         ({"settings": {}}, "layer 0: .*settings"),
-        ({"embedding": True}, "layer 0: weight is 'int8', expected 'low_rank'"),
+        ({"embedding": True}, "layer 0: bias is True, expected false"),
         ({"embedding": 1}, "layer 0: .*settings"),
         ({"conv2d": {}}, "layer 0: weight is 'int8', expected 'low_rank' or 'sparse'"),
         ({"shape": None}, "layer 0: shape is None"),

@@ -10,7 +10,7 @@
 namespace pycompress::dlpack {
 
 constexpr int32_t kCpu = 1;
-enum Code : uint8_t { kUInt = 1, kFloat = 2, kBfloat = 4 };
+enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Tensor {
   void* data;
@@ -27,6 +27,11 @@ struct Tensor {
     return reinterpret_cast<T*>(static_cast<char*>(data) + byte_offset);
   }
   bool is(uint8_t wanted_code, uint8_t wanted_bits) const { return code == wanted_code && bits == wanted_bits; }
+  int64_t stride(int i) const {  // in elements
+    int64_t result = 1;
+    for (int j = ndim - 1; strides == nullptr && j > i; --j) result *= shape[j];
+    return strides == nullptr ? result : strides[i];
+  }
   bool dense() const {
     int64_t stride = 1;
     for (int i = ndim - 1; strides != nullptr && i >= 0; --i) {

@@ -2,13 +2,16 @@
 #include <string>
 #include <type_traits>
 
+#include "../block/block.h"
 #include "../common/check.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../dense/gemm.h"
+#include "../embed/embed.h"
 #include "../int4/gemm.h"
 #include "../int8/gemm.h"
 #include "../peak/peak.h"
+#include "../pool/pool.h"
 #include "../sparse/gemm.h"
 #include "../weight_only/gemm.h"
 #include "python.h"
@@ -24,6 +27,9 @@ void for_ops(F&& f) {
   f(dense::kernels());
   f(int4::kernels());
   f(weight_only::kernels());
+  f(block::kernels());
+  f(embed::kernels());
+  f(pool::kernels());
 }
 
 py::list kernels() {
@@ -70,9 +76,12 @@ PYBIND11_MODULE(_C, m) {
   using namespace pycompress;
   watch_fork();
   isa_available(Isa::scalar);  // an unknown PYCOMPRESS_ISA fails here, at import, and not in the middle of a model
+  bind_block(m);
+  bind_embed(m);
   bind_int4(m);
   bind_int8(m);
   bind_low_rank(m);
+  bind_pool(m);
   bind_sparse(m);
   m.def("kernels", &kernels);
   m.def("instruction_sets", &instruction_sets);

@@ -24,15 +24,18 @@ struct MaybeReleaseGil {
   }
 };
 
+void bind_block(py::module_& m);
 void bind_cuda_blocks(py::module_& m);
 void bind_cuda_low_rank(py::module_& m);
 void bind_cuda_side_branch(py::module_& m);
 void bind_cuda_bitmap(py::module_& m);
 void bind_cuda_structured(py::module_& m);
 void bind_cuda_weight_only(py::module_& m);
+void bind_embed(py::module_& m);
 void bind_int4(py::module_& m);
 void bind_int8(py::module_& m);
 void bind_low_rank(py::module_& m);
+void bind_pool(py::module_& m);
 void bind_sparse(py::module_& m);
 
 }  // namespace pycompress

@@ -20,13 +20,16 @@ inline bool use_exchange(const py::object& capsule) {
   return true;
 }
 
-inline bool read(py::handle object, dlpack::Tensor* tensor) {
+// On the CPU, of any strides.
+inline bool read_strided(py::handle object, dlpack::Tensor* tensor) {
   if (exchange->tensor_from_object(object.ptr(), tensor) != 0) {
     PyErr_Clear();
     return false;
   }
-  return tensor->device_type == dlpack::kCpu && tensor->dense();
+  return tensor->device_type == dlpack::kCpu;
 }
+
+inline bool read(py::handle object, dlpack::Tensor* tensor) { return read_strided(object, tensor) && tensor->dense(); }
 
 inline Type type_of(const dlpack::Tensor& tensor) {
   if (tensor.is(dlpack::kFloat, 32)) return Type::float32;

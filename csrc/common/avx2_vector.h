@@ -34,8 +34,11 @@ inline __m256 load_tail(const void* x, ptrdiff_t i, int count) {
 }
 
 struct Vector {
+  static constexpr int kWidth = 8, kSums = 12;  // floats; sums that fit the registers beside their operands
   __m256 value;
   static Vector of(float v) { return {_mm256_set1_ps(v)}; }
+  static Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, value); }
 };
 inline Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.value, b.value)}; }
 inline Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.value, b.value)}; }
@@ -48,6 +51,9 @@ inline Vector power_of_two(Vector n) {
   return {_mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.value), _mm256_set1_epi32(127)), 23))};
 }
+
+inline Vector fma(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
+inline Vector larger(Vector a, Vector b) { return {_mm256_max_ps(a.value, b.value)}; }  // b where one of them is NaN
 
 inline __m128i to_bfloat16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);
@@ -67,6 +73,23 @@ inline auto converted(__m256i acc, __m256 value) {
   if constexpr (kType == Type::float16) return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
+// y[count] = the floats, of which there are as many as fill the last eight, rounded to a float type.
+template <Type kType>
+inline void put_floats_as(const float* floats, int64_t count, void* y) {
+  constexpr int size = kType == Type::float32 ? 4 : 2;
+  auto* at = static_cast<unsigned char*>(y);
+  for (int64_t i = 0; i < count; i += 8) {
+    const auto rounded = converted<kType>(__m256i{}, _mm256_loadu_ps(floats + i));
+    __builtin_memcpy(at + i * size, &rounded, static_cast<size_t>(count - i < 8 ? (count - i) * size : 8 * size));
+  }
+}
+
+inline void put_floats(const float* floats, int64_t count, void* y, Type type) {
+  if (type == Type::float32) put_floats_as<Type::float32>(floats, count, y);
+  if (type == Type::bfloat16) put_floats_as<Type::bfloat16>(floats, count, y);
+  if (type == Type::float16) put_floats_as<Type::float16>(floats, count, y);
+}
+
 // Up to eight floats, zeros behind them.
 inline __m256 load_floats_up_to(const float* p, int count) {
   if (p == nullptr) return _mm256_setzero_ps();
@@ -74,6 +97,21 @@ inline __m256 load_floats_up_to(const float* p, int count) {
   float buffer[8] = {};
   for (int i = 0; i < count; ++i) buffer[i] = p[i];
   return _mm256_loadu_ps(buffer);
+}
+
+inline __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vector load_up_to(const float* p, int count) {
+  return count >= 8 ? Vector::load(p) : Vector{_mm256_maskload_ps(p, first_lanes(count))};
+}
+inline void store_up_to(float* p, Vector v, int count) {
+  if (count >= 8) return v.store(p);
+  _mm256_maskstore_ps(p, first_lanes(count), v.value);
+}
+// Zeros behind the first `count`.
+inline Vector only(Vector v, int count) {
+  return count >= 8 ? v : Vector{_mm256_and_ps(v.value, _mm256_castsi256_ps(first_lanes(count)))};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // AVX2 and FMA: six rows x 16 channels, 12 sums in registers. Per position two loads of weights, six broadcasts of x
 // and 12 FMAs: 8 of 12 load slots, so the FMAs bind and the floor is their peak. Up to three rows the weights are read
 // once and used as often as there are rows: then their bandwidth binds, and phases hide the latency of the FMAs.
+#include "../common/avx2_transpose.h"
 #include "../common/avx2_vector.h"
 #include "kernel_list.h"
 
@@ -118,8 +119,32 @@ void finish(const float* c, ptrdiff_t ldc, int rows, int columns, Activation act
   if (type == Type::float16) finish_as<Type::float16>(c, ldc, rows, columns, activation, at, ldy);
 }
 
+template <Type kType>
+void turn_as(const void* rows, ptrdiff_t ld, int count, int64_t length, float* panel) {
+  for (int64_t i = 0; i < length; i += 8)
+    for (int n = 0; n < kPanel; n += 8) {
+      const int left = static_cast<int>(length - i < 8 ? length - i : 8);
+      __m256 r[8];
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const ptrdiff_t at = (n + j) * ld + i;
+        r[j] = n + j >= count ? _mm256_setzero_ps()
+               : left == 8    ? load_floats<kType>(rows, at)
+                              : load_tail<kType>(rows, at, left);
+      }
+      transpose(r);
+      for (int j = 0; j < left; ++j) _mm256_storeu_ps(panel + (i + j) * kPanel + n, r[j]);
+    }
+}
+
+void turn(const void* rows, Type type, ptrdiff_t ld, int count, int64_t length, float* panel) {
+  if (type == Type::float32) turn_as<Type::float32>(rows, ld, count, length, panel);
+  if (type == Type::bfloat16) turn_as<Type::bfloat16>(rows, ld, count, length, panel);
+  if (type == Type::float16) turn_as<Type::float16>(rows, ld, count, length, panel);
+}
+
 }  // namespace
 
-const Kernel kAvx2{"avx2_6x16", Isa::avx2, kMr, kPanel, 1, many, few, load, finish};
+const Kernel kAvx2{"avx2_6x16", Isa::avx2, kMr, kPanel, 1, many, few, load, finish, turn};
 
 }  // namespace pycompress::dense

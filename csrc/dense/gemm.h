@@ -43,6 +43,9 @@ using Load = void (*)(const void* x, Type type, ptrdiff_t ldx, int rows, int64_t
 using Finish = void (*)(const float* c, ptrdiff_t ldc, int rows, int columns, Activation activation, Type type, void* y,
                         ptrdiff_t ldy);
 
+// rows[rows][length] of floats, row stride ld -> a panel float [length][kPanel], zeros behind the last row.
+using Turn = void (*)(const void* rows, Type type, ptrdiff_t ld, int count, int64_t length, float* panel);
+
 struct Kernel {
   const char* name;
   Isa isa;
@@ -51,6 +54,7 @@ struct Kernel {
   Multiply few;   // rows <= kFewRows, phases
   Load load;
   Finish finish;
+  Turn turn;
 };
 Kernels<Kernel>& kernels();
 

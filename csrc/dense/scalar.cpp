@@ -30,8 +30,13 @@ void finish(const float* c, ptrdiff_t ldc, int rows, int columns, Activation act
       put_float(y, type, m * ldy + n, activate(activation, Scalar{c[m * ldc + n]}).value);
 }
 
+void turn(const void* rows, Type type, ptrdiff_t ld, int count, int64_t length, float* panel) {
+  for (int64_t i = 0; i < length; ++i)
+    for (int n = 0; n < kPanel; ++n) panel[i * kPanel + n] = n < count ? float_at(rows, type, n * ld + i) : 0.0f;
+}
+
 }  // namespace
 
-const Kernel kScalar{"scalar_6x16", Isa::scalar, 6, kPanel, 1, multiply, multiply, load, finish};
+const Kernel kScalar{"scalar_6x16", Isa::scalar, 6, kPanel, 1, multiply, multiply, load, finish, turn};
 
 }  // namespace pycompress::dense

@@ -5,6 +5,7 @@
 // on a pipe that FMA leaves free; narrow tiles take several channels at once, for eight sums in flight (FMA takes four
 // cycles, two start in each). The sums of the channel after next are prefetched: channels come in the order of their
 // length, which no hardware prefetcher foresees.
+#include "../common/avx2_transpose.h"
 #include "../common/avx2_vector.h"
 #include "../int8/kernel_list.h"
 #include "kernel_list.h"
@@ -15,28 +16,6 @@ namespace {
 inline __m256 loads(const float* p) { return _mm256_loadu_ps(p); }
 
 // --- tiles of x ---------------------------------------------------------------------------------------------------
-
-// Rows i of the result are columns i of (r[0] ... r[7]).
-inline void transpose(__m256 (&r)[8]) {
-  __m256 t[8], u[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
-    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-  }
-}
 
 // x[rows, k] -> out[k][width]
 template <Type kType>

@@ -19,8 +19,7 @@
 
 namespace pycompress::weight_only {
 
-constexpr int kPanel = 16;    // channels that lie together
-constexpr int kBlockK = 256;  // positions whose floats, 16 KiB, stay in the L1 while rows pass over them
+constexpr int kPanel = 16;  // channels that lie together
 
 // `positions` of a panel as float32 [positions][kPanel]. int8: [positions][kPanel] as packed.
 using ExpandInt8 = void (*)(const int8_t* panel, int positions, float* to);

@@ -5,13 +5,14 @@ grids. grid, break_even: what these share. results: comparisons and the file.
 """
 
 from pycompress.benchmark.environment import Environment
-from pycompress.benchmark.harness import interleave, ratio
+from pycompress.benchmark.harness import Timing, interleave, ratio
 from pycompress.benchmark.peers import UnavailableError, ort_session, quantize_dynamic
 from pycompress.benchmark.results import Record, json_lines, write_json_lines
 
 __all__ = [
     "Environment",
     "Record",
+    "Timing",
     "UnavailableError",
     "interleave",
     "json_lines",

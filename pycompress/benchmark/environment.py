@@ -16,7 +16,18 @@ import torch
 
 from pycompress import ops
 
-PACKAGES = ("pycompress", "torch", "numpy", "numba", "onnx", "onnxruntime", "transformers")
+PACKAGES = (
+    "pycompress",
+    "torch",
+    "numpy",
+    "numba",
+    "onnx",
+    "onnxruntime",
+    "transformers",
+    "openvino",
+    "nncf",
+    "ctranslate2",
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.kinds.kind import Kind
+from pycompress.methods.method import EmbeddingMethod, Method
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Embedding(Kind):
                 f"max_norm is {module.max_norm}, expected None: it rescales the rows of its weight as they are used"
             )
         return EmbeddingGeometry(module.padding_idx)
+
+    def fitted(self, method: Method, module: nn.Module) -> Method:
+        return method.for_embedding() if isinstance(method, EmbeddingMethod) else method
 
     def attributes(self, n: int, k: int, geometry: EmbeddingGeometry) -> dict[str, Any]:
         rows = {"num_embeddings": n, "embedding_dim": k, "padding_idx": geometry.padding_idx}

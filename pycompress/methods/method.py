@@ -55,6 +55,14 @@ class ConvolutionMethod(Protocol):
 
 
 @runtime_checkable
+class EmbeddingMethod(Protocol):
+    """A method to which an embedding is another thing than a layer that multiplies."""
+
+    def for_embedding(self) -> Method:
+        """The method for an embedding; it too is given the matrix [n, k]."""
+
+
+@runtime_checkable
 class MeasuredMethod(Protocol):
     """A method part of which only the machine can tell: who compresses builds layers of the weights that it asks for."""
 

@@ -23,7 +23,7 @@ from pycompress.onnx.activation import ACTIVATIONS
 from pycompress.onnx.dense import lower_conv2d, lower_linear
 from pycompress.onnx.graph import BLOCKS_OPSET, MAX_WEIGHT_BYTES, OPSET, Graph, Lowering
 from pycompress.onnx.int4 import lower_int4_linear
-from pycompress.onnx.int8 import integers, lower_int8_linear
+from pycompress.onnx.int8 import integers, lower_int8_embedding, lower_int8_linear
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
 
@@ -39,6 +39,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("linear", "sparse"): lower_sparse_linear,
     ("linear", "low_rank"): lower_low_rank_linear,
     ("conv2d", "low_rank"): lower_low_rank_conv2d,
+    ("embedding", "int8"): lower_int8_embedding,
     ("embedding", "low_rank"): lower_low_rank_embedding,
 }
 # By kind: with the decompressed weight, for weights that have no lowering of their own.

@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto
 
 from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.int8_embedding import Int8Embedding
 from pycompress.nn.sparse import SparseLinear
 from pycompress.onnx.graph import Graph, array
 from pycompress.weights import Int8Weight, SparseWeight
@@ -36,6 +37,16 @@ def lower_int8_linear(graph: Graph, x: str, layer: Int8Linear | SparseLinear) ->
         return graph.activation(graph.bias(v, layer), layer)
     v, broken = int8_product(graph, x, *integers(layer.canonical()))
     return poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken)
+
+
+def lower_int8_embedding(graph: Graph, x: str, layer: Int8Embedding) -> str:
+    """x int64 [tokens], from 0 to num_embeddings - 1 -> two Gather and a Mul: y float32 [tokens, embedding_dim], the layer's to the
+    bit."""
+    weight = layer.canonical()
+    assert isinstance(weight, Int8Weight)
+    rows = graph.node("Gather", graph.weight("weight", weight.values.cpu().numpy()), x)
+    scale = graph.node("Gather", graph.constant("weight_scale", array(weight.scale)[:, None]), x)
+    return graph.node("Mul", graph.node("Cast", rows, to=TensorProto.FLOAT), scale)
 
 
 def _dequantized(graph: Graph, weight: Int8Weight | SparseWeight) -> str:

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from pycompress.ops.activation import DIFFERENTIABLE
+from pycompress.ops.block import BlockForm, block, parse_block
 from pycompress.ops.checks import ACTIVATIONS, MAX_IN_FEATURES
 from pycompress.ops.cpu.native import bandwidth, capped, extension_error, forced, instruction_sets, kernels, peak
 from pycompress.ops.cuda import cuda_error, cuda_kernels
+from pycompress.ops.embed import embed
 from pycompress.ops.form import Form, parse
 from pycompress.ops.int4 import int4_linear
 from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_quantize
 from pycompress.ops.int8_fused import int8_fused_linear
 from pycompress.ops.low_rank import low_rank_intermediate, low_rank_linear, low_rank_residual
+from pycompress.ops.pool import pool
 from pycompress.ops.registry import OPS, Op
 from pycompress.ops.sparse import MAX_STEP, SPARSE_FORMATS, sparse_accumulate, sparse_conv2d, sparse_linear
 
@@ -31,13 +34,16 @@ __all__ = [
     "MAX_STEP",
     "OPS",
     "SPARSE_FORMATS",
+    "BlockForm",
     "Form",
     "Op",
     "bandwidth",
+    "block",
     "capped",
     "cuda_error",
     "cuda_kernels",
     "dense",
+    "embed",
     "extension_error",
     "forced",
     "instruction_sets",
@@ -53,7 +59,9 @@ __all__ = [
     "low_rank_residual",
     "pack",
     "parse",
+    "parse_block",
     "peak",
+    "pool",
     "sparse_accumulate",
     "sparse_conv2d",
     "sparse_linear",

@@ -22,9 +22,13 @@ from pycompress.ops.checks import activation_code
 
 def wanted(*operands: Any) -> bool:
     """Whether a derivative with respect to one of the operands may be asked for."""
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in operands)
-    )
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(map(_requires_grad, operands)))
+
+
+def _requires_grad(operand: Any) -> bool:
+    if isinstance(operand, (list, tuple)):
+        return any(map(_requires_grad, operand))
+    return isinstance(operand, Tensor) and operand.requires_grad
 
 
 def below(op: Any, keys: Any, *operands: Any) -> Any:

@@ -6,6 +6,6 @@ activations ``gelu``, ``gelu_tanh``, ``silu`` and ``quick_gelu``, which here are
 ``extension`` wraps them in the functions of the native module.
 """
 
-from pycompress.reference import chain, extension, int4, int8, low_rank, sparse, weight_only
+from pycompress.reference import block, chain, extension, int4, int8, low_rank, sparse, weight_only
 
-__all__ = ["chain", "extension", "int4", "int8", "low_rank", "sparse", "weight_only"]
+__all__ = ["block", "chain", "extension", "int4", "int8", "low_rank", "sparse", "weight_only"]

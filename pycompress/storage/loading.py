@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pycompress.passes import whole
 from pycompress.records import forget_records
 from pycompress.storage.agreement import Change, read
 from pycompress.storage.plan import fail, read_plan
@@ -21,7 +22,7 @@ from pycompress.surgery import swap, switch_off_fast_paths
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load(model: ModelT, path: FilePath) -> ModelT:
+def load(model: ModelT, path: FilePath, *, blocks: bool = True) -> ModelT:
     """Puts the weights of a file that :func:`save` wrote into a dense model of the same architecture.
 
     What is loaded does not depend on the file any more; floating point has the precision that the model has. On the meta device,
@@ -30,12 +31,22 @@ def load(model: ModelT, path: FilePath) -> ModelT:
     Args:
         model: as it was before ``compress`` (random weights will do, the meta device too), or compressed already.
             It is changed in place, at the end, when all of the file has been read and found good; where that raises, undone.
+        blocks: have transformer blocks run as one op each, as :func:`compress` has them; they are no part of the file.
     Returns:
         ``model``; where the model itself is the layer, the compressed layer.
     Raises:
         FileNotFoundError; ValueError: not such a file, an unknown version, or anything in which the file and the model do not
         agree, by its name; and what hooks of the model raise.
     """
+    with whole.without(model):
+        loaded = _loaded(model, path)
+    whole.remove(loaded)
+    if blocks:
+        whole.install(loaded)
+    return loaded
+
+
+def _loaded(model: ModelT, path: FilePath) -> ModelT:
     # Wherever it is called, so that what is made here can be trained, and lies on the CPU.
     with torch.inference_mode(False), torch.device("cpu"):
         try:

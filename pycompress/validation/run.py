@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pycompress.calls import Inputs, only_argument, uncompiled
 from pycompress.nn.layer import CompressedLayer
+from pycompress.passes import whole
 from pycompress.surgery import compressed_layers
 from pycompress.validation.checks import Check, check_of
 from pycompress.validation.formulas import EXACT_ACTIVATIONS, array
@@ -101,14 +102,15 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
 
     inexact = [layer for layer in chosen if checks[layer].floats or layer.activation not in EXACT_ACTIVATIONS]
     perturbed = None
-    with _forwards(chosen, checked):
-        expected = outputs_of(model, inputs)
-    with _forwards(chosen, by_onnxruntime):
-        actual = outputs_of(model, inputs)
-    if inexact:
-        with _forwards(inexact, _perturbed()):
-            perturbed = outputs_of(model, inputs)
-    again = outputs_of(model, inputs)
+    with whole.without(model):  # each layer is called
+        with _forwards(chosen, checked):
+            expected = outputs_of(model, inputs)
+        with _forwards(chosen, by_onnxruntime):
+            actual = outputs_of(model, inputs)
+        if inexact:
+            with _forwards(inexact, _perturbed()):
+                perturbed = outputs_of(model, inputs)
+        again = outputs_of(model, inputs)
     in_order += [check for check in checks.values() if check.calls == 0]
     record = compare_outputs(expected, actual, perturbed, again)
     return Report([check.record() for check in in_order], record, onnxruntime.__version__)

@@ -89,6 +89,7 @@ VARIANTS: dict[tuple[str, str], dict[str, Method]] = {
         "spatial rank 7": low_rank(7, decomposition="spatial"),
         "tucker rank 2": low_rank(2, decomposition="tucker"),
     },
+    ("embedding", "int8"): {"8": Int8(embeddings=True), "7": Int8(16, 7, embeddings=True)},
     ("embedding", "low_rank"): {"rank 4": low_rank(4, embeddings=True), "rank 12": low_rank(12, embeddings=True)},
 }
 

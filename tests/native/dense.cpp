@@ -139,6 +139,24 @@ void run_finish(const Kernel& kernel, int rows, int columns, Type type, Activati
   expect(same(y.data(), expected.data(), type, count) && y.intact(), "finish");
 }
 
+void run_turn(const Kernel& kernel, Type type, int count, int length) {
+  begin(text("kernel=", kernel.name, " turn of type=", static_cast<int>(type), " rows=", count, " length=", length));
+  std::mt19937 random(static_cast<unsigned>(cases));
+  Input x(type, count, length, length + cases % 4, cases % 2 ? Edge::end : Edge::begin, 1);
+  for (int row = 0; row < count; ++row)
+    for (int i = 0; i < length; ++i) x.set(row, i, hard_value(static_cast<size_t>(row + i), random));
+  Guarded<float> panel(area(length, kPanel));
+  panel.fill(0x55);
+  kernel.turn(x.data(), type, x.ldx(), count, length, panel.data());
+  bool turned = panel.intact();
+  for (int i = 0; i < length; ++i)
+    for (int row = 0; row < kPanel; ++row) {
+      const float value = row < count ? x.at(row, i) : 0.0f;
+      turned = turned && same(&value, &panel[static_cast<size_t>(i * kPanel + row)], Type::float32, 1);
+    }
+  expect(turned, "turn");
+}
+
 void run_kernel(const Kernel& kernel) {
   int turn = 0;
   for (const int rows : {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 17, 18, 25, 64, 65})
@@ -153,6 +171,8 @@ void run_kernel(const Kernel& kernel) {
   for (const Type type : {Type::float32, Type::bfloat16, Type::float16}) {
     for (const int k : {1, 7, 8, 9, 15, 16, 17, 31, 65})
       for (const int rows : {1, 2, 7}) run_load(kernel, type, rows, k);
+    for (const int length : {1, 7, 8, 9, 16, 31, 256})
+      for (const int count : {1, 7, 8, 9, 15, 16}) run_turn(kernel, type, count, length);
     for (const int rows : {1, 3, 18})
       for (const int columns : {1, 7, 8, 9, 15, 16, 17, 33, 128})
         for (int activation = 0; activation < 6; ++activation)

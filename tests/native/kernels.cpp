@@ -12,5 +12,8 @@ int main() {
               {"dense", test_dense},
               {"low rank", test_low_rank},
               {"int4", test_int4},
+              {"block", test_block},
+              {"embed", test_embed},
+              {"pool", test_pool},
               {"weight only", test_weight_only}});
 }

@@ -49,7 +49,11 @@ __all__ = [
 def kernels() -> list[dict[str, Any]]:
     numba = {"name": "numba", "isa": "scalar", "mr": 1, "nr": 1, "kr": 1, "available": True}
     sparse = ({"op": "sparse", **numba, "format": name} for name in SPARSE_FORMATS)
-    return [{"op": "int8", **numba}, *sparse, *({"op": op, **numba} for op in ("dense", "int4", "weight_only"))]
+    return [
+        {"op": "int8", **numba},
+        *sparse,
+        *({"op": op, **numba} for op in ("dense", "int4", "weight_only", "embed", "pool")),
+    ]
 
 
 def instruction_sets() -> dict[str, bool]:

@@ -1,0 +1,450 @@
+// The driver: which rows on which thread, and what of them lies where.
+#include "block.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+#include "../common/check.h"
+#include "../common/float16.h"
+#include "../common/kernels.h"
+#include "../common/parallel.h"
+#include "../common/round.h"
+#include "../common/scratch.h"
+#include "../dense/gemm.h"
+#include "kernel_list.h"
+
+namespace pycompress::block {
+namespace {
+
+constexpr int64_t kTaskRows = 128;    // rows that go from the attention to y together, at most: they stay in the L2
+constexpr int64_t kMinTaskRows = 16;  // below, each product is shared out instead
+constexpr int64_t kGroupRows = 128;   // rows of the sequences that make a task, unless one is longer
+constexpr int64_t kMaxGroupRows = 512;
+constexpr int kTasksPerThread = 2;
+constexpr float kUnseen = -1e30f;  // what is added to a score to hide a key
+
+// Cuts memory into pieces. The first pass, without memory, adds up what they need.
+class Pieces {
+ public:
+  explicit Pieces(uint8_t* memory) : memory_(memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = bytes_;
+    bytes_ += round_up<size_t>(static_cast<size_t>(count) * sizeof(T), 64);
+    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + at);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uint8_t* memory_;
+  size_t bytes_ = 0;
+};
+
+Scratch& call_scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+Scratch& task_scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+Scratch& head_scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
+// Queries, keys and values of rows [first, ...), one after the other; attention puts its result over the queries.
+struct Projected {
+  int64_t first = 0;
+  float *q = nullptr, *k = nullptr, *v = nullptr;
+};
+
+// What a thread needs for one tile of scores.
+struct HeadRoom {
+  float *scores, *turned, *rows;
+
+  HeadRoom(Pieces& pieces, int64_t length, int64_t head_size)
+      : scores(pieces.take<float>(length * kMaxTile)),
+        turned(pieces.take<float>(head_size * kMaxTile)),
+        rows(pieces.take<float>(length * kMaxTile)) {}
+};
+
+class Call {
+ public:
+  explicit Call(const Problem& problem)
+      : p_(problem),
+        s_(problem.shape),
+        kernel_(kernels().first()),
+        floats_(dense::kernels().first()),
+        inner_(int64_t{s_.heads} * s_.head_size),
+        wide_(p_.products[kUp].n),
+        rows_(p_.batch * p_.length) {
+    check_shapes();
+    for (int i = 0; i < kProducts; ++i) {
+      products_[i] = p_.products[i];
+      if (products_[i].is_there()) check_product(products_[i]);
+      units_[i] = row_unit(products_[i]);
+    }
+    unit_in_ = std::max({units_[kQuery], units_[kKey], units_[kValue]});
+  }
+
+  void run() {
+    if (rows_ == 0) return;
+    threads_ = usable_threads(p_.threads);
+    const int64_t sequences = group_sequences();
+    const bool by_sequence = sequences > 0, by_row = rows_ >= threads_ * kMinTaskRows;
+    reserve(!by_sequence);
+    read_masks();
+    if (by_sequence)
+      run_sequences(sequences);
+    else
+      run_shared(by_row);
+  }
+
+ private:
+  // Rows of a thread, and everything that they become.
+  struct Room {
+    float *h, *s, *g, *wide, *gate;
+    uint8_t* bytes;
+    float* scale;
+    int32_t* zero_point;
+    HeadRoom head;
+    Projected own;
+
+    Room(Pieces& pieces, const Call& call, int64_t task_rows, int64_t group_rows)
+        : h(pieces.take<float>(std::max(task_rows, group_rows) * call.p_.d)),
+          s(pieces.take<float>(task_rows * call.p_.d)),
+          g(pieces.take<float>(task_rows * call.p_.d)),
+          wide(pieces.take<float>(task_rows * call.wide_)),
+          gate(pieces.take<float>(call.products_[kGate].is_there() ? task_rows * call.wide_ : 0)),
+          bytes(pieces.take<uint8_t>(std::max(task_rows, group_rows) * call.widest_stride())),
+          scale(pieces.take<float>(std::max(task_rows, group_rows))),
+          zero_point(pieces.take<int32_t>(std::max(task_rows, group_rows))),
+          head(pieces, call.p_.length, call.s_.head_size) {
+      if (group_rows > 0) own = projected(pieces, group_rows, call.inner_);
+    }
+  };
+
+  HeadRoom head_room() const {
+    Pieces sizes(nullptr);
+    HeadRoom(sizes, p_.length, s_.head_size);
+    Pieces pieces(head_scratch().reserve(sizes.bytes()));
+    return HeadRoom(pieces, p_.length, s_.head_size);
+  }
+
+  static Projected projected(Pieces& pieces, int64_t rows, int64_t inner) {
+    return {0, pieces.take<float>(rows * inner), pieces.take<float>(rows * inner),
+            pieces.take<float>(rows * inner + kOverread)};
+  }
+
+  Room room(int64_t task_rows, int64_t group_rows) const {
+    const int64_t rows = round_up<int64_t>(task_rows, kRowUnit),
+                  group = group_rows == 0 ? 0 : round_up<int64_t>(group_rows, kRowUnit);
+    Pieces sizes(nullptr);
+    Room(sizes, *this, rows, group);
+    Pieces pieces(task_scratch().reserve(sizes.bytes()));
+    return Room(pieces, *this, rows, group);
+  }
+
+  void check_shapes() const {
+    const int64_t n[kProducts] = {inner_, inner_, inner_, p_.d, wide_, wide_, p_.d};
+    const int64_t k[kProducts] = {p_.d, p_.d, p_.d, inner_, p_.d, p_.d, wide_};
+    static constexpr const char* names[kProducts] = {"query", "key", "value", "output", "up", "gate", "down"};
+    check(p_.length < (1 << 24) && p_.d <= kMaxK && wide_ <= kMaxK, "block: x is [", p_.batch, ", ", p_.length, ", ",
+          p_.d, "], and the products inside have ", wide_, " channels: too many");
+    for (int i = 0; i < kProducts; ++i) {
+      const Product& product = p_.products[i];
+      check(product.is_there() || i == kGate, "block: there is no ", names[i], " product");
+      check(!product.is_there() || (product.n == n[i] && product.k == k[i]), "block: the weight of ", names[i], " is [",
+            product.n, ", ", product.k, "], expected [", n[i], ", ", k[i], "]");
+    }
+  }
+
+  ptrdiff_t widest_stride() const {
+    ptrdiff_t widest = 0;
+    for (const Product& product : products_) {
+      int8::ActivationShape shape;
+      int bits;
+      if (quantizes(product, &shape, &bits)) widest = std::max(widest, shape.stride());
+    }
+    return widest;
+  }
+
+  // How many whole sequences a task takes; 0 where that makes too few tasks, or too large ones.
+  int64_t group_sequences() const {
+    if (p_.length > kMaxGroupRows || rows_ < threads_ * kMinTaskRows) return 0;
+    if (threads_ > 1 && p_.batch < kTasksPerThread * threads_) return 0;
+    const int64_t fitting = std::max<int64_t>(1, kGroupRows / p_.length);
+    return std::min(fitting, divide_up(p_.batch, threads_ == 1 ? 1 : kTasksPerThread * threads_));
+  }
+
+  // What all threads read: vectors as float32, masks of keys, and queries, keys and values where they are shared.
+  void reserve(bool shares) {
+    for (int pass = 0; pass < 2; ++pass) {
+      Pieces pieces(pass == 0 ? nullptr : memory_);
+      for (int i = 0; i < kProducts; ++i) products_[i].bias = as_floats(pieces, p_.bias[i], products_[i].n);
+      for (int i = 0; i < kNorms; ++i) {
+        norms_[i] = {s_.rms, s_.eps[i], as_floats(pieces, p_.norm_weight[i], p_.d),
+                     as_floats(pieces, p_.norm_shift[i], p_.d)};
+      }
+      key_masks_ = pieces.take<float>(has_masks() ? rows_ : 0);
+      of_keys_ = pieces.take<uint8_t>(2 * p_.batch);
+      seen_ = pieces.take<int32_t>(p_.batch);
+      if (shares) shared_ = projected(pieces, round_up<int64_t>(rows_, kRowUnit), inner_);
+      if (pass == 0) memory_ = call_scratch().reserve(pieces.bytes());
+    }
+  }
+
+  const float* as_floats(Pieces& pieces, const Values& values, int64_t n) const {
+    if (values.data == nullptr) return nullptr;
+    if (values.type == Type::float32) return static_cast<const float*>(values.data);
+    float* to = pieces.take<float>(n);
+    if (to != nullptr) floats_.load(values.data, values.type, n, 1, n, to, n);
+    return to;
+  }
+
+  // --- masks ---------------------------------------------------------------------------------------------------------
+
+  bool has_masks() const { return p_.masks[0].data != nullptr || p_.masks[1].data != nullptr; }
+
+  static float value_at(const Mask& mask, int64_t i) {
+    if (!mask.is_bool) return float_at(mask.data, mask.type, i);
+    return static_cast<const uint8_t*>(mask.data)[i] != 0 ? 0.0f : -std::numeric_limits<float>::infinity();
+  }
+
+  // Whether all queries of a sequence, and all heads, have the same mask.
+  bool is_of_keys(const Mask& mask, int64_t sequence) const {
+    if (mask.stride[1] != 0) return false;
+    if (mask.stride[2] == 0) return true;
+    const size_t size = mask.is_bool ? 1 : size_of(mask.type);
+    if (mask.stride[3] != 1) return false;
+    const auto* first = static_cast<const uint8_t*>(mask.data) + static_cast<size_t>(sequence * mask.stride[0]) * size;
+    for (int64_t query = 1; query < p_.length; ++query)
+      if (std::memcmp(first, first + static_cast<size_t>(query * mask.stride[2]) * size,
+                      static_cast<size_t>(p_.length) * size) != 0)
+        return false;
+    return true;
+  }
+
+  // Masks of keys alone are added up once. Keys that they hide at the end of a sequence are not looked at; where they
+  // hide all keys, all are.
+  void read_masks() {
+    for (int64_t sequence = 0; sequence < p_.batch; ++sequence) {
+      seen_[sequence] = static_cast<int32_t>(p_.length);
+      if (!has_masks()) continue;
+      float* mask = key_masks_ + sequence * p_.length;
+      std::fill_n(mask, p_.length, 0.0f);
+      for (int i = 0; i < 2; ++i) {
+        const Mask& one = p_.masks[i];
+        of_keys_[2 * sequence + i] = one.data == nullptr || is_of_keys(one, sequence);
+        if (one.data == nullptr || !of_keys_[2 * sequence + i]) continue;
+        for (int64_t key = 0; key < p_.length; ++key)
+          mask[key] += value_at(one, sequence * one.stride[0] + key * one.stride[3]);
+      }
+      int64_t last = p_.length;
+      while (last > 0 && mask[last - 1] < kUnseen) --last;
+      if (last > 0) seen_[sequence] = static_cast<int32_t>(last);
+    }
+  }
+
+  // Fills scores with what is added to them for some queries, and says whether there is anything.
+  bool start(int64_t sequence, int head, int64_t query, int queries, int keys, const HeadRoom& room) const {
+    bool started = false;
+    for (int i = 0; i < 2; ++i) {
+      const Mask& mask = p_.masks[i];
+      if (mask.data == nullptr || of_keys_[2 * sequence + i]) continue;
+      const int64_t at = sequence * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2];
+      const float* rows = static_cast<const float*>(mask.data) + at;
+      ptrdiff_t ld = mask.stride[2];
+      if (mask.is_bool || mask.type != Type::float32 || mask.stride[3] != 1) {
+        for (int row = 0; row < queries; ++row)
+          for (int key = 0; key < keys; ++key)
+            room.rows[row * int64_t{keys} + key] = value_at(mask, at + row * mask.stride[2] + key * mask.stride[3]);
+        rows = room.rows;
+        ld = keys;
+      }
+      kernel_.turn(rows, ld, queries, keys, kernel_.tile_for(queries), started, room.scores);
+      started = true;
+    }
+    return started;
+  }
+
+  // --- steps ---------------------------------------------------------------------------------------------------------
+
+  // x of some rows as float32: where it is, or in `to`, with a whole unit of rows.
+  const float* rows_of_x(int64_t row, int64_t rows, int unit, float* to) const {
+    const void* x = value_of(p_.x, p_.type, row * p_.d);
+    if (p_.type == Type::float32 && (to == nullptr || rows % unit == 0)) return static_cast<const float*>(x);
+    floats_.load(x, p_.type, p_.d, static_cast<int>(rows), p_.d, to, p_.d);
+    std::fill_n(to + rows * p_.d, (round_up<int64_t>(rows, unit) - rows) * p_.d, 0.0f);
+    return to;
+  }
+
+  // Queries, keys and values of rows [row, row + rows).
+  void project(const Room& room, const Projected& to, int64_t row, int64_t rows, int threads) const {
+    const float* h = rows_of_x(row, rows, unit_in_, room.h);
+    if (s_.pre_norm) {
+      if (h != room.h) std::copy_n(h, rows * p_.d, room.h);
+      kernel_.add_norm(room.h, nullptr, static_cast<int>(rows), static_cast<int>(p_.d), &norms_[kAttentionNorm],
+                       room.h);
+      h = room.h;
+    }
+    const std::optional<int8::Quantized> q = quantized(room, {kQuery, kKey, kValue}, h, rows);
+    float* const results[] = {to.q, to.k, to.v};
+    for (int i = kQuery; i <= kValue; ++i)
+      product(i, h, rows, Activation::none, results[i] + (row - to.first) * inner_, threads, q);
+  }
+
+  // The rows as two or more of the products quantize them, once.
+  std::optional<int8::Quantized> quantized(const Room& room, std::initializer_list<int> roles, const float* h,
+                                           int64_t rows) const {
+    int8::ActivationShape shape{}, other;
+    int bits = 0, other_bits, alike = 0;
+    for (const int role : roles) {
+      if (!quantizes(products_[role], &other, &other_bits)) continue;
+      if (alike == 0) {
+        shape = other;
+        bits = other_bits;
+      }
+      alike += shape.k == other.k && shape.versions == other.versions && bits == other_bits;
+    }
+    if (alike < 2) return std::nullopt;
+    int8::best_kernel().quantize(h, Type::float32, p_.d, static_cast<int>(rows), shape, (1 << bits) - 1, room.bytes,
+                                 room.scale, room.zero_point);
+    return int8::Quantized{shape, bits, room.bytes, room.scale, room.zero_point};
+  }
+
+  void product(int role, const float* x, int64_t rows, Activation activation, float* y, int threads,
+               const std::optional<int8::Quantized>& q = std::nullopt) const {
+    const Product& own = products_[role];
+    multiply(own, x, round_up<int64_t>(rows, units_[role]), own.k, activation, y, threads, q ? &*q : nullptr);
+  }
+
+  // Attention of one head of a sequence, in the place of its queries: its keys and values stay in the L2 meanwhile.
+  void attend(const Projected& at, const HeadRoom& room, int64_t sequence, int head) const {
+    const int64_t first = (sequence * p_.length - at.first) * inner_ + int64_t{head} * s_.head_size;
+    const int keys = seen_[sequence];
+    for (int64_t query = 0; query < p_.length; query += kernel_.mr) {
+      const int queries = static_cast<int>(std::min(p_.length - query, int64_t{kernel_.mr}));
+      kernel_.attend({at.q + first + query * inner_, at.k + first, at.v + first, inner_, inner_, inner_, queries, keys,
+                      s_.head_size, s_.scale, query, s_.causal,
+                      has_masks() ? key_masks_ + sequence * p_.length : nullptr,
+                      start(sequence, head, query, queries, keys, room), room.scores, room.turned,
+                      at.q + first + query * inner_, inner_});
+    }
+  }
+
+  // From the attention's result to y.
+  void finish(const Room& room, const Projected& at, int64_t row, int64_t rows, int threads) const {
+    const int count = static_cast<int>(rows), d = static_cast<int>(p_.d);
+    product(kOutput, at.q + (row - at.first) * inner_, rows, Activation::none, room.s, threads);
+    const float* x = rows_of_x(row, rows, 1, p_.type == Type::float32 ? nullptr : room.h);
+    float* h = room.g;  // what the MLP reads; s: what its result is added to
+    kernel_.add_norm(room.s, x, count, d, &norms_[s_.pre_norm ? kMlpNorm : kAttentionNorm], h);
+    const bool gated = products_[kGate].is_there();
+    const std::optional<int8::Quantized> q = gated ? quantized(room, {kUp, kGate}, h, rows) : std::nullopt;
+    product(kUp, h, rows, gated ? Activation::none : s_.activation, room.wide, threads, q);
+    if (gated) {
+      product(kGate, h, rows, s_.activation, room.gate, threads, q);
+      kernel_.multiply(room.wide, room.gate, rows * wide_);
+    }
+    const float* residual = s_.pre_norm ? room.s : h;
+    float* sum = room.h;
+    product(kDown, room.wide, rows, Activation::none, sum, threads);
+    void* y = value_of(p_.y, p_.type, row * p_.d);
+    float* to = p_.type == Type::float32 ? static_cast<float*>(y) : sum;
+    if (s_.pre_norm) {
+      kernel_.add_norm(sum, residual, count, d, nullptr, sum);
+      if (to != sum) std::copy_n(sum, rows * p_.d, to);
+    } else {
+      kernel_.add_norm(sum, residual, count, d, &norms_[kMlpNorm], to);
+    }
+    if (p_.type != Type::float32) floats_.finish(sum, p_.d, count, d, Activation::none, p_.type, y, p_.d);
+  }
+
+  // --- ways to share the work
+  // ------------------------------------------------------------------------------------------
+
+  // body(room, task) for tasks [0, count), taken as they come; make() gives a thread its room.
+  template <class Make, class F>
+  void for_tasks(int64_t count, Make&& make, F&& body) const {
+    std::atomic<int64_t> next{0};
+    parallel(static_cast<int>(std::min<int64_t>(threads_, count)), [&](int, int) {
+      const auto room = make();
+      for (int64_t t = next++; t < count; t = next++) body(room, t);
+    });
+  }
+
+  void run_sequences(int64_t sequences) const {
+    const int64_t group = sequences * p_.length;
+    const auto make = [&] { return room(std::min(group, kTaskRows), group); };
+    for_tasks(divide_up(p_.batch, sequences), make, [&](const Room& room, int64_t task) {
+      const int64_t first = task * group, rows = std::min(group, rows_ - first);
+      Projected own = room.own;
+      own.first = first;
+      project(room, own, first, rows, 1);
+      for (int64_t sequence = task * sequences; sequence * p_.length < first + rows; ++sequence)
+        for (int head = 0; head < s_.heads; ++head) attend(own, room.head, sequence, head);
+      const int64_t step = round_up(divide_up(rows, divide_up(rows, kTaskRows)), int64_t{kRowUnit});
+      for (int64_t row = first; row < first + rows; row += step)
+        finish(room, own, row, std::min(step, first + rows - row), 1);
+    });
+  }
+
+  // Rows are shared out, or with a few of them each product; in between, heads are.
+  void run_shared(bool by_row) const {
+    int64_t step = rows_;
+    if (by_row) {
+      const int64_t fitting = std::min(divide_up(rows_, int64_t{threads_}), kTaskRows);
+      const int64_t tasks = round_up(divide_up(rows_, fitting), int64_t{threads_});
+      step = round_up(divide_up(rows_, tasks), int64_t{kRowUnit});
+    }
+    const int threads = by_row ? 1 : threads_;
+    const auto make = [&] { return room(step, 0); };
+    for_tasks(divide_up(rows_, step), make, [&](const Room& room, int64_t task) {
+      project(room, shared_, task * step, std::min(step, rows_ - task * step), threads);
+    });
+    for_tasks(
+        p_.batch * s_.heads, [&] { return head_room(); },
+        [&](const HeadRoom& room, int64_t task) {
+          attend(shared_, room, task / s_.heads, static_cast<int>(task % s_.heads));
+        });
+    for_tasks(divide_up(rows_, step), make, [&](const Room& room, int64_t task) {
+      finish(room, shared_, task * step, std::min(step, rows_ - task * step), threads);
+    });
+  }
+
+  const Problem& p_;
+  const Shape& s_;
+  const Kernel& kernel_;
+  const dense::Kernel& floats_;
+  const int64_t inner_, wide_, rows_;
+  Product products_[kProducts];
+  int units_[kProducts], unit_in_;
+  Norm norms_[kNorms];
+  int threads_ = 1;
+  uint8_t* memory_ = nullptr;
+  float* key_masks_ = nullptr;  // [batch][length]
+  uint8_t* of_keys_ = nullptr;  // [batch][2]: whether a mask is in key_masks
+  int32_t* seen_ = nullptr;     // [batch]: keys that are looked at
+  Projected shared_;
+};
+
+}  // namespace
+
+Kernels<Kernel>& kernels() {
+  static constexpr const Kernel* best_first[] = {
+#if defined(PYCOMPRESS_X86)
+      &kAvx512, &kAvx2,
+#endif
+      &kScalar};
+  static Kernels<Kernel> all{"block", best_first};
+  return all;
+}
+
+void run(const Problem& problem) { Call(problem).run(); }
+
+}  // namespace pycompress::block

@@ -1,0 +1,41 @@
+"""Parts of a model that run as one op each: transformer blocks, the embeddings in front of them, the means of sentence encoders
+behind, and encoders that are made of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from pycompress.nn.assigned import assign, assigned, restore
+from pycompress.passes import blocks, embeddings, encoders, pooling
+
+
+def install(model: nn.Module) -> None:
+    """Has what can be read run as one op, where it then gives what it gave before."""
+    blocks.install(model)
+    embeddings.install(model)
+    pooling.install(model)
+    encoders.install(model)
+
+
+def remove(model: nn.Module) -> None:
+    """Has everything run as it did before."""
+    blocks.remove(model)
+    for module in model.modules():
+        restore(module)
+
+
+@contextmanager
+def without(model: nn.Module) -> Iterator[None]:
+    """Within, every module is of its own class: for whoever reads the model, or copies it."""
+    with blocks.without_blocks(model):
+        before = {module: call for module in model.modules() if (call := assigned(module)) is not None}
+        for module in before:
+            restore(module)
+        try:
+            yield
+        finally:
+            for module, call in before.items():
+                assign(module, call)
