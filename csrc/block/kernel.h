@@ -13,12 +13,12 @@
 // queries of a tile are turned. Sums run in ascending c and j, one chain of fma each: o does not depend on how queries
 // are tiled.
 //
-// With u = 2^-24, d = head_size, A = max_j |scale| sum_c |q k|, M = max_j |start + key_mask| (of the keys that are
-// seen): |s - s64| <= e_s = u ((d + 3) A + 3 M + 2 |s|); p is within exp(2 e_s) (1 + 6 u) of its own, and
-//     |o - o64| <= (2 (exp(2 e_s) (1 + 6 u) - 1) + (keys + 4) u) max_j |v|.
+// With u = 2^-24, d = head_size, A = |scale| sum_c |q k|, M = |start + key_mask| and e the largest of u (d + 5) (A + M)
+// over the keys that are seen, a share p is within 1 + s = exp(2 e + 90 u) (1 + 8 u) of its own, and
+//     |o - o64| <= ((1 + s) / (1 - s) (1 + gamma(2 keys + 4)) - 1) sum_j p |v| / sum_j p.
 //
-// Norms of a row of n: mean and variance in two passes, so that y is within
-//     u (n / 8 + 12) (|w| (|x - mean| / sigma + 1) ...) of its own; tests/test_block_ops.py derives it.
+// Norms of a row of n: mean and variance in two passes; tests/native/block.cpp derives the bound of y from those of the
+// two.
 //
 // Floor of attention: 4 head_size multiply-adds a query and key at the fp32 FMA peak, and one exponential (16
 // operations a vector).
