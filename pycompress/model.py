@@ -14,6 +14,7 @@ from pycompress.calls import Inputs, uncompiled
 from pycompress.copying import copied
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import Method, Refused
+from pycompress.methods.notes import noted
 from pycompress.nn import CompressedLayer, layer_for
 from pycompress.passes import whole
 from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, targets_of
@@ -37,10 +38,10 @@ def _compressed(
     out alike. Where a method refuses a layer, the target has lost its method, and its record says why."""
     layers: dict[nn.Module, CompressedLayer] = {}
     ties: dict[int, list[CompressedLayer]] = {}
-    weights: dict[Any, Weight | Refused] = {}
+    weights: dict[Any, tuple[Weight | Refused, list[str]]] = {}
     for target in track(targets, "compressing", progress):
         module, record = target.module, target.record
-        weight = _weight(target, weights)
+        weight, notes = _weight(target, weights)
         if isinstance(weight, Refused):
             target.keep_dense(str(weight))
             continue
@@ -50,28 +51,32 @@ def _compressed(
         layer.train(module.training)
         shares = target.tie is not None and layer.tie(ties.setdefault(target.tie, []))
         record.describe(layer, shares_weight=shares)
+        record.note = "; ".join(filter(None, [record.note, *notes]))
         record.error = relative_error(target.dense.detach(), weight.decompress())
         layers[module] = layer
     return layers
 
 
-def _weight(target: Target, shared: dict[Any, Weight | Refused]) -> Weight | Refused:
-    """What the method makes of the weight, or why it refuses it; of one that several layers share, once."""
+def _weight(
+    target: Target, shared: dict[Any, tuple[Weight | Refused, list[str]]]
+) -> tuple[Weight | Refused, list[str]]:  # fmt: skip
+    """What the method makes of the weight, or why it refuses it, and its notes; of one that several layers share, once."""
     method, module = target.method, target.module
     assert method is not None
     key = (target.key, id(method), target.kind.geometry(module))
     if target.tie is not None and key in shared:
         return shared[key]
-    try:
-        weight: Weight | Refused = target.kind.fitted(method, module).compress(target.dense.detach())
-    except Refused as refused:
-        weight = refused
-    except (TypeError, ValueError) as error:
-        raised = TypeError if isinstance(error, TypeError) else ValueError
-        raise raised(f"compress: {target.name}: {error}") from error
+    with noted() as notes:
+        try:
+            weight: Weight | Refused = target.kind.fitted(method, module).compress(target.dense.detach())
+        except Refused as refused:
+            weight = refused
+        except (TypeError, ValueError) as error:
+            raised = TypeError if isinstance(error, TypeError) else ValueError
+            raise raised(f"compress: {target.name}: {error}") from error
     if target.tie is not None:
-        shared[key] = weight
-    return weight
+        shared[key] = weight, notes
+    return weight, notes
 
 
 def compress(

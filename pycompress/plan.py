@@ -98,7 +98,7 @@ def targets_of(model: nn.Module, plan: Plan, calibration: Mapping[str, InputStat
             target.keep_dense(reason)
     chosen = [target for target in targets if target.method is not None]
     _check_weights(chosen)
-    _look_at_all_layers(chosen)
+    _look_at_all_layers(chosen, calibration)
     _let_measure(chosen)
     chosen = [target for target in chosen if target.method is not None]
     if calibration is not None:
@@ -256,7 +256,7 @@ def _check_weights(targets: list[Target]) -> None:
                 raise ValueError(f"compress: the {kind} of {target.name} holds NaN or Inf, expected finite values")
 
 
-def _look_at_all_layers(targets: list[Target]) -> None:
+def _look_at_all_layers(targets: list[Target], calibration: Mapping[str, InputStatistics] | None) -> None:
     """Gives each layer its own method where the plan's wants to see all its layers first; a shared weight is seen once."""
     groups: dict[int, list[Target]] = {}
     for target in targets:
@@ -265,12 +265,21 @@ def _look_at_all_layers(targets: list[Target]) -> None:
         method = group[0].method
         if not isinstance(method, LayersMethod):
             continue
-        weights: dict[tuple[int, int, int], Tensor] = {}
+        users = _users(group)
+        weights = [own[0].dense.detach() for own in users.values()]
+        told = calibration is not None and isinstance(method, CalibratedMethod)
+        inputs = [_joined_inputs(own, calibration) for own in users.values()] if told and calibration else None
+        methods = dict(zip(users, method.for_layers(weights, inputs), strict=True))
         for target in group:
-            weights.setdefault(target.key, target.dense.detach())
-        own = dict(zip(weights, method.for_layers(list(weights.values())), strict=True))
-        for target in group:
-            target.method = own[target.key]
+            target.method = methods[target.key]
+
+
+def _users(targets: list[Target]) -> dict[tuple[int, int, int], list[Target]]:
+    """The layers that compute with each weight."""
+    users: dict[tuple[int, int, int], list[Target]] = {}
+    for target in targets:
+        users.setdefault(target.key, []).append(target)
+    return users
 
 
 def _let_measure(targets: list[Target]) -> None:
@@ -308,12 +317,8 @@ def _times(target: Target, weight: Weight) -> tuple[float, float]:
 def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistics]) -> None:
     """Tells the methods that ask for it what their layer's inputs look like; layers that share a weight are told of all of theirs,
     so that they go on sharing it."""
-    groups: dict[tuple[int, int, int], list[Target]] = {}
-    for target in targets:
-        if isinstance(target.method, CalibratedMethod):
-            groups.setdefault(target.key, []).append(target)
-    for group in groups.values():
-        inputs = InputStatistics.joined([_inputs_of(target, calibration) for target in group])
+    for group in _users([target for target in targets if isinstance(target.method, CalibratedMethod)]).values():
+        inputs = _joined_inputs(group, calibration)
         told: list[tuple[Method, Method]] = []  # what is the same method stays the same
         for target in group:
             method = target.method
@@ -321,6 +326,10 @@ def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistic
             if not any(method is before for before, _ in told):
                 told.append((method, method.with_inputs(inputs)))
             target.method = next(after for before, after in told if before is method)
+
+
+def _joined_inputs(users: list[Target], calibration: Mapping[str, InputStatistics]) -> InputStatistics:
+    return InputStatistics.joined([_inputs_of(target, calibration) for target in users])
 
 
 def _inputs_of(target: Target, calibration: Mapping[str, InputStatistics]) -> InputStatistics:

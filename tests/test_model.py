@@ -224,7 +224,8 @@ class Seeing:
     def __init__(self, layers: int = -1) -> None:
         self.layers = layers
 
-    def for_layers(self, weights: list[Tensor]) -> list[Seeing]:
+    def for_layers(self, weights: list[Tensor], inputs: None) -> list[Seeing]:
+        assert inputs is None, "it makes no use of inputs"
         assert not any(weight.requires_grad for weight in weights)
         return [Seeing(len(weights)) for _ in weights]
 

@@ -68,6 +68,10 @@ class InputStatistics:
             raise ValueError(f"{kind}: inputs are {len(self.second_moment)} features wide, the weight has k = {k}")
         return self.second_moment
 
+    def squares(self, kind: str, k: int) -> Tensor:
+        """The mean square of each feature, float64 [k], for a weight [n, k]. Raises as :meth:`moment` does."""
+        return self.moment(kind, k).diagonal()
+
     def __repr__(self) -> str:
         name = "counts" if self.second_moment is None else "second_moment"
         return f"InputStatistics(rows={self.rows}, {name}={described(getattr(self, name))})"

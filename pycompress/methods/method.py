@@ -34,8 +34,12 @@ class Method(Protocol):
 class LayersMethod(Protocol):
     """A method that looks at the weights of all its layers before it compresses one."""
 
-    def for_layers(self, weights: list[Tensor]) -> Sequence[Method]:
-        """One method for each weight [n, k]."""
+    def for_layers(self, weights: list[Tensor], inputs: list[InputStatistics] | None) -> Sequence[Method]:
+        """One method for each weight [n, k].
+
+        Args:
+            inputs: what the inputs of each layer look like, where there is a calibration and the method makes use of it.
+        """
 
 
 @runtime_checkable

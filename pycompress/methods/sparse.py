@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pycompress.methods import masks
+from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.int8 import Int8
 from pycompress.methods.method import finite_matrix
 from pycompress.profiles import DEFAULT, Profile, profile
@@ -173,7 +174,7 @@ class Sparse:
         keep = masks.largest(rows, round(self.density * rows.shape[1]))
         return masks.expand(keep.reshape(keys.shape), block, importance.shape)
 
-    def for_layers(self, weights: Sequence[Tensor]) -> list[Sparse]:
+    def for_layers(self, weights: Sequence[Tensor], inputs: Sequence[InputStatistics] | None = None) -> list[Sparse]:  # noqa: ARG002
         """One method per layer: ``self`` for each, but for scope ``model`` one with the layer's own density, so that together they
         keep exactly the round(density * count) largest weights (blocks) of all layers, ties going to the first layers.
 
