@@ -1,8 +1,8 @@
 """What a plan keeps of all-MiniLM-L6-v2: `python benchmarks/accuracy.py "Sparse(0.5)" "Int4(32)"` prints a line for each plan.
 
 The mean cosine to the float32 embeddings of 256 docstrings of the standard library and of 256 film reviews. Calibrated on 320
-sentences, by `--calibration`: `mixed` (film reviews, news, products, messages, none of those that are measured: in the domain of the
-reviews, outside that of the docstrings), `docstrings` (others than those that are measured) or `none`.
+sentences, by `--calibration`: `mixed` (film reviews, news, products, messages, none of those that are measured: in the domain of
+the reviews, outside that of the docstrings), `docstrings` (others than those that are measured) or `none`.
 """
 
 from __future__ import annotations
