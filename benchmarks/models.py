@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import sys
 import time
@@ -49,12 +48,16 @@ WIDTH = 160  # of a table with a column for each of these
 # ------------------------------------------------------------------------------------------------------ ours
 
 BITS = (8, 7)
-# For compress() and load(): our layers alone, with the model's own code between them. Without blocks there is nothing else.
-WITHOUT_BLOCKS: dict[str, Any] = {"blocks": False} if "blocks" in inspect.signature(compress).parameters else {}
+# For compress() and load(), by what is behind the name. Without blocks there are our layers, with the model's own code in between.
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", padding skipped": {"skip_padding": True},
+    ", layers alone": {"blocks": False},
+}
 
 
-def our_name(bits: int, *, blocks: bool = True) -> str:
-    return f"pycompress Int8({bits})" + ("" if blocks else ", layers alone")
+def our_name(bits: int, way: str = "") -> str:
+    return f"pycompress Int8({bits}){way}"
 
 
 def pycompress_int8(model: nn.Module, folder: Path, *, bits: int, **options: Any) -> Variant:
@@ -67,11 +70,11 @@ def pycompress_int8(model: nn.Module, folder: Path, *, bits: int, **options: Any
 
 
 def ours() -> dict[str, BuildVariant]:
-    whole = {our_name(bits): partial(pycompress_int8, bits=bits) for bits in BITS}
-    if not WITHOUT_BLOCKS:
-        return whole
-    layers = {our_name(bits, blocks=False): partial(pycompress_int8, bits=bits, **WITHOUT_BLOCKS) for bits in BITS}
-    return {**whole, **layers}
+    return {
+        our_name(bits, way): partial(pycompress_int8, bits=bits, **options)
+        for way, options in WAYS.items()
+        for bits in BITS
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- peers
@@ -335,10 +338,9 @@ def measure_block(
     x = inputs[min(widths)]
     records = []
     for bits in BITS:
-        layers_alone = compress(model, Int8(bits), **WITHOUT_BLOCKS).get_submodule(path)
-        blocks = {our_name(bits): compress(model, Int8(bits)).get_submodule(path)}
-        if WITHOUT_BLOCKS:
-            blocks[our_name(bits, blocks=False)] = layers_alone
+        layers_alone = compress(model, Int8(bits), blocks=False).get_submodule(path)
+        whole = compress(model, Int8(bits)).get_submodule(path)
+        blocks = {our_name(bits): whole, our_name(bits, ", layers alone"): layers_alone}
         products = {
             key: partial(layer, inputs[layer.in_features]) for key, layer in compressed_layers(layers_alone).items()
         }
@@ -460,10 +462,11 @@ def table(records: Sequence[Record]) -> Table:
 
 def comparisons(records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
     """Of each number of bits and group of rivals: the fastest rival's time over ours, per shape."""
+    whole = [our_name(bits, way) for bits in BITS for way in ("", ", padding skipped")]
     for record in records:
         for rival, names in RIVALS.items():
             cells = record["latency"]
-            if record["candidate"] in map(our_name, BITS) and any(measured(cell, names) for cell in cells):
+            if record["candidate"] in whole and any(measured(cell, names) for cell in cells):
                 yield f"{record['candidate']} / {rival}", [f"{best_ratio(cell, names):.2f}x" for cell in cells]
 
 

@@ -89,6 +89,7 @@ def compress(
     inplace: bool = False,
     progress: bool | None = None,
     blocks: bool = True,
+    skip_padding: bool = False,
 ) -> ModelT:
     """Replaces the layers that ``plan`` names by compressed ones. Everything that can fail fails before a layer is replaced.
 
@@ -116,6 +117,8 @@ def compress(
             (:mod:`pycompress.passes.whole`). Each is tried beside its original first, and stays as it was where they differ; with
             hooks inside, gradients, in training, or with attentions asked for, the original forward runs. Where ``only_if_faster``
             is set, those stay with which the model is not slower.
+        skip_padding: have blocks compute no token that their mask hides from all others; they give zeros there, where the model
+            would give numbers that nobody reads. All other tokens get what they would get in a sequence of their own.
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 
@@ -131,8 +134,8 @@ def compress(
         TypeError: the plan is no method and no mapping of globs to methods, there is nothing to compress in that type, or the model
             holds something that cannot be copied (it is named).
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
-            without ``example_inputs``, ``inplace`` where the model itself is the layer, a calibration that is still running or that
-            never saw a layer whose method makes use of it.
+            without ``example_inputs``, ``skip_padding`` without ``blocks``, ``inplace`` where the model itself is the layer, a
+            calibration that is still running or that never saw a layer whose method makes use of it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -140,6 +143,7 @@ def compress(
         raise ValueError(
             "compress: only_if_faster needs example_inputs, to measure the layers on the shapes that they meet"
         )
+    whole.check(blocks, skip_padding, "compress")
     if isinstance(calibration, Calibration) and calibration.running:
         raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
     given, model = model, uncompiled(model)  # type: ignore[assignment]
@@ -147,7 +151,7 @@ def compress(
         result = _replaced(model, plan, calibration, example_inputs, only_if_faster, inplace, progress)
     whole.remove(result)
     if blocks:
-        whole.install(result)
+        whole.install(result, skip_padding=skip_padding)
         if only_if_faster:
             assert example_inputs is not None
             keep_blocks_that_are_not_slower(result, example_inputs)

@@ -68,12 +68,14 @@ class BlockRecord:
         name, kind: dotted name in the model, class.
         family: what was read in it; '' where nothing was.
         reason: why the original forward runs, as the module is now; '' where it does not, but for gradients and the like.
+        skips_padding: whether it leaves padding out.
     """
 
     name: str
     kind: str
     family: str = ""
     reason: str = ""
+    skips_padding: bool = False
 
 
 def _size(bias: Tensor | None) -> int:
@@ -141,7 +143,8 @@ class Summary:
 
     @staticmethod
     def _line(block: BlockRecord) -> str:
-        runs = f"runs as one op ({block.family})" if not block.reason else f"runs layer by layer: {block.reason}"
+        skips = ", padding skipped" if block.skips_padding else ""
+        runs = f"runs as one op ({block.family}{skips})" if not block.reason else f"runs layer by layer: {block.reason}"
         return f"{block.name or '(the model)'}: {block.kind} {runs}"
 
     @staticmethod
@@ -191,8 +194,8 @@ def summary(model: nn.Module) -> Summary:
                 seen.add(id(tensor))
                 tensors[key] = tensor
         if (block := block_of(module)) is not None:
-            reason = block.reason(module)
-            blocks.append(BlockRecord(name, type(module).__name__, block.description.family, reason))
+            read, reason = block.description, block.reason(module)
+            blocks.append(BlockRecord(name, type(module).__name__, read.family, reason, read.skip_padding))
         elif LEFT in vars(module):
             blocks.append(BlockRecord(name, type(module).__name__, reason=vars(module)[LEFT]))
         record = vars(module).get(RECORD)

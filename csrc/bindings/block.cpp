@@ -27,13 +27,14 @@ bool is_float(const dlpack::Tensor& tensor) { return type_of(tensor) != Type::in
 class Block {
  public:
   Block(int heads, int head_size, float scale, bool pre_norm, bool rms, float eps_attention, float eps_mlp,
-        int activation, bool causal, const std::vector<int>& weights)
+        int activation, bool causal, bool skips_padding, const std::vector<int>& weights)
       : shape_{heads,
                head_size,
                scale,
                pre_norm,
                rms,
                causal,
+               skips_padding,
                {eps_attention, eps_mlp},
                static_cast<Activation>(activation),
                {}} {
@@ -137,7 +138,7 @@ class Block {
 
 void bind_block(py::module_& m) {
   py::class_<Block>(m, "Block")
-      .def(py::init<int, int, float, bool, bool, float, float, int, bool, const std::vector<int>&>())
+      .def(py::init<int, int, float, bool, bool, float, float, int, bool, bool, const std::vector<int>&>())
       .def("run", &Block::run);
 }
 

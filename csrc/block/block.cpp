@@ -4,17 +4,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 #include <optional>
 
 #include "../common/check.h"
-#include "../common/float16.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/round.h"
 #include "../common/scratch.h"
 #include "../dense/gemm.h"
 #include "kernel_list.h"
+#include "pieces.h"
+#include "sequences.h"
 
 namespace pycompress::block {
 namespace {
@@ -24,24 +24,6 @@ constexpr int64_t kMinTaskRows = 16;  // below, each product is shared out inste
 constexpr int64_t kGroupRows = 128;   // rows of the sequences that make a task, unless one is longer
 constexpr int64_t kMaxGroupRows = 512;
 constexpr int kTasksPerThread = 2;
-constexpr float kUnseen = -1e30f;  // what is added to a score to hide a key
-
-// Cuts memory into pieces. The first pass, without memory, adds up what they need.
-class Pieces {
- public:
-  explicit Pieces(uint8_t* memory) : memory_(memory) {}
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = bytes_;
-    bytes_ += round_up<size_t>(static_cast<size_t>(count) * sizeof(T), 64);
-    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + at);
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  uint8_t* memory_;
-  size_t bytes_ = 0;
-};
 
 Scratch& call_scratch() {
   static thread_local Scratch own;
@@ -80,8 +62,7 @@ class Call {
         kernel_(kernels().first()),
         floats_(dense::kernels().first()),
         inner_(int64_t{s_.heads} * s_.head_size),
-        wide_(p_.products[kUp].n),
-        rows_(p_.batch * p_.length) {
+        wide_(p_.products[kUp].n) {
     check_shapes();
     for (int i = 0; i < kProducts; ++i) {
       products_[i] = p_.products[i];
@@ -92,14 +73,15 @@ class Call {
   }
 
   void run() {
-    if (rows_ == 0) return;
+    if (p_.batch * p_.length == 0) return;
+    const Sequences sequences(p_);
+    sequences_ = &sequences;
+    rows_ = sequences.rows();
     threads_ = usable_threads(p_.threads);
-    const int64_t sequences = group_sequences();
-    const bool by_sequence = sequences > 0, by_row = rows_ >= threads_ * kMinTaskRows;
+    const bool by_sequence = makes_tasks(), by_row = rows_ >= threads_ * kMinTaskRows;
     reserve(!by_sequence);
-    read_masks();
     if (by_sequence)
-      run_sequences(sequences);
+      run_sequences();
     else
       run_shared(by_row);
   }
@@ -173,15 +155,15 @@ class Call {
     return widest;
   }
 
-  // How many whole sequences a task takes; 0 where that makes too few tasks, or too large ones.
-  int64_t group_sequences() const {
-    if (p_.length > kMaxGroupRows || rows_ < threads_ * kMinTaskRows) return 0;
-    if (threads_ > 1 && p_.batch < kTasksPerThread * threads_) return 0;
-    const int64_t fitting = std::max<int64_t>(1, kGroupRows / p_.length);
-    return std::min(fitting, divide_up(p_.batch, threads_ == 1 ? 1 : kTasksPerThread * threads_));
+  // Whether whole sequences make enough tasks, and none too large.
+  bool makes_tasks() const {
+    const int64_t longest = sequences_->longest();
+    if (longest > kMaxGroupRows || rows_ < threads_ * kMinTaskRows) return false;
+    return threads_ == 1 || rows_ >= longest * kTasksPerThread * threads_;
   }
 
-  // What all threads read: vectors as float32, masks of keys, and queries, keys and values where they are shared.
+  // What all threads read: vectors as float32, and the groups of sequences, or queries, keys and values that are
+  // shared.
   void reserve(bool shares) {
     for (int pass = 0; pass < 2; ++pass) {
       Pieces pieces(pass == 0 ? nullptr : memory_);
@@ -190,9 +172,7 @@ class Call {
         norms_[i] = {s_.rms, s_.eps[i], as_floats(pieces, p_.norm_weight[i], p_.d),
                      as_floats(pieces, p_.norm_shift[i], p_.d)};
       }
-      key_masks_ = pieces.take<float>(has_masks() ? rows_ : 0);
-      of_keys_ = pieces.take<uint8_t>(2 * p_.batch);
-      seen_ = pieces.take<int32_t>(p_.batch);
+      groups_ = pieces.take<int64_t>(shares ? 0 : sequences_->count() + 1);
       if (shares) shared_ = projected(pieces, round_up<int64_t>(rows_, kRowUnit), inner_);
       if (pass == 0) memory_ = call_scratch().reserve(pieces.bytes());
     }
@@ -206,79 +186,15 @@ class Call {
     return to;
   }
 
-  // --- masks ---------------------------------------------------------------------------------------------------------
-
-  bool has_masks() const { return p_.masks[0].data != nullptr || p_.masks[1].data != nullptr; }
-
-  static float value_at(const Mask& mask, int64_t i) {
-    if (!mask.is_bool) return float_at(mask.data, mask.type, i);
-    return static_cast<const uint8_t*>(mask.data)[i] != 0 ? 0.0f : -std::numeric_limits<float>::infinity();
-  }
-
-  // Whether all queries of a sequence, and all heads, have the same mask.
-  bool is_of_keys(const Mask& mask, int64_t sequence) const {
-    if (mask.stride[1] != 0) return false;
-    if (mask.stride[2] == 0) return true;
-    const size_t size = mask.is_bool ? 1 : size_of(mask.type);
-    if (mask.stride[3] != 1) return false;
-    const auto* first = static_cast<const uint8_t*>(mask.data) + static_cast<size_t>(sequence * mask.stride[0]) * size;
-    for (int64_t query = 1; query < p_.length; ++query)
-      if (std::memcmp(first, first + static_cast<size_t>(query * mask.stride[2]) * size,
-                      static_cast<size_t>(p_.length) * size) != 0)
-        return false;
-    return true;
-  }
-
-  // Masks of keys alone are added up once. Keys that they hide at the end of a sequence are not looked at; where they
-  // hide all keys, all are.
-  void read_masks() {
-    for (int64_t sequence = 0; sequence < p_.batch; ++sequence) {
-      seen_[sequence] = static_cast<int32_t>(p_.length);
-      if (!has_masks()) continue;
-      float* mask = key_masks_ + sequence * p_.length;
-      std::fill_n(mask, p_.length, 0.0f);
-      for (int i = 0; i < 2; ++i) {
-        const Mask& one = p_.masks[i];
-        of_keys_[2 * sequence + i] = one.data == nullptr || is_of_keys(one, sequence);
-        if (one.data == nullptr || !of_keys_[2 * sequence + i]) continue;
-        for (int64_t key = 0; key < p_.length; ++key)
-          mask[key] += value_at(one, sequence * one.stride[0] + key * one.stride[3]);
-      }
-      int64_t last = p_.length;
-      while (last > 0 && mask[last - 1] < kUnseen) --last;
-      if (last > 0) seen_[sequence] = static_cast<int32_t>(last);
-    }
-  }
-
-  // Fills scores with what is added to them for some queries, and says whether there is anything.
-  bool start(int64_t sequence, int head, int64_t query, int queries, int keys, const HeadRoom& room) const {
-    bool started = false;
-    for (int i = 0; i < 2; ++i) {
-      const Mask& mask = p_.masks[i];
-      if (mask.data == nullptr || of_keys_[2 * sequence + i]) continue;
-      const int64_t at = sequence * mask.stride[0] + head * mask.stride[1] + query * mask.stride[2];
-      const float* rows = static_cast<const float*>(mask.data) + at;
-      ptrdiff_t ld = mask.stride[2];
-      if (mask.is_bool || mask.type != Type::float32 || mask.stride[3] != 1) {
-        for (int row = 0; row < queries; ++row)
-          for (int key = 0; key < keys; ++key)
-            room.rows[row * int64_t{keys} + key] = value_at(mask, at + row * mask.stride[2] + key * mask.stride[3]);
-        rows = room.rows;
-        ld = keys;
-      }
-      kernel_.turn(rows, ld, queries, keys, kernel_.tile_for(queries), started, room.scores);
-      started = true;
-    }
-    return started;
-  }
-
   // --- steps ---------------------------------------------------------------------------------------------------------
 
   // x of some rows as float32: where it is, or in `to`, with a whole unit of rows.
   const float* rows_of_x(int64_t row, int64_t rows, int unit, float* to) const {
-    const void* x = value_of(p_.x, p_.type, row * p_.d);
-    if (p_.type == Type::float32 && (to == nullptr || rows % unit == 0)) return static_cast<const float*>(x);
-    floats_.load(x, p_.type, p_.d, static_cast<int>(rows), p_.d, to, p_.d);
+    if (p_.type == Type::float32 && rows % unit == 0 && sequences_->adjacent(row, rows) == rows)
+      return static_cast<const float*>(p_.x) + sequences_->row_in_x(row) * p_.d;
+    sequences_->for_adjacent(row, rows, [&](int64_t in_x, int64_t i, int64_t n) {
+      floats_.load(value_of(p_.x, p_.type, in_x * p_.d), p_.type, p_.d, static_cast<int>(n), p_.d, to + i * p_.d, p_.d);
+    });
     std::fill_n(to + rows * p_.d, (round_up<int64_t>(rows, unit) - rows) * p_.d, 0.0f);
     return to;
   }
@@ -324,24 +240,30 @@ class Call {
   }
 
   // Attention of one head of a sequence, in the place of its queries: its keys and values stay in the L2 meanwhile.
-  void attend(const Projected& at, const HeadRoom& room, int64_t sequence, int head) const {
-    const int64_t first = (sequence * p_.length - at.first) * inner_ + int64_t{head} * s_.head_size;
-    const int keys = seen_[sequence];
-    for (int64_t query = 0; query < p_.length; query += kernel_.mr) {
-      const int queries = static_cast<int>(std::min(p_.length - query, int64_t{kernel_.mr}));
-      kernel_.attend({at.q + first + query * inner_, at.k + first, at.v + first, inner_, inner_, inner_, queries, keys,
-                      s_.head_size, s_.scale, query, s_.causal,
-                      has_masks() ? key_masks_ + sequence * p_.length : nullptr,
-                      start(sequence, head, query, queries, keys, room), room.scores, room.turned,
-                      at.q + first + query * inner_, inner_});
+  void attend(const Projected& at, const HeadRoom& room, const Sequence& sequence, int head) const {
+    if (head == 0) clear_skipped(sequence);
+    const int64_t first = (sequence.first - at.first) * inner_ + int64_t{head} * s_.head_size;
+    for (int64_t query = 0; query < sequence.length; query += kernel_.mr) {
+      const int queries = static_cast<int>(std::min(sequence.length - query, int64_t{kernel_.mr}));
+      kernel_.attend({at.q + first + query * inner_, at.k + first, at.v + first, inner_, inner_, inner_, queries,
+                      static_cast<int>(sequence.keys), s_.head_size, s_.scale, query, s_.causal, sequence.key_mask,
+                      sequences_->start(kernel_, sequence, head, query, queries, room.rows, room.scores), room.scores,
+                      room.turned, at.q + first + query * inner_, inner_});
     }
+  }
+
+  void clear_skipped(const Sequence& sequence) const {
+    if (sequence.length == p_.length) return;
+    sequences_->for_skipped(sequence, [&](int64_t in_x, int64_t n) {
+      std::memset(value_of(p_.y, p_.type, in_x * p_.d), 0, static_cast<size_t>(n * p_.d) * size_of(p_.type));
+    });
   }
 
   // From the attention's result to y.
   void finish(const Room& room, const Projected& at, int64_t row, int64_t rows, int threads) const {
     const int count = static_cast<int>(rows), d = static_cast<int>(p_.d);
     product(kOutput, at.q + (row - at.first) * inner_, rows, Activation::none, room.s, threads);
-    const float* x = rows_of_x(row, rows, 1, p_.type == Type::float32 ? nullptr : room.h);
+    const float* x = rows_of_x(row, rows, 1, room.h);
     float* h = room.g;  // what the MLP reads; s: what its result is added to
     kernel_.add_norm(room.s, x, count, d, &norms_[s_.pre_norm ? kMlpNorm : kAttentionNorm], h);
     const bool gated = products_[kGate].is_there();
@@ -354,23 +276,27 @@ class Call {
     const float* residual = s_.pre_norm ? room.s : h;
     float* sum = room.h;
     product(kDown, room.wide, rows, Activation::none, sum, threads);
-    void* y = value_of(p_.y, p_.type, row * p_.d);
-    float* to = p_.type == Type::float32 ? static_cast<float*>(y) : sum;
+    const bool in_place = p_.type == Type::float32 && sequences_->adjacent(row, rows) == rows;
+    float* to = in_place ? static_cast<float*>(p_.y) + sequences_->row_in_x(row) * p_.d : sum;
     if (s_.pre_norm) {
       kernel_.add_norm(sum, residual, count, d, nullptr, sum);
       if (to != sum) std::copy_n(sum, rows * p_.d, to);
     } else {
       kernel_.add_norm(sum, residual, count, d, &norms_[kMlpNorm], to);
     }
-    if (p_.type != Type::float32) floats_.finish(sum, p_.d, count, d, Activation::none, p_.type, y, p_.d);
+    if (in_place) return;
+    sequences_->for_adjacent(row, rows, [&](int64_t in_x, int64_t i, int64_t n) {
+      floats_.finish(sum + i * p_.d, p_.d, static_cast<int>(n), d, Activation::none, p_.type,
+                     value_of(p_.y, p_.type, in_x * p_.d), p_.d);
+    });
   }
 
-  // --- ways to share the work
-  // ------------------------------------------------------------------------------------------
+  // --- ways to share the work ---------------------------------------------------------------------------------------
 
   // body(room, task) for tasks [0, count), taken as they come; make() gives a thread its room.
   template <class Make, class F>
   void for_tasks(int64_t count, Make&& make, F&& body) const {
+    if (count == 0) return;
     std::atomic<int64_t> next{0};
     parallel(static_cast<int>(std::min<int64_t>(threads_, count)), [&](int, int) {
       const auto room = make();
@@ -378,16 +304,35 @@ class Call {
     });
   }
 
-  void run_sequences(int64_t sequences) const {
-    const int64_t group = sequences * p_.length;
-    const auto make = [&] { return room(std::min(group, kTaskRows), group); };
-    for_tasks(divide_up(p_.batch, sequences), make, [&](const Room& room, int64_t task) {
-      const int64_t first = task * group, rows = std::min(group, rows_ - first);
+  // Whole sequences in groups of about as many rows, but for those that are longer by themselves.
+  int64_t make_groups(int64_t* most_rows) const {
+    const Sequences& all = *sequences_;
+    const int64_t share = divide_up(rows_, threads_ == 1 ? 1 : int64_t{kTasksPerThread} * threads_);
+    int64_t count = 0;
+    for (int64_t i = 0; i < all.count(); ++count) {
+      int64_t rows = 0;
+      groups_[count] = i;
+      do rows += all[i++].length;
+      while (i < all.count() && rows < share && rows + all[i].length <= kGroupRows);
+      *most_rows = std::max(*most_rows, rows);
+    }
+    groups_[count] = all.count();
+    return count;
+  }
+
+  void run_sequences() const {
+    int64_t most_rows = 0;
+    const int64_t count = make_groups(&most_rows);
+    const auto make = [&] { return room(std::min(most_rows, kTaskRows), most_rows); };
+    for_tasks(count, make, [&](const Room& room, int64_t task) {
+      const Sequence *begin = &(*sequences_)[groups_[task]], *last = &(*sequences_)[groups_[task + 1] - 1];
+      const int64_t first = begin->first, rows = last->first + last->length - first;
       Projected own = room.own;
       own.first = first;
-      project(room, own, first, rows, 1);
-      for (int64_t sequence = task * sequences; sequence * p_.length < first + rows; ++sequence)
-        for (int head = 0; head < s_.heads; ++head) attend(own, room.head, sequence, head);
+      if (rows > 0) project(room, own, first, rows, 1);
+      for (const Sequence* sequence = begin; sequence <= last; ++sequence)
+        for (int head = 0; head < s_.heads; ++head) attend(own, room.head, *sequence, head);
+      if (rows == 0) return;
       const int64_t step = round_up(divide_up(rows, divide_up(rows, kTaskRows)), int64_t{kRowUnit});
       for (int64_t row = first; row < first + rows; row += step)
         finish(room, own, row, std::min(step, first + rows - row), 1);
@@ -396,7 +341,7 @@ class Call {
 
   // Rows are shared out, or with a few of them each product; in between, heads are.
   void run_shared(bool by_row) const {
-    int64_t step = rows_;
+    int64_t step = std::max<int64_t>(rows_, 1);
     if (by_row) {
       const int64_t fitting = std::min(divide_up(rows_, int64_t{threads_}), kTaskRows);
       const int64_t tasks = round_up(divide_up(rows_, fitting), int64_t{threads_});
@@ -410,7 +355,7 @@ class Call {
     for_tasks(
         p_.batch * s_.heads, [&] { return head_room(); },
         [&](const HeadRoom& room, int64_t task) {
-          attend(shared_, room, task / s_.heads, static_cast<int>(task % s_.heads));
+          attend(shared_, room, (*sequences_)[task / s_.heads], static_cast<int>(task % s_.heads));
         });
     for_tasks(divide_up(rows_, step), make, [&](const Room& room, int64_t task) {
       finish(room, shared_, task * step, std::min(step, rows_ - task * step), threads);
@@ -421,15 +366,15 @@ class Call {
   const Shape& s_;
   const Kernel& kernel_;
   const dense::Kernel& floats_;
-  const int64_t inner_, wide_, rows_;
+  const int64_t inner_, wide_;
   Product products_[kProducts];
   int units_[kProducts], unit_in_;
   Norm norms_[kNorms];
   int threads_ = 1;
   uint8_t* memory_ = nullptr;
-  float* key_masks_ = nullptr;  // [batch][length]
-  uint8_t* of_keys_ = nullptr;  // [batch][2]: whether a mask is in key_masks
-  int32_t* seen_ = nullptr;     // [batch]: keys that are looked at
+  int64_t* groups_ = nullptr;  // where groups of sequences begin, and the last one ends
+  const Sequences* sequences_ = nullptr;
+  int64_t rows_ = 0;
   Projected shared_;
 };
 

@@ -29,6 +29,7 @@ struct Shape {
   int heads, head_size;
   float scale;  // of the scores
   bool pre_norm, rms, causal;
+  bool skips_padding;  // where the first mask is one of keys alone, 0 or hiding: y is 0 in rows that it hides
   float eps[kNorms];
   Activation activation;
   Weight weights[kProducts];

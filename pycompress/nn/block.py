@@ -70,6 +70,7 @@ class Description:
         turned: whether x, and y, are [length, batch, d].
         read: how the family reads a module: what it reads later has to be this.
         classes: of the modules inside that are no linear layers, by path.
+        skip_padding: whether the op leaves out what the mask hides as keys; the original computes it.
         heads: of the form's string, without and with ``causal``.
     """
 
@@ -85,11 +86,12 @@ class Description:
     turned: bool = False
     read: Callable[[nn.Module], Description] | None = None
     classes: tuple[tuple[str, type], ...] = ()
+    skip_padding: bool = False
     heads: tuple[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        heads = (replace(self.form, causal=False).head, replace(self.form, causal=True).head)
-        object.__setattr__(self, "heads", heads)
+        form = replace(self.form, skip_padding=self.skip_padding)
+        object.__setattr__(self, "heads", (replace(form, causal=False).head, replace(form, causal=True).head))
 
     def check(self, module: nn.Module) -> None:
         """Raises Unfit where the module is no longer what was read."""
@@ -300,7 +302,7 @@ class Seen:
                 and [*map(type, self._modules)] == self._types
                 and True not in map(contains, self._attributes, repeat("forward"))
                 and [*map(_dtype, self._parameters)] == self._dtypes
-                and [*map(_address, self._viewed)] == self._addresses
+                and (not self._viewed or [*map(_address, self._viewed)] == self._addresses)
             )
         except (
             KeyError,

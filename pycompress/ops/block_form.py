@@ -25,6 +25,7 @@ class BlockForm:
         eps: of the norm at the attention, and of the one at the MLP.
         activation: one of ``ops.ACTIVATIONS``, behind ``up`` or, where there is one, ``gate``.
         causal: whether a query sees no key behind it.
+        skip_padding: whether rows that the mask hides as keys are left out: the result is 0 there.
         products: of each of :data:`PRODUCTS` the form of its packed weight behind its weight's name (``int8 dot4 n=8 k=8 ...``),
             ``dense n=... k=...``, or '' where there is none.
     """
@@ -38,13 +39,15 @@ class BlockForm:
     activation: str
     causal: bool
     products: tuple[str, ...] = ("",) * len(PRODUCTS)
+    skip_padding: bool = False
 
     @property
     def head(self) -> str:
         """The string without the products."""
         sizes = f"heads={self.heads} head_size={self.head_size} scale={self.scale!r} pre_norm={int(self.pre_norm)}"
         eps = ",".join(map(repr, self.eps))
-        return f"{sizes} norm={self.norm} eps={eps} activation={self.activation} causal={int(self.causal)}"
+        skip = " skip_padding=1" if self.skip_padding else ""
+        return f"{sizes} norm={self.norm} eps={eps} activation={self.activation} causal={int(self.causal)}{skip}"
 
     def __str__(self) -> str:
         return BEHIND.join((self.head, *self.products))
@@ -84,6 +87,7 @@ def parse_block(form: str) -> BlockForm:
         parsed = BlockForm(
             int(keys["heads"]), int(keys["head_size"]), float(keys["scale"]), bool(int(keys["pre_norm"])), keys["norm"],
             (float(first), float(second)), keys["activation"], bool(int(keys["causal"])), tuple(products),
+            bool(int(keys.get("skip_padding", "0"))),
         )  # fmt: skip
     except (KeyError, ValueError):
         parsed = None

@@ -12,9 +12,15 @@ from pycompress.nn.assigned import assign, assigned, restore
 from pycompress.passes import blocks, embeddings, encoders, pooling
 
 
-def install(model: nn.Module) -> None:
-    """Has what can be read run as one op, where it then gives what it gave before."""
-    blocks.install(model)
+def check(blocks: bool, skip_padding: bool, caller: str) -> None:
+    """Raises ValueError where padding is to be skipped, and nothing is there that could."""
+    if skip_padding and not blocks:
+        raise ValueError(f"{caller}: skip_padding=True and blocks=False, expected blocks: it is they that skip padding")
+
+
+def install(model: nn.Module, *, skip_padding: bool = False) -> None:
+    """Has what can be read run as one op, where it then gives what it gave before; but for padding, where blocks are to skip it."""
+    blocks.install(model, skip_padding=skip_padding)
     embeddings.install(model)
     pooling.install(model)
     encoders.install(model)

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 Product = Callable[[Tensor], Tensor]
 
+_UNSEEN = -1e30  # what is added to a score to hide a key
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": functional.relu,
@@ -59,9 +61,25 @@ def block(
         return x.clone()
     if form.pre_norm:
         h = x + attend(norm(0, x))
-        return h + mlp(norm(1, h))
-    h = norm(0, x + attend(x))
-    return norm(1, h + mlp(h))
+        y = h + mlp(norm(1, h))
+    else:
+        h = norm(0, x + attend(x))
+        y = norm(1, h + mlp(h))
+    if form.skip_padding and mask is not None:
+        y = y.masked_fill(padding(mask, (*x.shape[:2], form.heads))[..., None], 0.0)
+    return y
+
+
+def padding(mask: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    """bool [batch, length], the rows that a mask hides as keys: of sequences whose mask is the same for all queries and heads, and
+    either shows a key or hides it. ``sizes``: batch, length and heads."""
+    batch, length, heads = sizes
+    of_all = mask.expand(batch, heads, length, length)
+    of_keys = of_all[:, 0, 0]
+    hidden = ~of_keys if mask.dtype == torch.bool else of_keys < _UNSEEN
+    either = hidden | (of_keys if mask.dtype == torch.bool else of_keys == 0)
+    alike = (of_all == of_keys[:, None, None]).flatten(1).all(1) & either.all(1)
+    return hidden & alike[:, None]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, form: Any) -> Tensor:

@@ -22,7 +22,7 @@ from pycompress.surgery import swap, switch_off_fast_paths
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def load(model: ModelT, path: FilePath, *, blocks: bool = True) -> ModelT:
+def load(model: ModelT, path: FilePath, *, blocks: bool = True, skip_padding: bool = False) -> ModelT:
     """Puts the weights of a file that :func:`save` wrote into a dense model of the same architecture.
 
     What is loaded does not depend on the file any more; floating point has the precision that the model has. On the meta device,
@@ -31,18 +31,20 @@ def load(model: ModelT, path: FilePath, *, blocks: bool = True) -> ModelT:
     Args:
         model: as it was before ``compress`` (random weights will do, the meta device too), or compressed already.
             It is changed in place, at the end, when all of the file has been read and found good; where that raises, undone.
-        blocks: have transformer blocks run as one op each, as :func:`compress` has them; they are no part of the file.
+        blocks, skip_padding: have transformer blocks run as one op each, and leave padding out, as :func:`compress` has them; the
+            file knows nothing of either.
     Returns:
         ``model``; where the model itself is the layer, the compressed layer.
     Raises:
         FileNotFoundError; ValueError: not such a file, an unknown version, or anything in which the file and the model do not
-        agree, by its name; and what hooks of the model raise.
+        agree, by its name; ``skip_padding`` without ``blocks``; and what hooks of the model raise.
     """
+    whole.check(blocks, skip_padding, "load")
     with whole.without(model):
         loaded = _loaded(model, path)
     whole.remove(loaded)
     if blocks:
-        whole.install(loaded)
+        whole.install(loaded, skip_padding=skip_padding)
     return loaded
 
 

@@ -1,9 +1,11 @@
 // What a transformer block does between its products: every kernel alone, against double and the bounds of the
-// contract.
+// contract. And the driver, of dense products: which rows it computes, whatever the threads and the padding.
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
 
+#include "block/block.h"
 #include "block/kernel_list.h"
 #include "cases.h"
 #include "guarded.h"
@@ -218,8 +220,124 @@ void run_kernel(const Kernel& kernel) {
   for (const int count : {1, 7, 8, 9, 15, 16, 17, 100}) run_multiply(kernel, count);
 }
 
+// --- the driver -----------------------------------------------------------------------------------------------------
+
+enum class Hides { nothing, right, left, here_and_there };
+
+// A block of dense products over sequences of these lengths in x [lengths][longest][d].
+struct Whole {
+  static constexpr int kHeads = 2, kHeadSize = 9, kInner = kHeads * kHeadSize, kD = 21, kWide = 35;
+  std::vector<int> lengths;
+  int longest;
+  Guarded<uint8_t> shown;                    // [lengths][longest]
+  Guarded<float> weights, bias, norm, x, y;  // bias: added to the scores, [heads][longest][longest]
+
+  Whole(const std::vector<int>& all, Hides hides, std::mt19937& random)
+      : lengths(all),
+        longest(*std::max_element(all.begin(), all.end())),
+        shown(all.size() * static_cast<size_t>(longest)),
+        weights(area(4 * kInner + 2 * kWide, kD)),
+        bias(area(kHeads * longest, longest)),
+        norm(2 * kD),
+        x(shown.size() * kD),
+        y(x.size()) {
+    std::normal_distribution<float> normal;
+    for (Guarded<float>* of : {&weights, &bias, &norm, &x})
+      for (size_t i = 0; i < of->size(); ++i) (*of)[i] = normal(random) / (of == &weights ? 5.0f : 1.0f);
+    for (size_t s = 0; s < all.size(); ++s) {
+      uint8_t* row = shown.data() + s * static_cast<size_t>(longest);
+      for (int i = 0; i < longest; ++i)
+        row[i] = hides == Hides::nothing || (hides == Hides::left ? i >= longest - all[s] : i < all[s]);
+      if (hides == Hides::here_and_there) std::shuffle(row, row + longest, random);
+    }
+  }
+
+  Problem problem(const float* from, int64_t batch, int64_t length, float* to, int threads) const {
+    Problem p;
+    p.shape = {kHeads, kHeadSize, 0.3f, true, false, true, true, {1e-5f, 1e-5f}, Activation::gelu, {}};
+    const float* weight = weights.data();
+    for (const int role : {kQuery, kKey, kValue, kOutput, kUp, kDown}) {
+      Product& own = p.products[role];
+      own.weight = Weight::dense;
+      own.n = role == kOutput || role == kDown ? kD : role == kUp ? kWide : kInner;
+      own.k = role == kOutput ? kInner : role == kDown ? kWide : kD;
+      own.ld = own.k;
+      own.rows = weight;
+      weight += own.n * own.k;
+    }
+    for (Values& one : p.norm_weight) one = {norm.data(), Type::float32};
+    for (Values& one : p.norm_shift) one = {norm.data() + kD, Type::float32};
+    p.x = from;
+    p.y = to;
+    p.type = Type::float32;
+    p.batch = batch;
+    p.length = length;
+    p.d = kD;
+    p.threads = threads;
+    return p;
+  }
+
+  void run(int threads) {
+    y.fill(0x55);
+    Problem p = problem(x.data(), static_cast<int64_t>(lengths.size()), longest, y.data(), threads);
+    p.masks[0] = {shown.data(), Type::float32, true, {longest, 0, 0, 1}};
+    p.masks[1] = {bias.data(), Type::float32, false, {0, int64_t{longest} * longest, longest, 1}};
+    block::run(p);
+  }
+
+  // A sequence in x and y of its own, without its padding.
+  bool is_as_alone(size_t s) const {
+    const size_t first = s * static_cast<size_t>(longest);
+    std::vector<int> at;
+    bool right = true;
+    for (int i = 0; i < longest; ++i) {
+      const float* row = y.data() + (first + static_cast<size_t>(i)) * kD;
+      if (shown[first + static_cast<size_t>(i)] != 0)
+        at.push_back(i);
+      else
+        right = right && std::all_of(row, row + kD, [](float value) { return value == 0; });
+    }
+    const int n = static_cast<int>(at.size());
+    if (n == 0) return right;
+    Guarded<float> own_x(area(n, kD)), own_y(own_x.size()), own_bias(area(kHeads * n, n));
+    for (int i = 0; i < n; ++i) {
+      std::copy_n(x.data() + (first + static_cast<size_t>(at[i])) * kD, kD, own_x.data() + i * kD);
+      for (int head = 0; head < kHeads; ++head)
+        for (int j = 0; j < n; ++j)
+          own_bias[area(head * n + i, n) + j] = bias[area(head * longest + at[i], longest) + at[j]];
+    }
+    Problem p = problem(own_x.data(), 1, n, own_y.data(), 1);
+    p.masks[1] = {own_bias.data(), Type::float32, false, {0, int64_t{n} * n, n, 1}};
+    block::run(p);
+    for (int i = 0; i < n; ++i)
+      right = right && all_equal(own_y.data() + i * kD, y.data() + (first + static_cast<size_t>(at[i])) * kD, kD);
+    return right && own_y.intact();
+  }
+};
+
+void run_whole(const std::vector<int>& lengths, Hides hides, int threads) {
+  begin(text("block sequences=", lengths.size(), " hides=", static_cast<int>(hides), " threads=", threads));
+  std::mt19937 random(static_cast<unsigned>(cases));
+  Whole whole(lengths, hides, random);
+  whole.run(threads);
+  bool right = whole.y.intact();
+  for (size_t s = 0; s < lengths.size(); ++s) right = right && whole.is_as_alone(s);
+  expect(right, "a sequence differs from itself alone");
+}
+
+void run_wholes() {
+  const std::vector<int> shapes[] = {{1},       {19},     {7, 0, 3}, {0, 5}, {40, 3, 17, 40, 0, 25, 1, 9, 33},
+                                     {150, 20}, {600, 70}};
+  for (const std::vector<int>& lengths : shapes)
+    for (const Hides hides : {Hides::nothing, Hides::right, Hides::left, Hides::here_and_there})
+      for (const int threads : {1, 2, 3}) run_whole(lengths, hides, threads);
+}
+
 }  // namespace
 
-void test_block() { for_available(block::kernels(), run_kernel); }
+void test_block() {
+  run_wholes();
+  for_available(block::kernels(), run_kernel);
+}
 
 }  // namespace native

@@ -48,7 +48,7 @@ void test_sparse_conv();     // sparse_conv2d, end to end
 void test_dense();           // the float32 products, each kernel alone
 void test_low_rank();        // low_rank_linear, end to end
 void test_int4();            // the kernels of int4_linear, each alone and end to end
-void test_block();           // what lies between the products of a block, each kernel alone
+void test_block();           // the driver of blocks, and what lies between products, each kernel alone
 void test_embed();           // embeddings: each kernel alone, and the ways of the ids
 void test_pool();            // means: each kernel alone
 void test_weight_only();     // integer weights on float activations: their kernels alone and end to end

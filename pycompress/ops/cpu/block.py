@@ -33,7 +33,7 @@ def run_of(form: str) -> Callable[..., bool] | None:
     numbers = [_KINDS.index(kinds[product]) if product in kinds else -1 for product in PRODUCTS]
     block = native._C.Block(
         own.heads, own.head_size, own.scale, own.pre_norm, own.norm == "rms_norm", *own.eps, ACTIVATIONS[own.activation],
-        own.causal, numbers,
+        own.causal, own.skip_padding, numbers,
     )  # fmt: skip
     run: Callable[..., bool] = block.run
     return run

@@ -48,8 +48,12 @@ def find(model: nn.Module) -> dict[nn.Module, Family]:
     }
 
 
-def install(model: nn.Module) -> None:
-    """Has every block run as one op that can be read, and that computes what it did; the others keep a text that says why not."""
+def install(model: nn.Module, *, skip_padding: bool = False) -> None:
+    """Has every block run as one op that can be read, and that computes what it did; the others keep a text that says why not.
+
+    Args:
+        skip_padding: afterwards, have them leave out what the mask hides as keys.
+    """
     for module, family in find(model).items():
         vars(module).pop(LEFT, None)
         become_original(module)
@@ -58,7 +62,8 @@ def install(model: nn.Module) -> None:
         except Unfit as unfit:
             vars(module)[LEFT] = str(unfit)
         else:
-            become_block(module, replace(description, read=family.read, classes=classes_of(module)))
+            own = replace(description, read=family.read, classes=classes_of(module), skip_padding=skip_padding)
+            become_block(module, own)
 
 
 def blocks_of(model: nn.Module) -> dict[nn.Module, Block]:
