@@ -12,6 +12,7 @@ from pycompress import passes
 from pycompress.calibration import Calibration
 from pycompress.calls import Inputs, uncompiled
 from pycompress.copying import copied
+from pycompress.methods.bias import correction
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import Method, Refused
 from pycompress.methods.notes import noted
@@ -32,7 +33,7 @@ _LARGE = 50_000_000  # weights from which compress() shows a progress bar on a t
 
 
 def _compressed(
-    targets: list[Target], progress: bool
+    targets: list[Target], means: Mapping[str, InputStatistics], progress: bool
 ) -> dict[nn.Module, CompressedLayer]:  # fmt: skip
     """The compressed layer of each module, none in its place. Those that share their weight share a compressed one, if it came
     out alike. Where a method refuses a layer, the target has lost its method, and its record says why."""
@@ -48,6 +49,7 @@ def _compressed(
         kind = layer_for(target.kind, weight.name)
         assert kind is not None
         layer = kind.replacing(module, weight, record.activation)
+        _correct_bias(layer, target, weight, means)
         layer.train(module.training)
         shares = target.tie is not None and layer.tie(ties.setdefault(target.tie, []))
         record.describe(layer, shares_weight=shares)
@@ -55,6 +57,13 @@ def _compressed(
         record.error = relative_error(target.dense.detach(), weight.decompress())
         layers[module] = layer
     return layers
+
+
+def _correct_bias(layer: CompressedLayer, target: Target, weight: Weight, seen: Mapping[str, InputStatistics]) -> None:
+    """Has a bias make up for what the outputs' mean has lost, where the inputs of the layer were seen."""
+    found = next((seen[name] for name in target.names if name in seen), None)
+    if layer.bias32 is not None and found is not None and found.mean is not None:
+        layer.bias32.add_(correction(target.dense.detach(), weight.decompress(), found.mean).float())
 
 
 def _weight(
@@ -90,6 +99,7 @@ def compress(
     progress: bool | None = None,
     blocks: bool = True,
     skip_padding: bool = False,
+    correct_bias: bool = True,
 ) -> ModelT:
     """Replaces the layers that ``plan`` names by compressed ones. Everything that can fail fails before a layer is replaced.
 
@@ -119,6 +129,8 @@ def compress(
             is set, those stay with which the model is not slower.
         skip_padding: have blocks compute no token that their mask hides from all others; they give zeros there, where the model
             would give numbers that nobody reads. All other tokens get what they would get in a sequence of their own.
+        correct_bias: where the calibration saw a layer that has a bias, have the bias keep the mean of the outputs
+            (:mod:`pycompress.methods.bias`).
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 
@@ -148,7 +160,7 @@ def compress(
         raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
     given, model = model, uncompiled(model)  # type: ignore[assignment]
     with whole.without(model):
-        result = _replaced(model, plan, calibration, example_inputs, only_if_faster, inplace, progress)
+        result = _replaced(model, plan, calibration, example_inputs, only_if_faster, inplace, progress, correct_bias)
     whole.remove(result)
     if blocks:
         whole.install(result, skip_padding=skip_padding)
@@ -160,7 +172,7 @@ def compress(
 
 def _replaced(
     model: ModelT, plan: Plan, calibration: Mapping[str, InputStatistics] | None, example_inputs: Inputs | None,
-    only_if_faster: bool, inplace: bool, progress: bool | None,
+    only_if_faster: bool, inplace: bool, progress: bool | None, correct_bias: bool,
 ) -> ModelT:  # fmt: skip
     """The model, or a copy of it, with compressed layers."""
     targets = targets_of(model, plan, calibration)
@@ -172,7 +184,7 @@ def _replaced(
     number_ties(_chosen(targets))
     if progress is None:
         progress = on_a_terminal() and sum(math.prod(t.kind.shape(t.module)) for t in _chosen(targets)) > _LARGE
-    layers = _compressed(_chosen(targets), progress)
+    layers = _compressed(_chosen(targets), (calibration or {}) if correct_bias else {}, progress)
     if only_if_faster:
         assert example_inputs is not None
         keep_faster_layers(model, _chosen(targets), layers, example_inputs, progress)

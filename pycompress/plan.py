@@ -23,6 +23,7 @@ from pycompress.methods.method import (
     Refused,
     SelectiveMethod,
     is_method,
+    needs_of,
 )
 from pycompress.nn.layers import LAYERS, layer_for, no_layer
 from pycompress.records import LayerRecord
@@ -267,7 +268,7 @@ def _look_at_all_layers(targets: list[Target], calibration: Mapping[str, InputSt
             continue
         users = _users(group)
         weights = [own[0].dense.detach() for own in users.values()]
-        told = calibration is not None and isinstance(method, CalibratedMethod)
+        told = calibration is not None and _is_told(method)
         inputs = [_joined_inputs(own, calibration) for own in users.values()] if told and calibration else None
         methods = dict(zip(users, method.for_layers(weights, inputs), strict=True))
         for target in group:
@@ -317,7 +318,9 @@ def _times(target: Target, weight: Weight) -> tuple[float, float]:
 def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistics]) -> None:
     """Tells the methods that ask for it what their layer's inputs look like; layers that share a weight are told of all of theirs,
     so that they go on sharing it."""
-    for group in _users([target for target in targets if isinstance(target.method, CalibratedMethod)]).values():
+    for group in _users(
+        [target for target in targets if target.method is not None and _is_told(target.method)]
+    ).values():
         inputs = _joined_inputs(group, calibration)
         told: list[tuple[Method, Method]] = []  # what is the same method stays the same
         for target in group:
@@ -326,6 +329,10 @@ def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistic
             if not any(method is before for before, _ in told):
                 told.append((method, method.with_inputs(inputs)))
             target.method = next(after for before, after in told if before is method)
+
+
+def _is_told(method: Method) -> bool:
+    return isinstance(method, CalibratedMethod) and bool(needs_of(method))
 
 
 def _joined_inputs(users: list[Target], calibration: Mapping[str, InputStatistics]) -> InputStatistics:

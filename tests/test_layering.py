@@ -41,14 +41,15 @@ ALLOWED: dict[str, set[str]] = {
     "references": {"state"},
     "surgery": {"nn", "references"},
     "records": {"calls", "kinds", "nn"},
-    "calibration": {"calls", "kinds", "methods", "surgery"},
+    "replacing": set(),
+    "calibration": {"calls", "state", "kinds", "methods", "surgery", "replacing"},
     "plan": HOUSE | {"records", "measure"},
     "passes": HOUSE | {"plan"},
     "copying": {"references"},
     "progress": set(),
     "race": HOUSE | {"state", "plan", "passes", "measure", "progress"},
     "model": HOUSE | {"passes", "race", "copying", "progress", "plan", "records", "calibration"},
-    "storage": HOUSE | {"passes", "records", "references"},
+    "storage": HOUSE | {"passes", "records", "references", "replacing"},
     "onnx": HOUSE,
     "validation": HOUSE | {"onnx", "passes"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
@@ -57,8 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": HOUSE | {"validation", "storage", "model", "calibration"},
 }
 CHAIN = [
-    "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state", "nn",
-    "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress",
+    "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state",
+    "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
 ]  # fmt: skip
 ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}

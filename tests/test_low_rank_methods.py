@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pycompress as pc
-from pycompress.methods import Dense, InputStatistics, Int4, Int8, LowRank, Refused, Sparse, break_even, svd
+from pycompress.methods import Dense, InputStatistics, Int4, Int8, LowRank, Refused, Sparse, break_even, factors, svd
 from pycompress.methods.inputs import Metric
 from pycompress.methods.method import MeasuredMethod
 from pycompress.profiles import PROFILES, Profile
@@ -267,9 +267,9 @@ def test_wrong_inputs() -> None:
     [
         ({"rows": 0, "counts": torch.zeros(2, dtype=torch.int64)}, "rows is 0, expected a number from 1"),
         ({"rows": True, "counts": torch.ones(1, dtype=torch.int64)}, "rows is True"),
-        ({"rows": 1}, r"second_moment is None, expected float64 \[k, k\]"),
-        ({"rows": 1, "second_moment": torch.ones(2, 2)}, "second_moment is torch.float32"),
-        ({"rows": 1, "second_moment": torch.ones(2, 3).double()}, r"\[2, 3\], expected float64"),
+        ({"rows": 1}, r"second_moment is None, expected float64 or float32 \[k, k\]"),
+        ({"rows": 1, "second_moment": torch.ones(2, 2).half()}, "second_moment is torch.float16"),
+        ({"rows": 1, "second_moment": torch.ones(2, 3).double()}, r"\[2, 3\], expected float64 or float32"),
         ({"rows": 1, "second_moment": torch.ones(2, 2).double()}, r"mean is None, expected float64 \[2\]"),
         (
             {"rows": 1, "second_moment": torch.full((1, 1), math.nan).double(), "mean": torch.ones(1).double()},
@@ -368,6 +368,42 @@ def test_each_int8_factor_is_what_int8_makes_of_it() -> None:
         assert (values.abs().amax(dim=1) == 127).all(), "the whole range, row by row"
 
 
+@pytest.mark.parametrize(("n", "k"), [(40, 30), (30, 40), (1, 9)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_up_is_fitted_to_what_rounding_made_of_down(n: int, k: int, calibrated: bool) -> None:
+    """The least squares of NumPy; and what is kept is never worse than up as the SVD has it."""
+    w, x = torch.randn(n, k), correlated(300, k).float() if calibrated else torch.eye(k)
+    metric = Metric(x.double().T @ x.double() / len(x) if calibrated else None)
+    down = torch.randn(min(n, k) // 2 or 1, k).double()
+    expected = np.linalg.lstsq((x.double() @ down.T).numpy(), (x.double() @ w.double().T).numpy(), rcond=None)[0].T
+    found = factors.fitted(w.double(), down, metric)
+    assert found is not None
+    assert np.allclose(found.numpy(), expected, rtol=1e-6, atol=1e-8)
+    method = free(len(down), bits=8, inputs=statistics(x) if calibrated else None)
+    weight = method.compress(w)
+    down, up = method.split(w.double(), metric, len(down))
+    size = metric.squares(down).sqrt()[:, None].sqrt()
+    plain = (
+        Int8().compress((up * size.T).float()).decompress().double()
+        @ Int8().compress((down / size).float()).decompress().double()
+    )
+    assert lost(w, weight, metric.moment) <= metric.norm(w.double() - plain) * (1 + 1e-6) + 1e-9
+
+
+def test_factors_that_say_nothing_are_not_fitted() -> None:
+    """Rows of down that are alike or zero: inputs of one sample, a weight of zeros, one feature."""
+    assert factors.fitted(torch.randn(4, 3).double(), torch.zeros(2, 3).double(), Metric()) is None
+    one = torch.randn(1, 12)
+    for w, x in (
+        (torch.randn(8, 12), one),
+        (torch.zeros(8, 12), torch.randn(9, 12)),
+        (torch.randn(6, 1), torch.ones(3, 1)),
+    ):
+        weight = free(1 if w.shape[1] == 1 else 4, bits=8).with_inputs(statistics(x)).compress(w)
+        assert torch.isfinite(weight.decompress()).all()
+        assert lost(w, weight, statistics(x).second_moment) <= 0.02 * float((w @ x.T).norm()) + 1e-6
+
+
 # --- residual ---------------------------------------------------------------------------------------------------------
 
 
@@ -420,7 +456,7 @@ def test_a_residual_is_given_the_inputs_if_it_takes_any() -> None:
     assert lost(w, result[0].canonical(), moment) == pytest.approx(lost(w, weight, moment), rel=1e-2)
     eight = free(4, residual=Int8())
     assert torch.equal(
-        eight.with_inputs(inputs).compress(w).residual.decompress(), Int8().compress(rest).decompress()  # type: ignore[union-attr]
+        eight.with_inputs(inputs).compress(w).residual.decompress(), Int8(inputs=inputs).compress(rest).decompress()  # type: ignore[union-attr]
     )  # fmt: skip
 
 
@@ -447,6 +483,21 @@ def test_alternations_never_end_worse(residual: Any, calibrated: bool) -> None:
         for rounds in (0, 1, 2, 5)
     ]
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_alternations_fit_the_factors_to_the_residual_that_is_there(calibrated: bool) -> None:
+    """None of the rank would be closer beside it: the tail of what it leaves, whitened."""
+    w, x = torch.randn(40, 30), correlated(500, 30)
+    inputs = statistics(x) if calibrated else None
+    root = x.T / math.sqrt(len(x)) if calibrated else torch.eye(30).double()
+    first, once = (free(4, residual=Sparse(0.3), alternations=rounds, inputs=inputs).compress(w) for rounds in (0, 1))
+    assert first.residual is not None
+    assert once.residual is not None
+    best = tails((w.double() - first.residual.decompress()) @ root)[4]
+    moment = inputs.second_moment if inputs else None
+    assert lost(w, once, moment) <= best * 1.03 + 1e-5
+    assert lost(w, once, moment) < 0.95 * lost(w, first, moment)
 
 
 def test_alternations_separate_what_is_sparse_from_what_is_low_rank() -> None:
@@ -724,7 +775,7 @@ def test_refuses(method: LowRank, kind: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "nothing is given, expected exactly one of rank, energy and error"),
+        ({}, ValueError, "nothing is given, expected exactly one of rank, energy, error and share"),
         ({"rank": 3, "energy": 0.5}, ValueError, "exactly one of rank"),
         ({"rank": 0}, ValueError, "rank is 0, expected a number from 1 or 'break-even'"),
         ({"rank": -3}, ValueError, "rank is -3"),
@@ -738,6 +789,19 @@ def test_refuses(method: LowRank, kind: str, reason: str) -> None:
         ({"energy": True}, TypeError, "energy is True"),
         ({"error": 1.0}, ValueError, r"error is 1.0, expected a share in \[0, 1\)"),
         ({"error": -0.1}, ValueError, "error is -0.1"),
+        ({"share": 0.0}, ValueError, r"share is 0.0, expected a share in \(0, 1\]"),
+        ({"share": True}, TypeError, "share is True, expected a number"),
+        ({"share": 0.5, "rank": 3}, ValueError, "exactly one of rank"),
+        ({"share": 0.5, "scope": "row"}, ValueError, "scope is 'row', expected one of layer, model"),
+        ({"rank": 3, "scope": "model"}, ValueError, "share is None, expected a share"),
+        (
+            {"share": 0.5, "scope": "model", "residual": Int8()},
+            ValueError,
+            r"residual is Int8\(.*\), expected None for",
+        ),
+        ({"share": 0.5, "scope": "model", "embeddings": True}, ValueError, "embeddings is True, expected False for"),
+        ({"share": 0.5, "scope": "model", "decomposition": "spatial"}, ValueError, "'spatial', expected channel for"),
+        ({"share": 0.5, "decomposition": "tucker"}, ValueError, "tucker has ranks of two kinds"),
         ({"rank": 1, "bits": 16}, ValueError, "bits is 16, expected 8 or 32"),
         ({"rank": 1, "bits": 8.0}, ValueError, "bits is 8.0"),
         ({"rank": 1, "activation_bits": 6}, ValueError, "activation_bits is 6, expected 7 or 8"),

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import pycompress as pc
+from pycompress.replacing import replacing
 from pycompress.storage import saving
-from pycompress.storage.replacing import replacing
 
 OTHER = 1234  # a user and a group that are not ours
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs the rights of root")

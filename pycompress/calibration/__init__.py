@@ -1,6 +1,7 @@
-"""What is gathered while batches run through a model: the moments of each layer's inputs, without padding."""
+"""What is gathered while batches run through a model: what each layer's inputs look like, without padding."""
 
+from pycompress.calibration.calibration import Calibration, calibrate
+from pycompress.calibration.description import Description
 from pycompress.calibration.positions import Mask
-from pycompress.calibration.watch import Calibration, calibrate
 
-__all__ = ["Calibration", "Mask", "calibrate"]
+__all__ = ["Calibration", "Description", "Mask", "calibrate"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Mask = str | Callable[[Mapping[str, Any]], Tensor | None] | None
 
 CONVENTION = "attention_mask"  # transformers': [batch, length], 0 where there is padding
+_INPUTS = ("input_ids", "inputs_embeds", "hidden_states")  # what transformers' mask is for, or else the first argument
 # torch's: [batch, length], True, or minus infinity, where there is padding.
 _TORCHS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.TransformerEncoder, "src_key_padding_mask"),
@@ -61,21 +62,17 @@ class Positions:
             handles.append(module.register_forward_hook(leave, always_call=True))
         return handles
 
-    def counting(self, x: Tensor, dims: int) -> Tensor:
-        """Those of x [batch, length, ..., item] or [batch * length, item] that count; all where no mask is for it.
+    def mask_of(self, x: Tensor, dims: int) -> Tensor | None:
+        """The mask [batch, length] that is for x [batch, length, ..., item] or [batch * length, item]; None: all of it counts.
 
         Args:
             dims: how many dimensions at the end are one item.
-        Returns:
-            x itself, or [rows, ..., item].
         """
         leading = tuple(x.shape[: x.dim() - dims])
         for mask in reversed(self.scopes):
-            if leading[:2] == mask.shape:
-                return x if bool(mask.all()) else x[mask.to(x.device)]
-            if leading == (mask.numel(),):
-                return x if bool(mask.all()) else x[mask.flatten().to(x.device)]
-        return x
+            if leading[:2] == mask.shape or leading == (mask.numel(),):
+                return None if bool(mask.all()) else mask
+        return None
 
     def _finder(self, module: nn.Module) -> Callable[[dict[str, Any]], Tensor | None] | None:
         """What finds a module's mask, True where a position counts, among its arguments."""
@@ -86,15 +83,25 @@ class Positions:
                 return lambda arguments: _turned(module, _kept(arguments.get(name)))
         assert self.mask is not None
         own = self.mask
-        if own not in _parameters(module) and module is not self.model:
+        parameters = _parameters(module)
+        if own not in parameters and module is not self.model:
             return None
-        return lambda arguments: self._named(arguments.get(own))
+        inputs = [*_INPUTS, *list(parameters)[:1]]
 
-    def _named(self, value: Any) -> Tensor | None:
+        def named(arguments: dict[str, Any]) -> Tensor | None:
+            of = next((value for name in inputs if isinstance(value := arguments.get(name), Tensor)), None)
+            return self._named(arguments.get(own), of)
+
+        return named
+
+    def _named(self, value: Any, of: Any) -> Tensor | None:
         if not isinstance(value, Tensor) or value.dim() != 2:
             return None  # such as one that has been made into what is added to the scores
         self.unmet = False
-        return value != 0
+        if isinstance(of, Tensor) and of.dim() > 1 and len(of) == len(value) and 0 < of.shape[1] < value.shape[1]:
+            value = value[:, -of.shape[1] :]  # the positions before are in a cache of keys and values
+        kept: Tensor = value != 0
+        return kept
 
     def _asked(self, arguments: dict[str, Any]) -> Tensor | None:
         assert callable(self.mask)
@@ -135,3 +142,11 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any])
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             found.update(found.pop(name, {}))
     return found
+
+
+def counting(x: Tensor, mask: Tensor | None, dims: int) -> Tensor:
+    """Those of x that count: x itself, or [rows, ..., item]; ``mask`` is what :meth:`Positions.mask_of` gave."""
+    if mask is None:
+        return x
+    mask = mask.to(x.device)
+    return x[mask.flatten() if x.dim() == dims + 1 else mask]

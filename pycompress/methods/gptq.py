@@ -1,63 +1,83 @@
-"""GPTQ (Frantar et al. 2022, arXiv:2210.17323): 4-bit weights whose rounding errors cancel in the outputs."""
+"""GPTQ (Frantar et al. 2022, arXiv:2210.17323): rounding whose errors cancel in the outputs, computed as LDLQ, which gives the same
+integers without an inverse (Chee et al. 2023, arXiv:2307.13304).
+
+For inputs x with the second moment M = V D V^T, V unit upper triangular, errors e cost e M e^T, the sum of D[i] (e V)[i]^2. So the
+best that column i can do is to round w[i] plus what the errors before it leave, the sum of e[j] V[j, i] over j < i. V comes from
+one Cholesky factorization, all in float64: its last bits may depend on the number of threads, and decide no rounding in practice.
+
+The features with the largest inputs come first ("activation order"), and the others take their errors back; for that, all grids are
+chosen beforehand ("static groups").
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pycompress.methods.groups import Grid, Rounded, searched
-from pycompress.methods.inputs import damped_root
+from pycompress.methods.inputs import DAMPING, Metric
+from pycompress.methods.notes import note
+
+_BLOCK = 32  # columns that take errors back one by one; what is before them, all at once
 
 
-def rounded(w: Tensor, moment: Tensor, group: int, *, symmetric: bool) -> Rounded | None:
-    """Rounds column after column, and takes each one's error back in the columns behind it, as well as they can.
-
-    For inputs x with the second moment M, an error e in column i costs least if the columns j behind it change by
-    ``-e U[i, j] / U[i, i]``, U the upper Cholesky factor of the inverse of M (damped). Each group's grid is chosen when the columns
-    before it are done, for the weights as they are then.
+def rounded(
+    w: Tensor, moment: Tensor, scale: Tensor, group: int, nearest: Callable[[Tensor, int], Tensor]
+) -> Tensor | None:  # fmt: skip
+    """The step of each weight on its grid.
 
     Args:
         w: float32 [n, k], finite.
         moment: float64 [k, k], the second moment of the inputs.
+        scale: float32 [n, ceil(k / group)], of ``group`` consecutive columns each.
+        nearest: what is to be rounded, float32 [n], and the number of its group -> the nearest steps, float32 [n].
     Returns:
-        None where the inputs say nothing: they are all zero.
-    Raises:
-        ValueError: the second moment is that of no inputs: it has negative eigenvalues.
+        float32 [n, k], which the scale makes the weight; None, with a note, where the inputs say nothing.
     """
-    spread = _spread(moment)
-    if spread is None:
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    v = feedback(moment[order][:, order])
+    if v is None:
         return None
-    k = w.shape[1]
-    rest = w.T.double().contiguous()  # [k, n]: what is left to round, a column of the weight in each row
-    grids, integers = [], []
-    for start in range(0, k, group):
-        stop = min(start + group, k)
-        part = rest[start:stop]
-        grid = searched(part.T.float().contiguous(), symmetric=symmetric)
-        steps, errors = _round_columns(part, grid, spread[start:stop, start:stop])
-        rest[stop:] -= spread[start:stop, stop:].T @ errors
-        grids.append(grid)
-        integers.append(steps.T + grid.zero_point)
-    scale, zero_point = (torch.cat(tensors, dim=1) for tensors in zip(*grids, strict=True))
-    return Rounded(torch.cat(integers, dim=1).to(torch.uint8), scale.bfloat16(), zero_point.to(torch.uint8))
+    k = len(order)
+    scales, groups = scale.T.contiguous(), (order // group).tolist()
+    columns = w.T[order].double()
+    errors = torch.empty_like(columns)
+    steps = torch.empty(columns.shape, dtype=torch.float32, device="cpu")
+    for start in range(0, k, _BLOCK):
+        stop = min(start + _BLOCK, k)
+        left = v[:start, start:stop].T @ errors[:start]  # by the errors before the block
+        for i in range(start, stop):
+            steps[i] = nearest((columns[i] + left[i - start]).float(), groups[i])
+            torch.sub(columns[i], steps[i] * scales[groups[i]], out=errors[i])
+            left[i - start + 1 :].addr_(v[i, i + 1 : stop], errors[i])
+    result = torch.empty_like(steps)
+    result[order] = steps
+    return result.T.contiguous()
 
 
-def _spread(moment: Tensor) -> Tensor | None:
-    """float64 [k, k], upper triangular with ones on the diagonal: U, each row over its diagonal."""
-    root = damped_root(moment, "Int4")
-    if root is None:
-        return None
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(root), upper=True)
-    return upper / upper.diagonal()[:, None]
+def feedback(moment: Tensor) -> Tensor | None:
+    """V, float64 [k, k], unit upper triangular, of the damped second moment; None, with a note, where that says nothing: the inputs
+    were all zero, or it is no moment (it is not positive definite).
 
-
-def _round_columns(columns: Tensor, grid: Grid, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """The steps float32 [group, n] of the columns float64 [group, n] of one group, and the errors that they leave; changes the
-    columns.
+    Args:
+        moment: float64 [k, k].
     """
-    steps, errors = torch.empty(columns.shape, dtype=torch.float32, device="cpu"), torch.empty_like(columns)
-    for i, column in enumerate(columns):
-        steps[i] = grid.steps(column[:, None].float())[:, 0]
-        errors[i] = column - steps[i] * grid.scale[:, 0]
-        columns[i + 1 :] -= spread[i, i + 1 :, None] * errors[i]
-    return steps, errors
+    damping = DAMPING * float(moment.diagonal().mean())
+    if damping == 0:
+        note("the inputs seen were all zero: rounded without them")
+        return None
+    damped = moment + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(failed) or not bool(torch.isfinite(lower).all()):
+        note("the second moment of the inputs is not positive definite: rounded without them")
+        return None
+    upper: Tensor = lower.flip(0, 1)
+    return upper / upper.diagonal()
+
+
+def closer(w: Tensor, found: Tensor, plain: Tensor, moment: Tensor) -> Tensor:
+    """bool [n]: the rows that change the outputs no more in ``found`` than in ``plain``, float32 [n, k] like the weight w."""
+    metric = Metric(moment)
+    lost, otherwise = (metric.squares((dense - w).double()) for dense in (found, plain))
+    return lost <= otherwise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -14,16 +14,26 @@ from pycompress.weights.weight import described
 # Between 1e-6 and 1e-2 it changes the embeddings of a MiniLM by less than 0.001 in cosine.
 DAMPING = 1e-2
 
+_FLOATS = "float64 or float32"
+
+
+# What may be gathered of a layer's inputs: second moments, which include the mean squares; mean squares; lowest and highest values.
+PARTS = ("moments", "diagonals", "ranges")
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class InputStatistics:
     """Of the rows x [k] that a linear layer (or, unfolded, a convolution) met, or of the tokens that an embedding did.
 
+    What was not gathered is None; of the first three groups there is one at least.
+
     Attributes:
         rows: how many rows or tokens were seen, from 1.
-        second_moment: float64 [k, k], the sum of x x^T over the rows, over their number; None for an embedding.
-        mean: float64 [k], None for an embedding.
-        counts: int64 [num_embeddings], how often each token came; None but for an embedding.
+        second_moment: float64 or float32 [k, k], the sum of x x^T over the rows, over their number.
+        mean: float64 [k], with a second moment or mean squares.
+        counts: int64 [num_embeddings], how often each token came; of an embedding, which has nothing else.
+        mean_square: float64 [k], the mean of x^2; None beside a second moment, whose diagonal it is.
+        low, high: float64 [k], the lowest and the highest value of each feature.
     Raises:
         ValueError: anything else, NaN or Inf.
     """
@@ -32,6 +42,9 @@ class InputStatistics:
     second_moment: Tensor | None = None
     mean: Tensor | None = None
     counts: Tensor | None = None
+    mean_square: Tensor | None = field(default=None, kw_only=True)
+    low: Tensor | None = field(default=None, kw_only=True)
+    high: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if type(self.rows) is not int or self.rows < 1:
@@ -39,45 +52,124 @@ class InputStatistics:
         if self.counts is not None:
             self._check_counts(self.counts)
             return
-        moment, mean = self.second_moment, self.mean
-        if moment is None or moment.dtype != torch.float64 or moment.dim() != 2 or len(set(moment.shape)) != 1:
-            raise ValueError(f"InputStatistics: second_moment is {described(moment)}, expected float64 [k, k]")
-        if mean is None or mean.dtype != torch.float64 or mean.shape != moment.shape[:1]:
-            raise ValueError(f"InputStatistics: mean is {described(mean)}, expected float64 [{moment.shape[0]}]")
-        for name, tensor in (("second_moment", moment), ("mean", mean)):
+        if all(value is None for value in (self.second_moment, self.mean_square, self.low)):
+            raise ValueError(
+                f"InputStatistics: second_moment is None, expected {_FLOATS} [k, k], mean_square or low and high"
+            )
+        self._check_shapes(self.features)
+        for name, tensor in self.tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"InputStatistics: {name} holds NaN or Inf, expected finite values")
 
+    def _check_shapes(self, k: int) -> None:
+        moment = self.second_moment
+        if moment is not None and (moment.dtype not in (torch.float64, torch.float32) or moment.shape != (k, k)):
+            raise ValueError(f"InputStatistics: second_moment is {described(moment)}, expected {_FLOATS} [k, k]")
+        wanted = {
+            "mean": moment is not None or self.mean_square is not None,
+            "mean_square": moment is None and self.mean_square is not None,
+            "low": self.low is not None,
+            "high": self.low is not None,
+        }
+        for name, present in wanted.items():
+            tensor = getattr(self, name)
+            if (tensor is not None) != present or (present and (tensor.dtype, tensor.shape) != (torch.float64, (k,))):
+                raise ValueError(
+                    f"InputStatistics: {name} is {described(tensor)}, expected {f'float64 [{k}]' if present else None}"
+                )
+
+    @property
+    def features(self) -> int:
+        """k; of an embedding how many tokens there are."""
+        return max(len(tensor) if tensor.dim() else 0 for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was gathered, by name."""
+        names = (item.name for item in fields(self) if item.name != "rows")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Those of ``PARTS`` that there are; nothing of an embedding."""
+        parts = ("moments", self.second_moment), ("diagonals", self.mean_square), ("ranges", self.low)
+        return tuple(name for name, tensor in parts if tensor is not None)
+
     @classmethod
     def joined(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
-        """Of all the rows that the parts, which are of one kind and size, saw: of layers that share one weight, say."""
+        """Of all the rows that the parts, which are of one kind and size, saw: of layers that share one weight, say. What one of
+        them lacks is lacking."""
         if len(parts) == 1:
             return parts[0]
         rows = sum(part.rows for part in parts)
-        if parts[0].counts is not None:
-            return cls(rows, counts=torch.stack([part.counts for part in parts if part.counts is not None]).sum(dim=0))
-        moments = [part.second_moment * (part.rows / rows) for part in parts if part.second_moment is not None]
-        means = [part.mean * (part.rows / rows) for part in parts if part.mean is not None]
-        return cls(rows, torch.stack(moments).sum(dim=0), torch.stack(means).sum(dim=0))
+
+        def all_of(name: str) -> list[Tensor] | None:
+            found = [tensor for part in parts if (tensor := getattr(part, name)) is not None]
+            return found if len(found) == len(parts) else None
+
+        def mean_of(found: list[Tensor] | None) -> Tensor | None:
+            if found is None:
+                return None
+            weights = [part.rows / rows for part in parts]
+            return torch.stack([w * tensor for w, tensor in zip(weights, found, strict=True)]).sum(dim=0)
+
+        counts = all_of("counts")
+        if counts is not None:
+            return cls(rows, counts=torch.stack(counts).sum(dim=0))
+        moment, squares = mean_of(all_of("second_moment")), None
+        if moment is None and all("moments" in part.gathered or "diagonals" in part.gathered for part in parts):
+            squares = mean_of([part.squares("InputStatistics", part.features) for part in parts])
+        mean = None if moment is None and squares is None else mean_of(all_of("mean"))
+        low, high = all_of("low"), all_of("high")
+        return cls(
+            rows, moment, mean, mean_square=squares,
+            low=None if low is None else torch.stack(low).amin(dim=0),
+            high=None if high is None else torch.stack(high).amax(dim=0),
+        )  # fmt: skip
 
     def moment(self, kind: str, k: int) -> Tensor:
-        """The second moment, for a weight [n, k]; ``kind``: who asks. Raises ValueError where there is none, or of another size."""
+        """The second moment, float64 [k, k], for a weight [n, k]; ``kind``: who asks.
+
+        Raises:
+            ValueError: there is none, or it is of another size.
+        """
         if self.second_moment is None:
-            raise ValueError(f"{kind}: inputs are those of an embedding, expected a second moment")
-        if len(self.second_moment) != k:
-            raise ValueError(f"{kind}: inputs are {len(self.second_moment)} features wide, the weight has k = {k}")
-        return self.second_moment
+            raise self._lacking(kind, "a second moment", "moments")
+        self._check_width(kind, k)
+        return self.second_moment.double()
 
     def squares(self, kind: str, k: int) -> Tensor:
         """The mean square of each feature, float64 [k], for a weight [n, k]. Raises as :meth:`moment` does."""
-        return self.moment(kind, k).diagonal()
+        found = self.mean_square if self.second_moment is None else self.second_moment.diagonal()
+        if found is None:
+            raise self._lacking(kind, "mean squares", "diagonals")
+        self._check_width(kind, k)
+        return found.double()
+
+    def range(self, kind: str, k: int) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest value of each feature, float64 [k], for a weight [n, k]. Raises as :meth:`moment` does."""
+        if self.low is None or self.high is None:
+            raise self._lacking(kind, "ranges", "ranges")
+        self._check_width(kind, k)
+        return self.low, self.high
+
+    def _lacking(self, kind: str, what: str, part: str) -> ValueError:
+        if self.counts is not None:
+            return ValueError(f"{kind}: inputs are those of an embedding, expected {what}")
+        have = " and ".join(self.gathered)
+        return ValueError(
+            f"{kind}: of the inputs {have} were gathered, expected {part} (calibrate(..., plan=...) gathers what a plan needs)"
+        )
+
+    def _check_width(self, kind: str, k: int) -> None:
+        if self.features != k:
+            raise ValueError(f"{kind}: inputs are {self.features} features wide, the weight has k = {k}")
 
     def __repr__(self) -> str:
-        name = "counts" if self.second_moment is None else "second_moment"
-        return f"InputStatistics(rows={self.rows}, {name}={described(getattr(self, name))})"
+        shown = [f"{name}={described(tensor)}" for name, tensor in self.tensors().items() if name != "mean"]
+        return f"InputStatistics({', '.join([f'rows={self.rows}', *shown])})"
 
     def _check_counts(self, counts: Tensor) -> None:
-        if self.second_moment is not None or self.mean is not None:
+        if len(self.tensors()) > 1:
             raise ValueError(
                 "InputStatistics: counts and second_moment or mean were given, expected the one or the others"
             )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pycompress.methods import gptq, groups
-from pycompress.methods.groups import Rounded
-from pycompress.methods.inputs import InputStatistics, Metric
+from pycompress.methods.groups import Grid, Rounded
+from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import finite_matrix
 from pycompress.weights.int4 import Int4Weight, pack_nibbles
 
@@ -63,21 +63,26 @@ class Int4:
             inputs of another size.
         """
         w = finite_matrix("Int4", weight)
-        moment = None if self.inputs is None else self.inputs.moment("Int4", w.shape[1])
-        if moment is not None:
-            found = gptq.rounded(w, moment, self.group, symmetric=self.symmetric)
+        k = w.shape[1]
+        if self.inputs is not None:
+            found = self._by_inputs(w, self.inputs.moment("Int4", k))
             if found is not None:
-                return self._closer(w, found, moment)
-        return self._weight(groups.rounded(w, self.group, symmetric=self.symmetric, search=True), w.shape[1])
+                return self._weight(found, k)
+        return self._weight(groups.rounded(w, self.group, symmetric=self.symmetric, search=True), k)
 
-    def _closer(self, w: Tensor, found: Rounded, moment: Tensor) -> Int4Weight:
-        """Of each row, what was found, or plain rounding where that changes the outputs less."""
+    def _by_inputs(self, w: Tensor, moment: Tensor) -> Rounded | None:
+        """Of each row, what GPTQ finds, or plain rounding where that changes the outputs less; None where inputs say nothing."""
+        grid = groups.rounded(w, self.group, symmetric=self.symmetric, search=True)
+        scale, zeros = grid.scale.float(), grid.zero_point.float()
+        steps = gptq.rounded(w, moment, scale, self.group, lambda x, g: Grid(scale[:, g], zeros[:, g]).steps(x))
+        if steps is None:
+            return None
+        integers = steps + zeros.repeat_interleave(self.group, dim=1)[:, : w.shape[1]]
+        found = Rounded(integers.to(torch.uint8), grid.scale, grid.zero_point)
         plain = groups.rounded(w, self.group, symmetric=self.symmetric, search=False)
-        metric, k = Metric(moment), w.shape[1]
-        lost = [metric.squares((self._weight(r, k).decompress() - w).double()) for r in (found, plain)]
-        rows = (lost[0] <= lost[1])[:, None]
-        chosen = (torch.where(rows, own, other) for own, other in zip(found, plain, strict=True))
-        return self._weight(Rounded(*chosen), k)
+        dense, otherwise = (self._weight(r, w.shape[1]).decompress() for r in (found, plain))
+        rows = gptq.closer(w, dense, otherwise, moment)[:, None]
+        return Rounded(*(torch.where(rows, own, other) for own, other in zip(found, plain, strict=True)))
 
     def _weight(self, rounded: Rounded, k: int) -> Int4Weight:
         zero_point = None if self.symmetric else pack_nibbles(rounded.zero_point)

@@ -6,25 +6,27 @@ inputs into the weight; that is not done here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pycompress.methods import break_even, low_rank_conv, svd
+from pycompress.methods import break_even, ranks, svd
+from pycompress.methods.factors import quantized
 from pycompress.methods.inputs import DAMPING, InputStatistics, Metric
 from pycompress.methods.int8 import Int8
+from pycompress.methods.low_rank_of_convolution import OfConvolution
 from pycompress.methods.method import CalibratedMethod, Method, Refused, Timing, finite_matrix, is_method
 from pycompress.methods.svd import balanced
 from pycompress.profiles import DEFAULT, Profile, profile
 from pycompress.weights import Weight
 from pycompress.weights.low_rank import RESIDUAL, LowRankWeight, unshared_bits
-from pycompress.weights.low_rank_conv import DECOMPOSITIONS, LowRankConv2dWeight, Ranks, Shape4, largest_ranks
+from pycompress.weights.low_rank_conv import DECOMPOSITIONS, Shape4
 
 BREAK_EVEN = "break-even"
+SCOPES = ("layer", "model")
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,12 +41,16 @@ class LowRank:
             than the dense layer (linear layers without a residual only).
         energy: instead of a rank: the smallest one that keeps this share of ||W X||_F^2 (of ||W||_F^2 without inputs), in (0, 1].
         error: instead of a rank: the smallest one with ||(W - W_r) X||_F at most this share of ||W X||_F, in [0, 1).
+        share: instead of a rank: the multiply-adds of the factors, as a share of the dense weights', in (0, 1]; where ``scope`` is
+            ``layer``, the rank is rounded down to a multiple of 8.
+        scope: where the share holds: in each ``layer`` (default), or over all linear layers and convolutions of the ``model``
+            together: they get the ranks with which they lose least (see :meth:`for_layers`).
         bits: 32 (default: float32 factors) or 8: factors quantized per row as :class:`Int8` does it.
         activation_bits: 7 (default) or 8, for 8-bit factors: the range in which the layer quantizes what each of them meets.
         residual: the method that compresses what the factors leave: ``Int8``, ``Int4`` (which is given the inputs too), ``Sparse``,
             ``Dense``, or another whose weights are registered and have no residual of their own.
-        alternations: how often factors and residual are fitted again in turn, each to what the other leaves; of all rounds the one
-            with the smallest error of the outputs is taken.
+        alternations: how often factors and residual are fitted in turn, each to what the other leaves; of all rounds the one with
+            the smallest error of the outputs is taken. The first fits the factors to the residual that is there (1 or 2 is best).
         algorithm: ``exact`` (LAPACK, in float64), ``randomized`` (see methods/svd.py for its bound; needs a rank) or ``auto``:
             randomized for a large layer of small rank.
         decomposition: of convolutions: ``channel``, ``spatial`` or ``tucker`` (which makes no use of inputs, and takes a rank as
@@ -54,7 +60,7 @@ class LowRank:
         profile: the machine by whose speeds ``rank_guard`` judges (see :mod:`pycompress.profiles`).
         inputs: what the layer's inputs look like; ``compress(..., calibration=...)`` sets it for each layer.
     Raises:
-        TypeError: an argument of another type. ValueError: another value, or not exactly one of rank, energy and error.
+        TypeError: an argument of another type. ValueError: another value, or not exactly one of rank, energy, error and share.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -62,6 +68,8 @@ class LowRank:
     rank: int | str | None = None
     energy: float | None = field(default=None, kw_only=True)
     error: float | None = field(default=None, kw_only=True)
+    share: float | None = field(default=None, kw_only=True)
+    scope: str = field(default="layer", kw_only=True)
     bits: int = field(default=32, kw_only=True)
     activation_bits: int = field(default=7, kw_only=True)
     residual: Method | None = field(default=None, kw_only=True)
@@ -79,7 +87,7 @@ class LowRank:
             if option.name in ("bits", "activation_bits"):
                 option.check("LowRank", getattr(self, option.name))
         profile("LowRank", "profile", self.profile)
-        for name, names in (("algorithm", svd.ALGORITHMS), ("decomposition", DECOMPOSITIONS)):
+        for name, names in (("algorithm", svd.ALGORITHMS), ("decomposition", DECOMPOSITIONS), ("scope", SCOPES)):
             if getattr(self, name) not in names:
                 raise ValueError(f"LowRank: {name} is {getattr(self, name)!r}, expected one of {', '.join(names)}")
         for name in ("embeddings", "rank_guard"):
@@ -88,15 +96,19 @@ class LowRank:
         if self.inputs is not None and not isinstance(self.inputs, InputStatistics):
             raise TypeError(f"LowRank: inputs is {type(self.inputs).__name__}, expected InputStatistics or None")
         self._check_residual()
-        if self.algorithm == "randomized" and self.rank is None:
+        self._check_share()
+        if self.algorithm == "randomized" and self.rank is None and self.share is None:
             raise ValueError(
                 "LowRank: algorithm is 'randomized', expected a rank: energy and error need the whole spectrum"
             )
 
     def _check_size(self) -> None:
-        given = {name: value for name in ("rank", "energy", "error") if (value := getattr(self, name)) is not None}
+        sizes = ("rank", "energy", "error", "share")
+        given = {name: value for name in sizes if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            raise ValueError(f"LowRank: {given or 'nothing'} is given, expected exactly one of rank, energy and error")
+            raise ValueError(
+                f"LowRank: {given or 'nothing'} is given, expected exactly one of rank, energy, error and share"
+            )
         ((name, value),) = given.items()
         if name == "rank":
             if value != BREAK_EVEN and (type(value) is not int or value < 1):
@@ -104,10 +116,22 @@ class LowRank:
             return
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"LowRank: {name} is {value!r}, expected a number")
-        if name == "energy" and not 0 < value <= 1:
-            raise ValueError(f"LowRank: energy is {value!r}, expected a share in (0, 1]")
+        if name in ("energy", "share") and not 0 < value <= 1:
+            raise ValueError(f"LowRank: {name} is {value!r}, expected a share in (0, 1]")
         if name == "error" and not 0 <= value < 1:
             raise ValueError(f"LowRank: error is {value!r}, expected a share in [0, 1)")
+
+    def _check_share(self) -> None:
+        if self.share is not None and self.decomposition == "tucker":
+            raise ValueError("LowRank: share is given, expected a rank, energy or error: tucker has ranks of two kinds")
+        if self.scope == "layer":
+            return
+        for name, value, expected in (
+            ("share", self.share, "a share in (0, 1]"), ("residual", self.residual, None), ("embeddings", self.embeddings, False),
+            ("decomposition", self.decomposition, "channel"),
+        ):  # fmt: skip
+            if value != expected and not (name == "share" and value is not None):
+                raise ValueError(f"LowRank: {name} is {value!r}, expected {expected} for the scope 'model'")
 
     def _check_residual(self) -> None:
         residual, alternations = self.residual, self.alternations
@@ -152,13 +176,50 @@ class LowRank:
             return f"{what} can be had in linear layers only"
         return ""
 
+    def for_layers(
+        self, weights: Sequence[Tensor], inputs: Sequence[InputStatistics] | None = None
+    ) -> Sequence[Method]:
+        """One method per layer: ``self`` for each, but for scope ``model`` one with the layer's own rank, a multiple of 8, so that
+        together the factors take at most the share of the multiply-adds (bytes, at ``bits``) of all the dense weights.
+
+        A layer loses the squares that its rank leaves of what it makes of the inputs, each output feature by its variance, and the
+        layer's sum over the root of its total (without inputs: of the weight, each row by its norm). A layer that would need a rank
+        from the break-even on stays dense where ``rank_guard`` is set, and takes its dense bytes from the others.
+
+        Args:
+            weights: floating point [n, k] each. inputs: of each layer.
+        Raises:
+            ValueError: the share does not allow a rank of 8 in each layer; and what :meth:`compress` raises for a weight.
+        """
+        if self.scope != "model":
+            return [self] * len(weights)
+        own = [finite_matrix("LowRank", weight) for weight in weights]
+        layers = [self._layer(w, inputs[i] if inputs else None) for i, w in enumerate(own)]
+        assert self.share is not None
+        try:
+            found = ranks.shared_out(layers, self.share * sum(w.numel() for w in own))
+        except ValueError as error:
+            raise ValueError(f"LowRank: share is {self.share!r}: {error}") from None
+        return [
+            _StaysDense(layer.most) if rank is None else replace(self, rank=rank, share=None, scope="layer")
+            for layer, rank in zip(layers, found, strict=True)
+        ]
+
+    def _layer(self, w: Tensor, inputs: InputStatistics | None) -> ranks.Layer:
+        n, k = w.shape
+        wins, most, dense = ranks.wins(w.double(), inputs), min(n, k), None
+        if self.rank_guard:
+            most = break_even.estimated((n, k), self.bits, profile("LowRank", "profile", self.profile))
+            dense = n * k * 32 // self.bits
+        return ranks.Layer(wins, n + k, most, dense)
+
     def with_inputs(self, statistics: InputStatistics) -> LowRank:
         """The method for the layer that met these inputs."""
         return replace(self, inputs=statistics)
 
     def for_convolution(self, shape: Shape4, stride: tuple[int, int]) -> Method:
         """The method for a convolution with a weight [n, channels, height, width]; it too is given the matrix [n, k]."""
-        return _OfConvolution(self, shape, stride)
+        return OfConvolution(self, shape, stride)
 
     def measured(self, shape: tuple[int, int], time: Timing) -> LowRank:
         """The method for a linear layer [n, k]: with the rank that "break-even" stands for, found by bisection on random factors.
@@ -229,6 +290,10 @@ class LowRank:
     def given_rank(self, shape: tuple[int, int]) -> int | None:
         """None where the weight decides."""
         rank, most = self.rank, min(shape)
+        if self.scope == "model":
+            raise ValueError("LowRank: scope is 'model', expected the method that for_layers(weights) gives this layer")
+        if self.share is not None:
+            return ranks.of_share(shape, self.share)
         if rank == BREAK_EVEN:
             raise ValueError(
                 f"LowRank: rank is {BREAK_EVEN!r}, expected that measured() has put a number in its place, as compress() lets it"
@@ -275,23 +340,8 @@ class LowRank:
     def _factors(self, target: Tensor, metric: Metric, rank: int | None) -> LowRankWeight:
         down, up = self.split(target, metric, rank)
         if self.bits == 8:
-            return self._quantized(down, up, metric)
+            return quantized(target, down, up, metric, Int8(self.activation_bits, fit=self.profile))
         return LowRankWeight(*balanced(down, up))
-
-    def _quantized(self, down: Tensor, up: Tensor, metric: Metric) -> LowRankWeight:
-        """int8 factors. The singular values, of the outputs where inputs are known, are split evenly between the two.
-
-        That makes no difference to the rounding of down, a row of which has its own scale. But it decides how even the columns of
-        up are, and the numbers that they are multiplied with, which share one scale a row each: all of the singular values in one
-        factor spoil that one. Measured on a MiniLM at half rank, calibrated, with 7-bit activations, as 1 - cosine to the
-        embeddings with float32 factors: 0.0040 with all of them in down, 0.0031 with 3/4, 0.0029 with half, 0.0032 with 1/4,
-        0.0048 with none.
-        """
-        size = metric.squares(down).sqrt()  # of what each row of down gives: root mean square over the inputs
-        share = torch.where(size > 0, size.sqrt(), 1.0)
-        int8 = Int8(self.activation_bits, fit=self.profile)
-        first, second = (int8.compress(m.float().contiguous()) for m in (down / share[:, None], up * share))
-        return LowRankWeight(first.values, second.values, first.scale, second.scale, self.activation_bits)
 
     def _beside(self, target: Tensor, factors: LowRankWeight) -> LowRankWeight:
         """The same factors and what compresses the rest."""
@@ -304,85 +354,28 @@ class LowRank:
         return replace(factors, residual=residual)
 
     def _alternated(self, target: Tensor, best: LowRankWeight, metric: Metric) -> LowRankWeight:
-        latest, least = best, metric.norm(target - best.decompress())
+        """The best of all pairs: factors beside the residual that they were fitted to, and beside that of what they leave."""
+        latest, least = best, metric.norm(target - best.decompress()) if self.alternations else 0.0
         for _ in range(self.alternations):
-            assert latest.residual is not None
-            rest = target - latest.residual.decompress()
-            latest = self._beside(target, self._factors(rest, metric, best.rank))
-            lost = metric.norm(target - latest.decompress())
-            if lost < least:
-                best, least = latest, lost
+            residual = latest.residual
+            assert residual is not None
+            factors = self._factors(target - residual.decompress(), metric, best.rank)
+            latest = self._beside(target, factors)
+            for pair in (replace(factors, residual=residual), latest):
+                lost = metric.norm(target - pair.decompress())
+                if lost < least:
+                    best, least = pair, lost
         return best
 
 
-# --- of convolutions ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _OfConvolution:
-    """LowRank for the weight [n, c, height, width] of a convolution, given as [n, k]."""
+class _StaysDense:
+    """For a layer whose dense weight is worth more than the ranks that its share would allow."""
 
     name: ClassVar[str] = LowRank.name
 
-    method: LowRank
-    shape: Shape4
-    stride: tuple[int, int]
+    most: int
 
-    def compress(self, weight: Tensor) -> LowRankConv2dWeight:
-        """Raises what :meth:`LowRank.compress` does, and ValueError for a weight of another shape."""
-        w = finite_matrix("LowRank", weight)
-        if tuple(w.shape) != (self.shape[0], prod(self.shape[1:])):
-            raise ValueError(
-                f"LowRank: the weight is {list(w.shape)}, expected that of a convolution {list(self.shape)}"
-            )
-        metric, w4 = self.method.metric(w.shape[1]), w.reshape(self.shape)
-        if self.method.decomposition == "tucker":
-            result = self._tucker(w4)
-        elif self.method.decomposition == "spatial":
-            result = low_rank_conv.spatial(w4, partial(self._split, metric=self._of_columns(metric)))
-        else:
-            result = low_rank_conv.channel(w4, partial(self._split, metric=metric))
-        self._guard(result.ranks)
-        return result
-
-    def _split(self, matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-        rank = self.method.given_rank((matrix.shape[0], matrix.shape[1]))
-        return balanced(*self.method.split(matrix.double(), metric, rank))
-
-    def _of_columns(self, metric: Metric) -> Metric:
-        """For inputs [c * height]: the mean over the columns of the kernel, as though different columns had nothing in common."""
-        if metric.moment is None:
-            return metric
-        _, c, height, width = self.shape
-        columns = metric.moment.reshape(c, height, width, c, height, width).diagonal(dim1=2, dim2=5)
-        return Metric(columns.mean(dim=-1).reshape(c * height, c * height))
-
-    def _tucker(self, w4: Tensor) -> LowRankConv2dWeight:
-        rank, most = self.method.rank, largest_ranks("tucker", self.shape)
-        if rank is None:
-            return low_rank_conv.tucker(w4, low_rank_conv.tucker_ranks(w4, self.method.lost, self.stride))
-        assert isinstance(rank, int)
-        if rank > max(most):
-            raise ValueError(f"LowRank: rank is {rank}, expected at most {max(most)} for a weight {list(self.shape)}")
-        return low_rank_conv.tucker(w4, (min(rank, most[0]), min(rank, most[1])))
-
-    def _guard(self, ranks: Ranks) -> None:
-        if not self.method.rank_guard or self._is_better(ranks):
-            return
-        limits = largest_ranks(self.method.decomposition, self.shape)
-        even: Ranks = ()
-        for rank in range(1, max(limits) + 1):
-            smaller = tuple(min(rank, limit) for limit in limits)
-            if not self._is_better(smaller):
-                break
-            even = smaller
-        limit = f"the break-even is rank {'x'.join(map(str, even))}" if even else "no rank is"
-        raise Refused(
-            f"rank {'x'.join(map(str, ranks))} ({self.method.decomposition}) would not be smaller and faster than the dense "
-            f"{'x'.join(map(str, self.shape))}: {limit}"
-        )
-
-    def _is_better(self, ranks: Ranks) -> bool:
-        kind, machine = self.method.decomposition, profile("LowRank", "profile", self.method.profile)
-        time = low_rank_conv.cost(kind, self.shape, ranks, self.stride, machine)
-        return time < 1 and low_rank_conv.share_of_bytes(kind, self.shape, ranks) < 1
+    def compress(self, weight: Tensor) -> LowRankWeight:  # noqa: ARG002
+        reason = f"it would need a rank above the break-even, {self.most}" if self.most else "no rank is faster"
+        raise Refused(f"the shared budget keeps it dense: {reason}")

@@ -8,6 +8,7 @@ floating-point mode, and ties go to the lowest position: the same weight always 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,37 @@ PATTERNS = (*BLOCKS, *N_OF_M)
 Floats = NDArray[np.float32]
 Keys = NDArray[np.signedinteger[Any]]
 Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What stays of a ranking.
+
+    Attributes:
+        name: one of PATTERNS.
+        density: share of the weights (of the blocks); an N:M pattern has its own.
+        each_row: of blocks, whether the density holds in it; else over all of them together.
+    """
+
+    name: str
+    density: float
+    each_row: bool = False
+
+    def largest(self, importance: Floats, before: int = 0) -> Mask:
+        """The support [n, columns] with the largest sum of squares.
+
+        Args:
+            before: of a weight's columns, how many come before these and are done: together they keep what the density says. A
+                multiple of the pattern's own columns.
+        """
+        if self.name in N_OF_M:
+            return n_of_m(importance, *N_OF_M[self.name])
+        block = BLOCKS[self.name]
+        keys = block_keys(importance, block)
+        rows = keys if self.each_row else keys.reshape(1, -1)
+        done = before // block[1] * (1 if self.each_row else len(keys))
+        count = round(self.density * (done + rows.shape[1])) - round(self.density * done)
+        return expand(largest(rows, count).reshape(keys.shape), block, importance.shape)
 
 
 def block_keys(importance: Floats, block: tuple[int, int]) -> Keys:

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.inputs import PARTS, InputStatistics
 from pycompress.weights import Weight
 from pycompress.weights.rules import matrix_shape
 
@@ -44,7 +44,7 @@ class LayersMethod(Protocol):
 
 @runtime_checkable
 class CalibratedMethod(Protocol):
-    """A method that makes use of what a layer's inputs look like."""
+    """A method that makes use of what a layer's inputs look like; of which part of it, ``needs`` may say (see :func:`needs_of`)."""
 
     def with_inputs(self, statistics: InputStatistics) -> Method:
         """The method for the layer that met these inputs."""
@@ -80,6 +80,15 @@ class SelectiveMethod(Protocol):
 
     def refuses(self, kind: str) -> str:
         """Why it does not take layers of a kind (``Linear``, ``Conv2d``, ``Embedding``), or ''."""
+
+
+def needs_of(method: Method) -> frozenset[str]:
+    """Those of ``inputs.PARTS`` that a method makes use of: what its attribute ``needs``, several names or none, says; without one,
+    moments of a :class:`CalibratedMethod`, and nothing of others."""
+    needs = getattr(method, "needs", ("moments",) if isinstance(method, CalibratedMethod) else ())
+    if isinstance(needs, str) or not set(needs) <= set(PARTS):
+        raise ValueError(f"{type(method).__name__}: needs is {needs!r}, expected several of {', '.join(PARTS)}")
+    return frozenset(needs)
 
 
 def is_method(value: object) -> TypeGuard[Method]:

@@ -1,30 +1,46 @@
-"""Sparse: the weights that pruning by magnitude keeps (Han et al. 2015, arXiv:1506.02626), as a bitmask and their values."""
+"""Sparse: the weights that stay, as a bitmask and their values: the largest (Han et al. 2015, arXiv:1506.02626), or those with
+which the outputs change least (admm.py, sparse_gpt.py, wanda.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pycompress.methods import masks
+from pycompress.methods import admm, masks, sparse_gpt, wanda
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.int8 import Int8
 from pycompress.methods.method import finite_matrix
+from pycompress.methods.nearest import Outputs
+from pycompress.methods.notes import note
+from pycompress.methods.threads import one_thread
 from pycompress.profiles import DEFAULT, Profile, profile
 from pycompress.weights.sparse import SparseWeight, nonzero
 from pycompress.weights.weight import described
 
 SCOPES = ("layer", "row", "model")
+CHOICES = ("admm", "sparsegpt", "wanda", "magnitude")
+
+
+class _Pruned(NamedTuple):
+    """The values float32 [n, k], zero where the mask bool [n, k] is False; the outputs by which they were fitted, if they were."""
+
+    values: Tensor
+    mask: Tensor
+    outputs: Outputs | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sparse:
-    """A share of the weights stays, the largest ones; the others become zeros that are neither stored nor multiplied.
+    """A share of the weights stays; the others become zeros that are neither stored nor multiplied.
 
-    The weight of a convolution is the matrix [out_channels, in_channels * height * width].
+    With the inputs that calibration saw, those stay with which the outputs change least, and what stays is fitted to make up for
+    what goes, and for its own rounding; without, the largest stay as they are. The weight of a convolution is the matrix
+    [out_channels, in_channels * height * width].
 
     Args:
         density: share of the weights (of the blocks) that stay, in [0, 1]: exactly round(density * count), ties going to the
@@ -40,8 +56,13 @@ class Sparse:
             layers of the ``model`` together, by one threshold (see :meth:`for_layers`).
         fit: as :class:`Int8` has it, for 8-bit weights and activations.
         mask: bool [n, k], True where the weight stays; instead of density and pattern (see :meth:`from_mask`).
+        choose: how what stays is chosen: ``magnitude``; or, where inputs are known, ``wanda`` (magnitude times the size of the
+            input), ``sparsegpt`` or ``admm``, which change the values, too. None (default): ``admm`` where inputs are known, else
+            ``magnitude``.
+        inputs: what the layer's inputs look like; ``compress(..., calibration=...)`` sets it for each layer.
     Raises:
-        TypeError: a density that is no number, a mask that is no boolean matrix. ValueError: anything else that is not above.
+        TypeError: a density that is no number, a mask that is no boolean matrix, inputs of another type. ValueError: anything
+            else that is not above.
     """
 
     name: ClassVar[str] = "sparse"
@@ -53,6 +74,8 @@ class Sparse:
     scope: str = "layer"
     fit: str | Profile = field(default=DEFAULT, kw_only=True)
     mask: Tensor | None = None
+    choose: str | None = field(default=None, kw_only=True)
+    inputs: InputStatistics | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.pattern not in masks.PATTERNS:
@@ -62,6 +85,10 @@ class Sparse:
                 option.check("Sparse", getattr(self, option.name))
         if self.scope not in SCOPES:
             raise ValueError(f"Sparse: scope is {self.scope!r}, expected one of {', '.join(SCOPES)}")
+        if self.choose not in (None, *CHOICES):
+            raise ValueError(f"Sparse: choose is {self.choose!r}, expected None or one of {', '.join(CHOICES)}")
+        if self.inputs is not None and not isinstance(self.inputs, InputStatistics):
+            raise TypeError(f"Sparse: inputs is {type(self.inputs).__name__}, expected InputStatistics or None")
         profile("Sparse", "fit", self.fit)
         self._check_density()
         self._check_mask()
@@ -112,26 +139,42 @@ class Sparse:
         return hash((self._options(), None if self.mask is None else self.mask.shape))
 
     def __repr__(self) -> str:
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[:-1] if getattr(self, f.name) != f.default]
+        given = [f.name for f in fields(self) if f.name != "mask" and getattr(self, f.name) != f.default]
+        shown = [f"{name}={getattr(self, name)!r}" for name in given]
         mask = [] if self.mask is None else [f"mask={list(self.mask.shape)}"]
-        return f"Sparse({', '.join(given + mask)})"
+        return f"Sparse({', '.join(shown + mask)})"
 
     def _options(self) -> tuple[object, ...]:
-        return self.density, self.pattern, self.bits, self.activation_bits, self.scope, self.fit
+        return (
+            self.density, self.pattern, self.bits, self.activation_bits, self.scope, self.fit, self.choose, self.inputs,
+        )  # fmt: skip
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What of the inputs it makes use of."""
+        parts = {"magnitude": (), "wanda": ("diagonals",)}
+        return parts.get(self.choose or "admm", ("moments",))
+
+    def with_inputs(self, statistics: InputStatistics) -> Sparse:
+        """The method for the layer that met these inputs."""
+        return replace(self, inputs=statistics)
 
     def compress(self, weight: Tensor, importance: Tensor | None = None) -> SparseWeight:
-        """Prunes, quantizes where bits is 8 (to the integers that :class:`Int8` makes of the pruned weight), and leaves out the
-        zeros: a weight that stays but is zero, or rounds to the integer 0, is not stored.
+        """Prunes, quantizes where bits is 8 (without inputs to the integers that :class:`Int8` makes of the pruned weight), and
+        leaves out the zeros: a weight that stays but is zero, or rounds to the integer 0, is not stored.
 
         Args, Raises:
             as :meth:`prune`.
         """
-        w = finite_matrix("Sparse", weight)
-        kept = torch.where(self._keep(w, importance), w, 0.0)
+        pruned = self._pruned(finite_matrix("Sparse", weight), importance)
         if self.bits == 32:
-            return SparseWeight.from_dense(kept)
-        quantized = Int8(self.activation_bits, fit=self.fit).compress(kept)
-        return SparseWeight.from_dense(quantized.values, quantized.scale, quantized.activation_bits)
+            return SparseWeight.from_dense(pruned.values)
+        quantized = Int8(self.activation_bits, fit=self.fit).compress(pruned.values)
+        integers = quantized.values
+        if pruned.outputs is not None:
+            with one_thread():
+                integers = pruned.outputs.rounded(pruned.values, pruned.mask, quantized.scale, 127).to(torch.int8)
+        return SparseWeight.from_dense(integers, quantized.scale, quantized.activation_bits)
 
     def refuses(self, kind: str) -> str:
         """Why it does not take layers of a kind, or ''."""
@@ -145,52 +188,113 @@ class Sparse:
             importance: floating point [n, k], finite and >= 0: what ranks the weights instead of their magnitudes.
         Raises:
             TypeError: not floating-point matrices. ValueError: NaN or Inf, negative importance, the meta device, a shape that is
-            empty, too large or not the mask's, importance where nothing is ranked (a mask, or no density), scope ``model``.
+            empty, too large, not the mask's or not that of the inputs, importance where nothing is ranked (a mask, or no
+            density), scope ``model``, a choice that needs inputs without any.
         """
-        return self._keep(finite_matrix("Sparse", weight), importance).clone()
+        return self._pruned(finite_matrix("Sparse", weight), importance).mask.clone()
 
-    def _keep(self, w: Tensor, importance: Tensor | None) -> Tensor:
+    def _pruned(self, w: Tensor, importance: Tensor | None) -> _Pruned:
         if self.scope == "model":
             raise ValueError("Sparse: scope is 'model', expected the method that for_layers(weights) gives this layer")
         ranked = self.density is not None or self.pattern in masks.N_OF_M
         if importance is not None and not ranked:
             raise ValueError("Sparse: importance was given, expected none: without a density nothing is ranked")
-        if self.mask is not None:
-            if self.mask.shape != w.shape:
-                raise ValueError(f"Sparse: the weight is {list(w.shape)}, the mask {list(self.mask.shape)}")
-            return self.mask
+        choose = self._choice(w, ranked=ranked and importance is None)
         if not ranked:
+            mask = self._given(w)
+        elif importance is not None:
+            mask = self._largest(_checked_importance(importance, w))
+        elif choose == "magnitude":
+            mask = self._largest(w)
+        else:
+            return self._by_inputs(w, choose)
+        if choose != "admm":
+            return _Pruned(torch.where(mask, w, 0.0), mask)
+        return self._fitted(w, mask)
+
+    def _choice(self, w: Tensor, *, ranked: bool) -> str:
+        if self.inputs is None:
+            if self.choose not in (None, "magnitude"):
+                raise ValueError(
+                    f"Sparse: choose is {self.choose!r} and inputs is None, expected those of compress(..., calibration=...)"
+                )
+            if ranked and self.choose is None:
+                note("pruned by magnitude, without a calibration")
+            return "magnitude"
+        if not bool(self.inputs.squares("Sparse", w.shape[1]).any()):
+            note("its inputs were all zero: pruned by magnitude")
+            return "magnitude"
+        return self.choose or "admm"
+
+    def _given(self, w: Tensor) -> Tensor:
+        if self.mask is None:
             return torch.from_numpy(nonzero(w.numpy()))
-        ranking = w if importance is None else _checked_importance(importance, w)
-        return torch.from_numpy(self._largest(ranking.numpy()))
+        if self.mask.shape != w.shape:
+            raise ValueError(f"Sparse: the weight is {list(w.shape)}, the mask {list(self.mask.shape)}")
+        return self.mask
 
-    def _largest(self, importance: masks.Floats) -> masks.Mask:
-        if self.pattern in masks.N_OF_M:
-            return masks.n_of_m(importance, *masks.N_OF_M[self.pattern])
-        assert self.density is not None
-        block = masks.BLOCKS[self.pattern]
-        keys = masks.block_keys(importance, block)
-        rows = keys if self.scope == "row" else keys.reshape(1, -1)
-        keep = masks.largest(rows, round(self.density * rows.shape[1]))
-        return masks.expand(keep.reshape(keys.shape), block, importance.shape)
+    def _by_inputs(self, w: Tensor, choose: str) -> _Pruned:
+        assert self.inputs is not None
+        k = w.shape[1]
+        if choose == "wanda":
+            mask = self._largest(wanda.importance(w, self.inputs.squares("Sparse", k)))
+            return _Pruned(torch.where(mask, w, 0.0), mask)
+        moment = self.inputs.moment("Sparse", k)
+        with one_thread():
+            if choose == "sparsegpt":
+                _, group = masks.N_OF_M.get(self.pattern, (0, sparse_gpt.BLOCK))
+                return _Pruned(*sparse_gpt.sparse(w, moment, self._largest, group))
+            outputs = Outputs(w, moment, "Sparse")
+            scaled, mask = admm.sparse(outputs, self._largest)
+            return _Pruned(outputs.unscaled(scaled, mask), mask, outputs)
 
-    def for_layers(self, weights: Sequence[Tensor], inputs: Sequence[InputStatistics] | None = None) -> list[Sparse]:  # noqa: ARG002
+    def _fitted(self, w: Tensor, mask: Tensor) -> _Pruned:
+        """The values on a support that was chosen otherwise."""
+        assert self.inputs is not None
+        with one_thread():
+            outputs = Outputs(w, self.inputs.moment("Sparse", w.shape[1]), "Sparse")
+            values = outputs.refitted(torch.where(mask, outputs.weight, 0.0), mask)
+            return _Pruned(outputs.unscaled(values, mask), mask, outputs)
+
+    def _largest(self, importance: Tensor, before: int = 0) -> Tensor:
+        density = 0.0 if self.density is None else self.density
+        pattern = masks.Pattern(self.pattern, density, self.scope == "row")
+        return torch.from_numpy(pattern.largest(importance.numpy(), before))
+
+    def for_layers(self, weights: Sequence[Tensor], inputs: Sequence[InputStatistics] | None = None) -> list[Sparse]:
         """One method per layer: ``self`` for each, but for scope ``model`` one with the layer's own density, so that together they
         keep exactly the round(density * count) largest weights (blocks) of all layers, ties going to the first layers.
 
-        Args, Raises:
-            weights: as :meth:`prune` takes them.
+        Args:
+            inputs: of each layer: what makes up most of its outputs counts as the largest then, weights times the size of their
+                inputs over that of the layer's outputs. None: the weights themselves.
+        Raises:
+            as :meth:`prune` does.
         """
         if self.scope != "model":
             return [self] * len(weights)
         assert self.density is not None
         block = masks.BLOCKS[self.pattern]
-        keys = [masks.block_keys(finite_matrix("Sparse", weight).numpy(), block) for weight in weights]
+        ranked = [finite_matrix("Sparse", weight) for weight in weights]
+        if inputs is not None and self.choose != "magnitude":
+            ranked = [_share_of_outputs(w, own) for w, own in zip(ranked, inputs, strict=True)]
+        keys = [masks.block_keys(w.numpy(), block) for w in ranked]
         own = masks.shares(keys, round(self.density * sum(array.size for array in keys)))
         # round(density * size) gives back the count: the quotient's error, times size, stays far below 1/2.
         return [
             replace(self, scope="layer", density=count / array.size) for count, array in zip(own, keys, strict=True)
         ]
+
+
+def _share_of_outputs(w: Tensor, inputs: InputStatistics) -> Tensor:
+    """float32 [n, k]: the root mean square that each weight gives, over that of all outputs together."""
+    k = w.shape[1]
+    with one_thread():
+        wide = w.double() / w.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        moment = inputs.moment("Sparse", k)
+        whole = float(((wide @ moment) * wide).sum().clamp(min=0).sqrt())
+        found = wide.abs() * inputs.squares("Sparse", k).sqrt() / (whole or 1.0)
+    return found.clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def _checked_importance(importance: Tensor, w: Tensor) -> Tensor:

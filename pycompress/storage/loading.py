@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from pycompress.passes import whole
 from pycompress.records import forget_records
+from pycompress.replacing import FilePath
 from pycompress.storage.agreement import Change, read
 from pycompress.storage.plan import fail, read_plan
 from pycompress.storage.reading import File, same_bits
-from pycompress.storage.replacing import FilePath
 from pycompress.surgery import swap, switch_off_fast_paths
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

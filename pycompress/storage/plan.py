@@ -14,7 +14,7 @@ from pycompress.kinds import Geometry, Kind, kind_of
 from pycompress.nn import LAYERS, CompressedLayer
 from pycompress.nn.layers import weights_of
 from pycompress.passes.activations import activation_name
-from pycompress.storage.replacing import FilePath
+from pycompress.replacing import FilePath
 from pycompress.weights import Expected
 
 # 1 had no kinds, and the settings of a weight among its entry's; 2 said nothing of activations and layers that stay, of buffers

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from pycompress.replacing import FilePath
 from pycompress.storage.plan import Plan, fail
-from pycompress.storage.replacing import FilePath
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # a tensor of one may be loaded as another: as copying does, outside of files
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress.nn import CompressedLayer
+from pycompress.replacing import FilePath, replacing
 from pycompress.storage.plan import KEY, describe
 from pycompress.storage.reading import stored_dtype
-from pycompress.storage.replacing import FilePath, replacing
 
 
 def save(model: nn.Module, path: FilePath) -> None:
@@ -23,7 +23,7 @@ def save(model: nn.Module, path: FilePath) -> None:
 
     The file holds the canonical weights, the rest of the state dict, and the buffers that are not in it, which a model on the meta
     device has to get from somewhere. It takes the place of an older one whole or not at all, whatever happens: see
-    :func:`pycompress.storage.replacing.replacing`, also for its mode and for symbolic links.
+    :func:`pycompress.replacing.replacing`, also for its mode and for symbolic links.
 
     Raises:
         ValueError: the model has no compressed layer, or its state something that no file can hold (it is named).

@@ -1,0 +1,115 @@
+"""``Sums``: what some layers have met, row after row, as far as it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from pycompress.calibration.products import BLOCK, BLOCKS, add_products, fits_float32, mirror
+from pycompress.methods.inputs import InputStatistics
+
+Room = Callable[[int], Tensor]  # zeros [k, k], for a second moment
+
+
+class Sums:
+    """Of the rows that the layers in ``users`` (ids of modules) have met, all of them together.
+
+    Rows wait until there are ``BLOCK``: many short inputs cost no more than a few long ones.
+
+    Args:
+        users: the layers.
+        k: features of a row.
+        parts: those of ``inputs.PARTS`` that are gathered.
+        room: where a second moment is kept.
+    """
+
+    def __init__(self, users: set[int], k: int, parts: frozenset[str], room: Room) -> None:
+        self.users, self.k, self.parts, self._room = users, k, parts, room
+        self.rows = 0
+        width = max(k, 2)  # a single column would be a dot product, which threads split
+        zeros = torch.zeros(width, dtype=torch.float64, device="cpu")
+        self.first = None if parts == {"ranges"} else zeros
+        self.square = zeros.clone() if "diagonals" in parts and "moments" not in parts else None
+        self.second = room(width) if "moments" in parts else None
+        self.low = zeros + torch.inf if "ranges" in parts else None
+        self.high = zeros - torch.inf if "ranges" in parts else None
+        self._waiting = torch.empty(0, width, dtype=torch.float32, device="cpu")
+        self._count, self._largest = 0, 0.0  # of the rows that wait
+
+    def add(self, rows: Tensor, largest: float) -> None:
+        """rows: floating point [r, k], on any device, finite; ``largest``: no magnitude is larger."""
+        self.rows += len(rows)
+        rows = rows.detach()
+        if rows.dtype == torch.float64:
+            for some in rows.split(BLOCK * BLOCKS):
+                self._take(self._widened(some.to("cpu")), largest, exact=True)
+            return
+        if self._count:
+            missing = BLOCK - self._count
+            self._wait(rows[:missing], largest)
+            rows = rows[missing:]
+        whole = len(rows) - len(rows) % BLOCK
+        for some in rows[:whole].split(BLOCK * BLOCKS):
+            if len(some):
+                self._take(self._widened(some.to("cpu", torch.float32)), largest)
+        self._wait(rows[whole:], largest)
+
+    def without(self, users: set[int]) -> Sums:
+        """What these have met, by themselves from now on; the others go on here."""
+        own = copy(self)
+        own.users, self.users = users, self.users - users
+        for name in ("first", "square", "low", "high", "_waiting"):
+            value = getattr(self, name)
+            setattr(own, name, None if value is None else value.clone())
+        if self.second is not None:
+            own.second = self._room(len(self.second)).copy_(self.second)
+        return own
+
+    def statistics(self) -> InputStatistics:
+        """Ends it: the sums become means in place."""
+        self._flush()
+        k, moment = self.k, self.second
+        if moment is not None:
+            moment = moment[:k, :k]
+            mirror(moment)
+            moment /= self.rows
+        mean, square = (None if sums is None else sums[:k] / self.rows for sums in (self.first, self.square))
+        low, high = (None if ends is None else ends[:k] for ends in (self.low, self.high))
+        return InputStatistics(self.rows, moment, mean, mean_square=square, low=low, high=high)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        return torch.nn.functional.pad(rows, (0, 1)) if self.k == 1 else rows
+
+    def _wait(self, rows: Tensor, largest: float) -> None:
+        if not len(rows):
+            return
+        if not len(self._waiting):
+            self._waiting = self._waiting.new_empty(BLOCK, self._waiting.shape[1])
+        stop = self._count + len(rows)
+        self._waiting[self._count : stop] = self._widened(rows)
+        self._count, self._largest = stop, max(self._largest, largest)
+        if stop == BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._count:
+            self._take(self._waiting[: self._count], self._largest)
+        self._count, self._largest = 0, 0.0
+
+    def _take(self, rows: Tensor, largest: float, *, exact: bool = False) -> None:
+        """float32 or float64 [r, width], r <= BLOCK * BLOCKS."""
+        if self.low is not None and self.high is not None:
+            torch.minimum(self.low, rows.amin(dim=0), out=self.low)
+            torch.maximum(self.high, rows.amax(dim=0), out=self.high)
+        if not (exact or fits_float32(largest)):
+            rows = rows.double()
+        for block in rows.split(BLOCK):
+            if self.first is not None:
+                self.first += block.sum(dim=0)
+            if self.square is not None:
+                self.square += block.square().sum(dim=0)
+        if self.second is not None:
+            add_products(self.second, rows)
