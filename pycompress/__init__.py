@@ -5,9 +5,12 @@ from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.model import compress, summary
 from pycompress.nn import SparseConv2d, SparseLinear
 from pycompress.storage import load, save
+from pycompress.structure import Cut, fisher, shrink
+from pycompress.train import reconstruct
 from pycompress.validation import validate
 
 __all__ = [
+    "Cut",
     "Int4",
     "Int8",
     "LowRank",
@@ -16,8 +19,11 @@ __all__ = [
     "SparseLinear",
     "calibrate",
     "compress",
+    "fisher",
     "load",
+    "reconstruct",
     "save",
+    "shrink",
     "summary",
     "validate",
 ]

@@ -49,19 +49,21 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "race": HOUSE | {"state", "plan", "passes", "measure", "progress"},
     "model": HOUSE | {"passes", "race", "copying", "progress", "plan", "records", "calibration"},
+    "structure": HOUSE | {"passes", "copying", "state", "calibration"},
     "storage": HOUSE | {"passes", "records", "references", "replacing"},
+    "train": HOUSE | {"calibration", "copying", "model", "passes", "plan", "progress", "records"},
     "onnx": HOUSE,
     "validation": HOUSE | {"onnx", "passes"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
     "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
-    "__init__": HOUSE | {"validation", "storage", "model", "calibration"},
+    "__init__": HOUSE | {"train", "validation", "storage", "model", "calibration", "structure"},
 }
 CHAIN = [
-    "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state",
+    "structure", "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state",
     "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
 ]  # fmt: skip
-ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage"}
+ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage", "train"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}
 
 

@@ -1,0 +1,218 @@
+"""What a compressed weight is held to while it is trained: its mask, its grid. Straight-through gradients (Bengio et al. 2013,
+arXiv:1308.3432), with a pull to the image where asked for (SR-STE, Zhou et al. 2021, arXiv:2102.04010).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pycompress.methods.groups import Grid, Rounded
+from pycompress.methods.method import Method
+from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight, Weight
+from pycompress.weights.int4 import pack_nibbles
+
+
+class Held(Protocol):
+    """A method that keeps what was chosen once, and is cheap: it is run at every step of a training.
+
+    Attributes:
+        name, compress: as those of :class:`Method`.
+        activation_bits: 7 or 8 where the layer quantizes its input, 16 where it does not.
+    """
+
+    activation_bits: int
+
+    @property
+    def name(self) -> str: ...
+
+    def compress(self, weight: Tensor) -> Weight: ...
+
+    def image(self, weight: Tensor) -> Tensor:
+        """``compress(weight).decompress()`` for a float32 [n, k], to the bit, with a gradient."""
+
+
+class Through(torch.autograd.Function):
+    """The image of a weight. The gradient goes to the weight as it is, plus ``pull * (weight - image)``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, image: Tensor, pull: float = 0.0) -> Tensor:
+        ctx.pull = pull
+        if pull:
+            ctx.save_for_backward(weight, image)
+        return image.view_as(image)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if ctx.pull:
+            weight, image = ctx.saved_tensors
+            gradient = gradient + ctx.pull * (weight - image)
+        return gradient, None, None
+
+
+def through(weight: Tensor, image: Tensor, pull: float = 0.0) -> Tensor:
+    return Through.apply(weight, image, pull)  # type: ignore[no-any-return]
+
+
+class Projected:
+    """Any method, run anew at every step: masks and grids follow the weight.
+
+    Args:
+        pull: of the weight to its image, added to the gradient: a share of their difference.
+    """
+
+    def __init__(self, method: Method, pull: float = 0.0) -> None:
+        self.method, self.pull = method, pull
+        # A sparse or a low-rank weight has them for 8 bits only.
+        rounds = getattr(method, "bits", 8) == 8
+        self.activation_bits: int = getattr(method, "activation_bits", 16) if rounds else 16
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def compress(self, weight: Tensor) -> Weight:
+        return self.method.compress(weight)
+
+    def image(self, weight: Tensor) -> Tensor:
+        return through(weight, self.compress(weight).decompress(), self.pull)
+
+
+class HeldMask:
+    """float32 weights that stay where they are: no optimizer's momentum or decay brings others back."""
+
+    name: ClassVar[str] = "sparse"
+
+    def __init__(self, weight: SparseWeight) -> None:
+        self.activation_bits = 16
+        self.mask = weight.decompress() != 0
+
+    def compress(self, weight: Tensor) -> SparseWeight:
+        return SparseWeight.from_dense(self.image(weight.detach()))
+
+    def image(self, weight: Tensor) -> Tensor:
+        return weight.where(self.mask, 0.0)
+
+
+class HeldInt8:
+    """8-bit rows on their scales, dense or where a mask has them. A scale grows where the row outgrows it: where the largest
+    integer would not fit, or where 8-bit activations would meet larger integers (by their root mean square) than any row had.
+    """
+
+    def __init__(self, weight: Int8Weight | SparseWeight) -> None:
+        assert weight.scale is not None
+        assert weight.activation_bits is not None
+        dense = weight.decompress()
+        self.name = weight.name
+        self.mask = dense != 0 if isinstance(weight, SparseWeight) else None
+        self.scale, self.activation_bits = weight.scale, weight.activation_bits
+        self.weight_bits: int = getattr(weight, "weight_bits", 8)
+        self.top = 2 ** (self.weight_bits - 1) - 1
+        steps = _rms(dense) / self.scale
+        self.largest_rms = float(steps.amax()) if self.activation_bits == 8 and steps.numel() else None
+
+    def compress(self, weight: Tensor) -> Weight:
+        steps, scale = self._rounded(weight.detach() if self.mask is None else weight.detach().where(self.mask, 0.0))
+        if self.mask is None:
+            return Int8Weight(steps.to(torch.int8), scale, self.activation_bits, self.weight_bits)
+        return SparseWeight.from_dense(steps.to(torch.int8), scale, self.activation_bits)
+
+    def image(self, weight: Tensor) -> Tensor:
+        kept = weight if self.mask is None else weight.where(self.mask, 0.0)
+        steps, scale = self._rounded(kept.detach())
+        return through(kept, steps.mul_(scale[:, None]))
+
+    def _rounded(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers as float32 [n, k], and the scale of each row."""
+        reach = w.abs().amax(dim=1)
+        scale = torch.where(reach > (self.top + 0.5) * self.scale, reach / self.top, self.scale)
+        if self.largest_rms:
+            rms = _rms(w) / self.largest_rms
+            scale = torch.where(rms > (1 + 1e-5) * scale, rms, scale)  # more than rounding makes of it
+        return (w / scale[:, None]).round_().clamp_(-self.top, self.top), scale
+
+
+class HeldInt4:
+    """4-bit weights on the grids of their groups."""
+
+    name: ClassVar[str] = "int4"
+
+    def __init__(self, weight: Int4Weight) -> None:
+        self.grid = Grid(weight.scale.float().view(-1, 1), weight.zero_points().float().view(-1, 1))
+        self.shape, self.group, self.symmetric = weight.shape, weight.group, weight.symmetric
+        self.activation_bits = weight.activation_bits
+
+    def compress(self, weight: Tensor) -> Int4Weight:
+        rounded = Rounded.joined(self.grid, self._steps(weight.detach()), self.shape)
+        zero_point = None if self.symmetric else pack_nibbles(rounded.zero_point)
+        packed = pack_nibbles(rounded.integers)
+        return Int4Weight(packed, rounded.scale, zero_point, self.shape[1], self.group, self.activation_bits)
+
+    def image(self, weight: Tensor) -> Tensor:
+        steps = self._steps(weight.detach()).mul_(self.grid.scale)
+        return through(weight, steps.view(self.shape[0], -1)[:, : self.shape[1]])
+
+    def _steps(self, w: Tensor) -> Tensor:
+        return self.grid.steps(pad(w, (0, -self.shape[1] % self.group)).view(-1, self.group))
+
+
+class HeldFactors:
+    """Two factors, each trained by itself, on the scales of its rows where it is int8; the residual stays as it is.
+
+    Attributes:
+        down, up: what holds them; None where they are float32.
+        residual: float32 [n, k], or None.
+    """
+
+    name: ClassVar[str] = "low_rank"
+
+    def __init__(self, weight: LowRankWeight) -> None:
+        self.down = self.up = None
+        self.activation_bits = 16
+        if weight.down_scale is not None and weight.up_scale is not None and weight.activation_bits is not None:
+            self.activation_bits = weight.activation_bits
+            self.down, self.up = (
+                HeldInt8(Int8Weight(values, scale, self.activation_bits, 8))
+                for values, scale in ((weight.down, weight.down_scale), (weight.up, weight.up_scale))
+            )
+        self._residual = weight.residual
+        self.residual = None if weight.residual is None else weight.residual.decompress()
+        # What meets the residual is quantized as it says, where the factors take floats.
+        self.residual_bits: int = getattr(weight.residual, "activation_bits", None) or 16
+
+    def compress(self, down: Tensor, up: Tensor) -> LowRankWeight:
+        """From the factors, float32 [r, k] and [n, r]."""
+        if self.down is None or self.up is None:
+            return LowRankWeight(down.detach().clone(), up.detach().clone(), residual=self._residual)
+        first, second = self.down.compress(down), self.up.compress(up)
+        assert isinstance(first, Int8Weight)
+        assert isinstance(second, Int8Weight)
+        return LowRankWeight(
+            first.values, second.values, first.scale, second.scale, self.activation_bits, self._residual
+        )
+
+    def images(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of ``compress(down, up)``, with a gradient."""
+        if self.down is None or self.up is None:
+            return down, up
+        return self.down.image(down), self.up.image(up)
+
+
+def held(weight: Weight) -> Held | HeldFactors | None:
+    """What keeps the mask or the grid of a weight; None for one of which this is not known yet."""
+    if isinstance(weight, SparseWeight):
+        return HeldMask(weight) if weight.scale is None else HeldInt8(weight)
+    if isinstance(weight, Int8Weight):
+        return HeldInt8(weight)
+    if isinstance(weight, Int4Weight):
+        return HeldInt4(weight)
+    return HeldFactors(weight) if isinstance(weight, LowRankWeight) else None
+
+
+def _rms(w: Tensor) -> Tensor:
+    """Root mean square per row."""
+    return torch.linalg.vector_norm(w, dim=1) / max(1, w.shape[1]) ** 0.5  # type: ignore[no-any-return]

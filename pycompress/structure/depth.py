@@ -1,0 +1,109 @@
+"""Whole blocks: those without which a model's results change least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from pycompress.calls import Inputs, call_model, evaluating
+from pycompress.structure.cut import Cut, Record, Step
+
+
+def without_blocks(model: nn.Module, shares: Mapping[str, float | None], inputs: Inputs) -> Cut:
+    """The cut that leaves the share of the blocks that each glob has, at least one of each list; the first that matches counts.
+
+    Raises ValueError where a glob matches none.
+    """
+    candidates = _candidates(model, inputs)
+    pools: dict[str, list[str]] = {glob: [] for glob in shares}
+    for name in candidates:
+        glob = next((glob for glob in shares if fnmatchcase(name, glob)), None)
+        if glob is not None:
+            pools[glob].append(name)
+    for glob, names in pools.items():
+        if not names:
+            raise ValueError(
+                f"shrink: blocks: {glob!r} matches no block whose result looks like its input, expected one of {candidates}"
+            )
+    expected = _results(model, inputs, ())
+    gone: list[str] = []
+    records = []
+    for glob, names in pools.items():
+        share = shares[glob]
+        if share is None:
+            continue
+        stay, lost = [*names], 0.0
+        while len(stay) > max(1, round(share * len(names))):
+            losses = [_change(_results(model, inputs, (*gone, name)), expected) for name in stay]
+            lost = min(losses)
+            gone.append(stay.pop(losses.index(lost)))
+        records.append(Record("blocks", glob, len(names), len(stay), lost))
+    return Cut((Step(modules=gone),), tuple(records))
+
+
+def _candidates(model: nn.Module, inputs: Inputs) -> list[str]:
+    """The members of lists, met once, whose result has the shape and dtype of their first input. (One is left in each list.)"""
+    met: dict[str, list[bool]] = {}
+    handles = []
+    for path, owner in model.named_modules():
+        if not isinstance(owner, nn.ModuleList | nn.Sequential) or len(owner) < 2:
+            continue
+        for i, block in enumerate(owner):
+            if any(True for _ in block.parameters()):
+                handles.append(block.register_forward_hook(_look(met, f"{path}.{i}".lstrip("."))))
+    try:
+        with evaluating(model, inputs):
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, fits in met.items() if fits == [True]]
+
+
+def _look(met: dict[str, list[bool]], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        met.setdefault(name, []).append(_alike(args, result))
+
+    return hook
+
+
+def _alike(args: tuple[Any, ...], result: Any) -> bool:
+    y = result[0] if isinstance(result, tuple) and result else result
+    x = args[0] if args else None
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+
+
+def _results(model: nn.Module, inputs: Inputs, skipped: tuple[str, ...]) -> list[Tensor]:
+    """What the model gives where some blocks give their input."""
+
+    def skip(_: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        return (args[0], *result[1:]) if isinstance(result, tuple) else args[0]
+
+    handles = [model.get_submodule(name).register_forward_hook(skip) for name in skipped]
+    try:
+        with evaluating(model, inputs):
+            return [tensor.double().clone() for tensor in tensors_in(call_model(model, inputs))]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _change(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The squared difference as a share of what was expected, the mean over tensors of one shape in both."""
+    pairs = [(a, b) for a, b in zip(found, expected, strict=False) if a.shape == b.shape]
+    return sum(float((a - b).square().sum() / b.square().sum().clamp(min=1e-300)) for a, b in pairs) / max(
+        len(pairs), 1
+    )
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returned, in their order."""
+    if isinstance(result, Tensor):
+        return [result] if result.is_floating_point() and result.numel() else []
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    parts = result if isinstance(result, list | tuple) else vars(result).values() if hasattr(result, "__dict__") else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
