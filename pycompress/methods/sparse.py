@@ -268,8 +268,8 @@ class Sparse:
         Args:
             inputs: of each layer: what makes up most of its outputs counts as the largest then, weights times the size of their
                 inputs over that of the layer's outputs. None: the weights themselves.
-        Raises:
-            as :meth:`prune` does.
+
+        Errors are those of :meth:`prune`.
         """
         if self.scope != "model":
             return [self] * len(weights)
