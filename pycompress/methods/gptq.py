@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pycompress.methods.inputs import DAMPING, Metric
+from pycompress.methods.inputs import Metric, damped
 from pycompress.methods.notes import note
 
 _BLOCK = 32  # columns that take errors back one by one; what is before them, all at once
@@ -63,12 +63,11 @@ def feedback(moment: Tensor) -> Tensor | None:
     Args:
         moment: float64 [k, k].
     """
-    damping = DAMPING * float(moment.diagonal().mean())
-    if damping == 0:
+    whole = damped(moment)
+    if whole is None:
         note("the inputs seen were all zero: rounded without them")
         return None
-    damped = moment + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(whole.flip(0, 1))
     if int(failed) or not bool(torch.isfinite(lower).all()):
         note("the second moment of the inputs is not positive definite: rounded without them")
         return None

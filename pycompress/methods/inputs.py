@@ -181,18 +181,24 @@ class InputStatistics:
             )
 
 
+def damped(moment: Tensor) -> Tensor | None:
+    """The second moment with DAMPING of its mean on the diagonal, float64 [k, k]; None where the inputs were all zero."""
+    damping = DAMPING * float(moment.diagonal().mean())
+    if damping == 0:
+        return None
+    return moment + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+
+
 def damped_root(moment: Tensor, kind: str) -> Tensor | None:
     """L, float64 [k, k], with L L^T the damped second moment; None where the inputs are all zero, and say nothing.
 
     Raises:
         ValueError: the second moment is that of no inputs: it has negative eigenvalues; ``kind``: who asks.
     """
-    damping = DAMPING * float(moment.diagonal().mean())
-    if damping == 0:
+    whole = damped(moment)
+    if whole is None:
         return None
-    factor, failed = torch.linalg.cholesky_ex(
-        moment + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    )
+    factor, failed = torch.linalg.cholesky_ex(whole)
     if int(failed):
         raise ValueError(f"{kind}: the second moment of the inputs has negative eigenvalues, expected none")
     root: Tensor = factor
