@@ -43,7 +43,7 @@ T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((1, 16), (1, 64), (1, 128), (8, 64), (32, 128))  # (batch, length)
 SENTENCES = (8, 32)  # batches of real text: each as long as its longest sentence, the others padded
-WIDTH = 160  # of a table with a column for each of these
+WIDTH = 200  # of a table with a column for each of these
 
 # ------------------------------------------------------------------------------------------------------ ours
 
