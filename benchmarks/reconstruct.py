@@ -43,14 +43,15 @@ def batches(tokenizer: Any, sentences: list[str], size: int) -> list[dict[str, t
 @click.option(
     "--text", "domain", type=click.Choice(["mixed", "docstrings"]), default="mixed", help="To calibrate and train on."
 )
-@click.option("--sentences", default=4000, help="To train on.")
+@click.option("--sentences", default=16000, help="To train on, at most.")
 @click.option("--batch", default=32, help="Sentences in a batch.")
-@click.option("--lr", default=1e-3)
-@click.option("--whole", default=0.5, help="Share of the time for the whole model.")
+@click.option("--lr", default=2e-3)
+@click.option("--whole", default=1.0, help="Share of the time for the whole model.")
+@click.option("--bfloat16", is_flag=True, help="Train in bfloat16, where the processor has AMX.")
 @click.option("--threads", type=click.IntRange(min=1), default=2)
 def main(
-    plan: str, minutes: float, domain: str, sentences: int, batch: int, lr: float, whole: float, threads: int
-) -> None:
+    plan: str, minutes: float, domain: str, sentences: int, batch: int, lr: float, whole: float, bfloat16: bool, threads: int
+) -> None:  # fmt: skip
     """Train a plan for some minutes, and append its curve to the results."""
     torch.set_num_threads(threads)
     evaluation = Evaluation()
@@ -72,12 +73,14 @@ def main(
         latest[:] = [now.block]
 
     start = time.perf_counter()
-    result = pc.reconstruct(
-        evaluation.model, plan_of(plan), batches(evaluation.tokenizer, text, batch), calibration=calibration,
-        blocks="encoder.layer.*", minutes=minutes, lr=lr, whole=whole, progress=note,
-    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        result = pc.reconstruct(
+            evaluation.model, plan_of(plan), batches(evaluation.tokenizer, text, batch), calibration=calibration,
+            blocks="encoder.layer.*", minutes=minutes, lr=lr, whole=whole, progress=note,
+        )  # fmt: skip
     measure("the result", time.perf_counter() - start, 0, result)
     options = {"minutes": minutes, "text": domain, "sentences": len(text), "batch": batch, "lr": lr, "whole": whole}
+    options["bfloat16"] = bfloat16
     line = {"plan": plan, **options, "calibration": CALIBRATION, "threads": threads, "processor": processor_name()}
     line |= {"versions": versions(["torch", "transformers", "pycompress"]), "curve": curve}
     RESULTS.parent.mkdir(exist_ok=True)

@@ -26,10 +26,11 @@ def relative(y: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
 
 def mean_cosine(y: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """1 - cosine of what stands for an item: of [batch, length, k] the mean over the positions that count, else the row itself."""
-    return 1 - cosine_similarity(_mean(y, mask), _mean(target, mask), dim=-1).mean()
+    return 1 - cosine_similarity(mean_of(y, mask), mean_of(target, mask), dim=-1).mean()
 
 
-def _mean(y: Tensor, mask: Tensor | None) -> Tensor:
+def mean_of(y: Tensor, mask: Tensor | None) -> Tensor:
+    """Of [batch, length, k] the mean over the positions that count: [batch, k]; else the rows themselves."""
     if y.dim() != 3:
         return y.flatten(1) if y.dim() > 1 else y
     if mask is None:
@@ -50,8 +51,9 @@ def closeness(result: Any, dense: Any, mask: Tensor | None) -> Tensor:
     """Of what two models returned: KL where they return ``logits``, else the relative error and the cosine of the mean."""
     own, other = _logits(result), _logits(dense)
     if own is not None and other is not None:
-        return divergence(own, other, mask)
-    y, target = tensor_of(result), tensor_of(dense)
+        return divergence(own.to(other.dtype), other, mask)
+    target = tensor_of(dense)
+    y = tensor_of(result).to(target.dtype)
     mask = mask if mask is not None and mask.shape == y.shape[:2] else None
     return relative(y, target, mask) + 2 * mean_cosine(y, target, mask)
 
