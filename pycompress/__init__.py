@@ -6,14 +6,16 @@ from pycompress.model import compress, summary
 from pycompress.nn import SparseConv2d, SparseLinear
 from pycompress.storage import load, save
 from pycompress.structure import Cut, fisher, shrink
-from pycompress.train import reconstruct
+from pycompress.train import Distillation, Ramp, prepare, reconstruct
 from pycompress.validation import validate
 
 __all__ = [
     "Cut",
+    "Distillation",
     "Int4",
     "Int8",
     "LowRank",
+    "Ramp",
     "Sparse",
     "SparseConv2d",
     "SparseLinear",
@@ -21,6 +23,7 @@ __all__ = [
     "compress",
     "fisher",
     "load",
+    "prepare",
     "reconstruct",
     "save",
     "shrink",

@@ -14,9 +14,11 @@ from pycompress.calls import Inputs, uncompiled
 from pycompress.copying import copied
 from pycompress.methods.bias import correction
 from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.made import Made
 from pycompress.methods.method import Method, Refused
 from pycompress.methods.notes import noted
 from pycompress.nn import CompressedLayer, layer_for
+from pycompress.nn.trained import as_dense, is_trained
 from pycompress.passes import whole
 from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, targets_of
 from pycompress.progress import on_a_terminal, track
@@ -90,7 +92,7 @@ def _weight(
 
 def compress(
     model: ModelT,
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     calibration: Mapping[str, InputStatistics] | None = None,
     example_inputs: Inputs | None = None,
@@ -111,7 +113,7 @@ def compress(
             scope ``model``) sees those that the same object stands for. All linear layers and convolutions count as matched; those
             that their method cannot take (a Conv2d that is to be int8, in groups, transposed or of another kind) stay dense, and
             their summary says why; so do those that it refuses when it sees their weight (``LowRank`` where its rank would not be
-            faster).
+            faster). None: of a model that :func:`prepare` made, each layer by what it was trained as.
         calibration: what :func:`calibrate` gathered, for methods that make use of it; others go without.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``. Where activations are to
             be fused, the model is run on them with and without; where the outputs differ, the activation stays. Running them leaves
@@ -143,11 +145,11 @@ def compress(
           or is shared with another kind of layer (an embedding); and those that something holds where they cannot be replaced,
           such as the closure of a function.
     Raises:
-        TypeError: the plan is no method and no mapping of globs to methods, there is nothing to compress in that type, or the model
-            holds something that cannot be copied (it is named).
+        TypeError: the plan is no method and no mapping of globs to methods, there is none and nothing is prepared, there is nothing
+            to compress in that type, or the model holds something that cannot be copied (it is named).
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
             without ``example_inputs``, ``skip_padding`` without ``blocks``, ``inplace`` where the model itself is the layer, a
-            calibration that is still running or that never saw a layer whose method makes use of it.
+            calibration that is still running or that never saw a layer whose method makes use of it, a plan for a prepared model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -156,6 +158,14 @@ def compress(
             "compress: only_if_faster needs example_inputs, to measure the layers on the shapes that they meet"
         )
     whole.check(blocks, skip_padding, "compress")
+    options: dict[str, Any] = {"example_inputs": example_inputs, "only_if_faster": only_if_faster, "inplace": inplace}
+    options |= {"progress": progress, "blocks": blocks, "skip_padding": skip_padding, "correct_bias": correct_bias}
+    if any(map(is_trained, model.modules())):
+        return _frozen(model, plan, options)
+    if plan is None:
+        raise TypeError(
+            "compress: the plan is None, expected a method or {glob: method}: no layer of the model is prepared"
+        )
     if isinstance(calibration, Calibration) and calibration.running:
         raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
     given, model = model, uncompiled(model)  # type: ignore[assignment]
@@ -168,6 +178,15 @@ def compress(
             assert example_inputs is not None
             keep_blocks_that_are_not_slower(result, example_inputs)
     return given if inplace else result
+
+
+def _frozen(model: ModelT, plan: Plan | None, options: Mapping[str, Any]) -> ModelT:
+    """A prepared model, each layer by the weight that it was trained as."""
+    if plan is not None:
+        raise ValueError("compress: the model is prepared, expected no plan: compress(model) freezes what was trained")
+    with as_dense(model) as weights:
+        made: dict[int, Any] = {id(weight): Made(weight) for weight in weights.values()}
+        return compress(model, {name: made[id(weight)] for name, weight in weights.items()}, **options)
 
 
 def _replaced(

@@ -52,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": HOUSE | {"passes", "copying", "state", "calibration"},
     "storage": HOUSE | {"passes", "records", "references", "replacing"},
     "train": HOUSE | {"calibration", "copying", "model", "passes", "plan", "progress", "records"},
+    "integrations": {"train"},
     "onnx": HOUSE,
     "validation": HOUSE | {"onnx", "passes"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
@@ -63,7 +64,7 @@ CHAIN = [
     "structure", "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state",
     "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
 ]  # fmt: skip
-ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage", "train"}
+ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}
 
 

@@ -52,12 +52,15 @@ def fit(model: nn.Module, x: Tensor, steps: int = 8, **options: Any) -> None:
 
 @pytest.mark.parametrize("bits", [7, 8])
 def test_activations_are_rounded_to_the_kernels_integers(bits: int) -> None:
-    rows = [torch.randn(700, 256) * scale for scale in (1e-3, 1.0, 1e4)]
+    rows = [torch.randn(1200, 256) * scale for scale in (1e-3, 1.0, 1e4)]
     x = torch.cat([*rows, torch.rand(300, 256), torch.zeros(2, 256), torch.full((1, 256), 1e-35), -torch.rand(2, 256)])
     q, scale, zero_point = quantized_rows(x, bits)
     expected = reference.quantize(x.numpy(), 2**bits - 1)
     for ours, theirs in zip((q, scale[:, 0], zero_point[:, 0]), expected, strict=True):
         assert np.array_equal(ours.numpy(), theirs)
+    image = (q - zero_point) * scale
+    assert torch.equal(rounded_rows(x, bits), image), "by the kernels"
+    assert torch.equal(torch.compile(rounded_rows, backend="eager")(x, bits), image), "by torch"
 
 
 def test_the_gradient_goes_through_the_rounding() -> None:

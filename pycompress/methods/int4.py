@@ -11,6 +11,7 @@ from torch import Tensor
 from pycompress.methods import gptq, groups
 from pycompress.methods.groups import Grid, Rounded
 from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.int8 import Int8
 from pycompress.methods.method import finite_matrix
 from pycompress.weights.int4 import Int4Weight, pack_nibbles
 
@@ -52,6 +53,10 @@ class Int4:
     def with_inputs(self, statistics: InputStatistics) -> Int4:
         """The method for the layer that met these inputs."""
         return replace(self, inputs=statistics)
+
+    def at(self, strength: float, shape: tuple[int, int]) -> Int4 | Int8:  # noqa: ARG002 - others need it
+        """The milder method on the way to this one: 8 bits in the first half, then 7, at 1 these."""
+        return self if strength >= 1 else Int8(self.activation_bits, weight_bits=8 if strength < 0.5 else 7)
 
     def compress(self, weight: Tensor) -> Int4Weight:
         """The weight of a linear layer, rounded.

@@ -74,6 +74,10 @@ class Int8:
         """The method for the layer that met these inputs."""
         return replace(self, inputs=statistics)
 
+    def at(self, strength: float, shape: tuple[int, int]) -> Int8:  # noqa: ARG002 - others need it
+        """The milder method on the way to this one: 8 bits as long as ``strength`` is below 1."""
+        return self if strength >= 1 else replace(self, weight_bits=8)
+
     def compress(self, weight: Tensor) -> Int8Weight:
         """Rounds each row to integers, half to even, with scale max|row| / wmax; for 8-bit activations the scale is at least
         rms(row) / largest_rms / wmax, by the profile. With inputs, a row is rounded by GPTQ where that changes the outputs less.

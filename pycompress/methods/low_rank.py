@@ -176,6 +176,20 @@ class LowRank:
             return f"{what} can be had in linear layers only"
         return ""
 
+    def at(self, strength: float, shape: tuple[int, int]) -> LowRank:
+        """The milder method on the way to this one: a rank falls from min(n, k); so do an energy and a share from 1, an error rises
+        from 0."""
+        if strength >= 1 or self.rank == BREAK_EVEN:
+            return self
+        if isinstance(self.rank, int):
+            full = min(shape)
+            rank = full - round(strength * (full - min(self.rank, full)))
+            return replace(self, rank=rank, rank_guard=False)
+        if self.error is not None:
+            return replace(self, error=strength * self.error, rank_guard=False)
+        name = "energy" if self.energy is not None else "share"
+        return replace(self, **{name: 1 - strength * (1 - getattr(self, name)), "rank_guard": False})
+
     def for_layers(
         self, weights: Sequence[Tensor], inputs: Sequence[InputStatistics] | None = None
     ) -> Sequence[Method]:

@@ -75,6 +75,14 @@ class MeasuredMethod(Protocol):
 
 
 @runtime_checkable
+class GradualMethod(Protocol):
+    """A method that can be reached step by step while a model trains."""
+
+    def at(self, strength: float, shape: tuple[int, int]) -> Method:
+        """The milder method on the way to this one, for a weight [n, k]: at 0 one that changes little, at 1 the method itself."""
+
+
+@runtime_checkable
 class SelectiveMethod(Protocol):
     """A method that does not take all kinds of layers that its weights can stand in, for reasons of its own options."""
 

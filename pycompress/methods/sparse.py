@@ -159,6 +159,16 @@ class Sparse:
         """The method for the layer that met these inputs."""
         return replace(self, inputs=statistics)
 
+    def at(self, strength: float, shape: tuple[int, int]) -> Sparse:  # noqa: ARG002 - others need it
+        """The milder method on the way to this one: the density falls from 1 as ``strength`` rises to 1. N:M patterns are reached
+        through single weights."""
+        if strength >= 1 or (self.density is None and self.pattern not in masks.N_OF_M):
+            return self
+        kept, group = masks.N_OF_M.get(self.pattern, (self.density, 1))
+        assert kept is not None
+        pattern = "unstructured" if self.pattern in masks.N_OF_M else self.pattern
+        return replace(self, density=1 - strength * (1 - kept / group), pattern=pattern)
+
     def compress(self, weight: Tensor, importance: Tensor | None = None) -> SparseWeight:
         """Prunes, quantizes where bits is 8 (without inputs to the integers that :class:`Int8` makes of the pruned weight), and
         leaves out the zeros: a weight that stays but is zero, or rounds to the integer 0, is not stored.

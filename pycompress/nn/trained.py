@@ -7,6 +7,8 @@ compressed layer runs. A low-rank weight is trained as two factors, which are pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,8 +81,49 @@ def canonical(module: nn.Module) -> Weight:
     """The compressed weight of a twin, as its parameters are now."""
     state: _State = vars(module)[_STATE]
     if isinstance(state.held, HeldFactors):
-        return state.held.compress(*_factors(module))
+        return state.held.compress(*factors(module))
     return state.held.compress(state.kind.matrix(module).detach())
+
+
+def holder(module: nn.Module) -> Held | HeldFactors:
+    """What holds the weight of a twin."""
+    state: _State = vars(module)[_STATE]
+    return state.held
+
+
+def hold(module: nn.Module, held: Held | HeldFactors) -> None:
+    """Gives a twin what holds its weight from now on, or says that it has changed."""
+    state: _State = vars(module)[_STATE]
+    state.held, state.native = held, None
+
+
+@contextmanager
+def as_dense(model: nn.Module) -> Iterator[dict[str, Weight]]:
+    """Within, the twins of a model are what they were made of, with nothing that tells them apart; what they compute with is given:
+    the compressed weight of each, by name. Those that are still in the model go on afterwards."""
+    twins = {name: module for name, module in model.named_modules() if is_trained(module)}
+    weights: dict[int, Weight] = {}  # what several share is shared
+    given = {name: weights.setdefault(_same(module), canonical(module)) for name, module in twins.items()}
+    before = [(module, vars(module).pop(_STATE), _pop(module)) for module in twins.values()]
+    for module in twins.values():
+        restore(module)
+    try:
+        yield given
+    finally:
+        for module, state, factors in before:
+            vars(module)[_STATE] = state
+            module._parameters.update(factors)
+            assign(module, _call)
+
+
+def _same(module: nn.Module) -> int:
+    """Alike for twins that have one weight, held alike."""
+    state: _State = vars(module)[_STATE]
+    return hash((id(state.kind.stored(module)), id(state.held)))
+
+
+def _pop(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    return {name: module._parameters.pop(name) for name in _FACTORS if name in module._parameters}
 
 
 def finish(module: nn.Module) -> None:
@@ -95,7 +138,8 @@ def finish(module: nn.Module) -> None:
     restore(module)
 
 
-def _factors(module: nn.Module) -> tuple[Tensor, Tensor]:
+def factors(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The parameters of a twin that is trained as factors: down [r, k] and up [n, r]."""
     down, up = (module._parameters[name] for name in _FACTORS)
     assert down is not None
     assert up is not None
@@ -119,7 +163,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) ->
 
 
 def _with_factors(module: nn.Module, state: _State, held: HeldFactors, x: Tensor) -> Tensor:
-    down, up = held.images(*_factors(module))
+    down, up = held.images(*factors(module))
     inner = linear(rounded_rows(x, held.activation_bits), down)
     y = linear(rounded_rows(inner, held.activation_bits), up, state.kind.bias(module))
     return y if held.residual is None else y + linear(rounded_rows(x, held.residual_bits), held.residual)

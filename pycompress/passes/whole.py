@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from pycompress.nn.assigned import assign, assigned, restore
+from pycompress.nn.trained import is_trained
 from pycompress.passes import blocks, embeddings, encoders, pooling
 
 
@@ -30,14 +31,15 @@ def remove(model: nn.Module) -> None:
     """Has everything run as it did before."""
     blocks.remove(model)
     for module in model.modules():
-        restore(module)
+        if not is_trained(module):
+            restore(module)
 
 
 @contextmanager
 def without(model: nn.Module) -> Iterator[None]:
     """Within, every module is of its own class: for whoever reads the model, or copies it."""
     with blocks.without_blocks(model):
-        before = {module: call for module in model.modules() if (call := assigned(module)) is not None}
+        before = {m: call for m in model.modules() if (call := assigned(m)) is not None and not is_trained(m)}
         for module in before:
             restore(module)
         try:

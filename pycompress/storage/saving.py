@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress.nn import CompressedLayer
+from pycompress.nn.trained import is_trained
 from pycompress.replacing import FilePath, replacing
 from pycompress.storage.plan import KEY, describe
 from pycompress.storage.reading import stored_dtype
@@ -33,6 +34,10 @@ def save(model: nn.Module, path: FilePath) -> None:
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     if len(set(names)) < len(names):
         raise ValueError(f"save: several modules have the name {max(names, key=names.count)!r}, expected one each")
+    if twin := next((name for name, module in model.named_modules() if is_trained(module)), None):
+        raise ValueError(
+            f"save: {twin or 'the model'} is prepared, expected compress(model) first, which freezes what was trained"
+        )
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, CompressedLayer)}
     if not layers:
         raise ValueError("save: the model has no compressed layer; save a dense model with safetensors itself")

@@ -1,0 +1,1 @@
+"""Other libraries' loops; each imports its library when it is imported itself."""

@@ -1,0 +1,187 @@
+"""prepare in other people's loops: the real libraries."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pycompress import Distillation, Int8, Ramp, Sparse, compress, prepare
+from pycompress.nn.trained import canonical
+
+PLAN = {"*.intermediate.*": Sparse(0.25), "*": Int8()}
+
+
+class Items(Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        ids = torch.randint(5, 40, (7,), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones(7, dtype=torch.long), "labels": (ids.sum() % 2)}
+
+
+def classifier() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def trainer(folder: Path, model: Any, training: Any, **options: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    from pycompress.integrations.transformers import TrainingCallback
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=9, save_steps=3,
+        learning_rate=1e-2, disable_tqdm=True, use_cpu=True, seed=0, logging_steps=100, report_to=[],
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=Items(), callbacks=[TrainingCallback(training)], **options)
+
+
+def test_transformers_trainer_steps_saves_and_resumes(tmp_path: Path) -> None:
+    whole = classifier()
+    training = prepare(whole, PLAN, steps=9, ramp=Ramp(0, 6, every=2))
+    trainer(tmp_path / "whole", whole, training).train()
+    assert training.done == 9
+    again = classifier()
+    training = prepare(again, PLAN, steps=9, ramp=Ramp(0, 6, every=2))
+    trainer(tmp_path / "whole", again, training).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    batch = {name: value[None] for name, value in Items()[0].items() if name != "labels"}
+    assert training.done == 9
+    assert torch.equal(again.eval()(**batch).logits, whole.eval()(**batch).logits)
+    frozen = compress(whole)
+    assert torch.allclose(frozen(**batch).logits, whole(**batch).logits, atol=1e-4)
+    dense = classifier()
+    dense.load_state_dict(whole.state_dict())  # as a plain model's
+    with pytest.raises(ValueError, match="the Trainer makes 9 steps, the training was prepared for 8"):
+        trainer(tmp_path / "other", (other := classifier()), prepare(other, PLAN, steps=8)).train()
+
+
+def test_transformers_trainer_distils(tmp_path: Path) -> None:
+    teacher, student = classifier(), classifier()
+    training = prepare(student, PLAN, steps=9)
+    distill = Distillation(teacher, student, logits=0.5, temperature=2.0, hidden="bert.encoder.layer.*")
+    trainer(tmp_path, student, training, compute_loss_func=distill.trainer_loss).train()
+    assert training.done == 9
+    distill.close()
+    compress(student.eval())
+
+
+def test_lightning_steps_saves_and_resumes(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from pycompress.integrations.lightning import TrainingCallback
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+
+        def training_step(self, x: Tensor, _: int) -> Tensor:
+            return (self.model(x) - x[:, :4]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), 1e-2)
+
+        def train_dataloader(self) -> Any:
+            x = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+            return torch.utils.data.DataLoader(x, batch_size=4)  # type: ignore[arg-type]
+
+    def fit(epochs: int, checkpoint: str | None = None) -> tuple[Any, Any, Any]:
+        module = Module()
+        training = prepare(module.model, {"0": Sparse(0.3), "2": Int8()}, steps=12, ramp=Ramp(0, 8, every=3))
+        own = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[TrainingCallback(training)],
+        )  # fmt: skip
+        own.fit(module, ckpt_path=checkpoint)
+        return module, training, own
+
+    whole, training, _ = fit(4)
+    assert training.done == 12
+    _, training, own = fit(2)
+    assert training.done == 6
+    own.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    resumed, training, _ = fit(4, str(tmp_path / "half.ckpt"))
+    x = torch.randn(3, 8)
+    assert training.done == 12
+    assert torch.equal(resumed.model.eval()(x), whole.model.eval()(x))
+
+
+def worker(rank: int, folder: str, selection: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    training = prepare(model, {"0": Sparse(0.3), "2": Int8()}, steps=20, ramp=Ramp(0, 15, every=4), selection=selection)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(20):
+        x = torch.randn(8, 16, generator=generator)
+        optimizer.zero_grad()
+        (parallel(x) - x[:, :4]).square().mean().backward()
+        optimizer.step()
+        training.step()
+    torch.save([canonical(model[i]).decompress() for i in (0, 2)], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "movement"])
+def test_two_processes_have_equal_masks_and_weights(selection: str, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(worker, (str(tmp_path), selection), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(map(torch.equal, one, two)) and int((one[0] != 0).sum()) == round(0.3 * 512)
+
+
+@pytest.mark.parametrize("plan", [Sparse(0.3), Int8(), Sparse(pattern="2:4", bits=8)], ids=repr)
+def test_gradient_checkpointing_accumulation_and_mixed_precision(plan: Any) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(0)
+    dense, batches = (
+        nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)),
+        [torch.randn(8, 16) for _ in range(8)],
+    )
+
+    def trained(forward: Any, accumulate: int = 1, dtype: torch.dtype | None = None) -> nn.Module:
+        own = copy.deepcopy(dense)
+        training = prepare(own, plan, steps=8)
+        optimizer = torch.optim.SGD(own.parameters(), 0.1)
+        for batch in batches:
+            for x in batch.chunk(accumulate):
+                with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                    y = forward(own, x)
+                ((y.float() - x[:, :4]).square().mean() / accumulate).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            training.step()
+        return own.eval()
+
+    x = torch.randn(5, 16)
+    plain = trained(lambda own, x: own(x))
+    again = trained(lambda own, x: checkpoint(own, x, use_reentrant=False))
+    assert torch.equal(again(x), plain(x)), "checkpointed"
+    assert torch.allclose(trained(lambda own, x: own(x), accumulate=2)(x), plain(x), atol=2e-2), "accumulated"
+    mixed = trained(lambda own, x: own(x), dtype=torch.bfloat16)
+    assert torch.allclose(mixed(x), plain(x), atol=5e-2), "in bfloat16"
+    assert torch.equal(compress(mixed)(x), mixed(x))
