@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from pycompress.nn import CompressedLayer
+from pycompress.nn.trained import is_trained
 from pycompress.references import Reference, References, held, with_others
 
 
@@ -132,7 +133,9 @@ def _carry_over(old: nn.Module, fresh: CompressedLayer) -> None:
 def switch_off_fast_paths(model: nn.Module) -> None:
     """torch's transformer encoder has a fast path that reads float weights, and packs padded batches for it: not with ours."""
     for module in model.modules():
-        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) or not compressed_layers(module):
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        if not any(isinstance(inner, CompressedLayer) or is_trained(inner) for inner in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

@@ -173,6 +173,14 @@ def test_tied_weights_stay_tied() -> None:
     assert frozen[0].packed is frozen[2].packed
 
 
+def test_torchs_fast_path_does_not_pass_twins_by() -> None:
+    own, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+    dense = own(x).detach()
+    prepare(own, {"linear*": Int8(7)}, steps=1)
+    with torch.no_grad():
+        assert torch.equal(own(x), compress(own, blocks=False)(x)) and not torch.equal(own(x), dense)
+
+
 def test_a_layer_that_cannot_be_compressed_is_left_with_its_reason() -> None:
     own = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(4, 4, 3, groups=2))
     training = prepare(own, Int8(), steps=1)

@@ -15,7 +15,7 @@ from pycompress import Int4, Int8, LowRank, Sparse, compress
 from pycompress.methods.held import HeldFactors, Projected, held
 from pycompress.nn import CompressedLayer
 from pycompress.nn.rounded import quantized_rows, rounded_rows
-from pycompress.nn.trained import can_train, canonical, finish, is_trained, train_as
+from pycompress.nn.trained import as_dense, can_train, canonical, is_trained, train_as
 from pycompress.reference import int8 as reference
 
 METHODS = [
@@ -124,21 +124,25 @@ def test_it_is_the_same_module() -> None:
         assert is_trained(other)
         assert torch.equal(other(x), linear(x))
         assert torch.equal(other.eval()(x), copy.deepcopy(linear).eval()(x))
-    image = canonical(linear).decompress()
-    finish(linear)
-    assert type(linear) is nn.Linear and not is_trained(linear) and torch.equal(linear.weight, image)
-    assert list(linear.state_dict()) == keys
+    weight = canonical(linear)
+    with as_dense(linear) as weights:
+        assert type(linear) is nn.Linear and not is_trained(linear) and list(linear.state_dict()) == keys
+        assert torch.equal(weights[""].decompress(), weight.decompress())
+    assert is_trained(linear)
 
 
-def test_factors_are_parameters_until_it_is_finished() -> None:
+def test_factors_are_parameters_and_go_where_it_is_dense() -> None:
     linear, x = layer(), torch.randn(6, 72)
     twin(linear, LowRank(8, rank_guard=False))
     assert {"low_rank_down", "low_rank_up"} < dict(linear.named_parameters()).keys()
     fit(linear, x)
     y = linear.eval()(x)
-    finish(linear)
-    assert list(linear.state_dict()) == ["weight", "bias"]
-    assert torch.allclose(linear(x), y, atol=1e-5)
+    assert not linear.weight.requires_grad
+    with as_dense(linear) as weights:
+        assert list(linear.state_dict()) == ["weight", "bias"]
+        dense = nn.functional.linear(x, weights[""].decompress(), linear.bias)
+        assert torch.allclose(dense, y, atol=1e-5)
+    assert torch.equal(linear(x), y)
 
 
 def test_nothing_that_changes_the_weight_goes_unseen() -> None:

@@ -64,6 +64,7 @@ def train_as(module: nn.Module, held: Held | HeldFactors, start: Weight | None =
             raise ValueError(f"train_as: the start is {start!r}, expected a LowRankWeight for factors")
         for name, factor in zip(_FACTORS, start.factors(), strict=True):
             module.register_parameter(name, nn.Parameter(factor.clone()))
+        kind.stored(module).requires_grad_(False)  # it only stands there
     elif start is not None:
         with torch.no_grad():
             weight = kind.stored(module)
@@ -124,18 +125,6 @@ def _same(module: nn.Module) -> int:
 
 def _pop(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return {name: module._parameters.pop(name) for name in _FACTORS if name in module._parameters}
-
-
-def finish(module: nn.Module) -> None:
-    """Makes a twin a dense module again, with the weight of its compressed layer."""
-    state: _State = vars(module)[_STATE]
-    with torch.no_grad():
-        weight = canonical(module).decompress()
-        state.kind.stored(module).copy_(state.kind.as_weight(weight, state.kind.geometry(module)))
-    for name in _FACTORS:
-        module._parameters.pop(name, None)
-    del vars(module)[_STATE]
-    restore(module)
 
 
 def factors(module: nn.Module) -> tuple[Tensor, Tensor]:

