@@ -186,6 +186,8 @@ def test_a_layer_that_cannot_be_compressed_is_left_with_its_reason() -> None:
     training = prepare(own, Int8(), steps=1)
     assert is_trained(own[0]) and not is_trained(own[1]) and "1" in training.left
     assert repr(training) == "Training(1 layers, step 0 of 1, strength 1.00)"
+    refused = prepare(nn.Linear(8, 8), LowRank(8), steps=1)
+    assert "break-even is rank 3" in refused.left["the model itself"]
 
 
 def test_penalties_shrink_what_is_sparse() -> None:

@@ -15,7 +15,7 @@ from pycompress.kinds import Kind, pruned_names
 from pycompress.methods.held import HeldFactors, held
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.masks import BLOCKS, N_OF_M
-from pycompress.methods.method import Method
+from pycompress.methods.method import Method, Refused
 from pycompress.methods.sparse import Sparse
 from pycompress.nn.trained import can_train, canonical, factors, hold, holder, is_trained, train_as
 from pycompress.passes import whole
@@ -58,7 +58,7 @@ class Training:
     Attributes:
         steps: of the training, in all.
         done: how many :meth:`step` has counted.
-        left: the layers that the plan names, and that stay dense, with the reasons.
+        left: the layers that stay dense, with the reasons.
     """
 
     def __init__(
@@ -184,7 +184,6 @@ class Training:
             layer.choice.load(dict(state["layers"][layer.names[0]]))
             for module in layer.modules:
                 hold(module, layer.choice)
-
         if self._gates is not None:
             self._gates.load_state_dict(state["gates"])
 
@@ -264,22 +263,24 @@ def prepare(
     model = uncompiled(model)
     if twin := next((name for name, module in model.named_modules() if is_trained(module)), None):
         raise ValueError(f"prepare: {twin or 'the model'} is prepared already; compress(model) freezes it")
-    whole.remove(model)
-    targets = targets_of(model, plan, calibration)
+    ramp = ramp.of(steps)
+    with whole.without(model):
+        targets = targets_of(model, plan, calibration)
     left = {target.name: target.record.reason for target in targets if target.method is None}
     made: list[tuple[_Layer, LowRankWeight | Tensor | None]] = []
     for users in _by_weight([target for target in targets if target.method is not None]):
-        layer, start, reason = _layer(users, ramp.of(steps), pull, selection, len(made))
+        layer, start, reason = _layer(users, ramp, pull, selection, len(made))
         if layer is None:
             left |= {target.name: reason for target in users}
         else:
             made.append((layer, start))
+    whole.remove(model)
     for layer, start in made:
         layer.write(start if isinstance(start, Tensor) else None)
         for module in layer.modules:
             train_as(module, layer.choice, start if isinstance(start, LowRankWeight) else None)
     switch_off_fast_paths(model)
-    return Training(model, [layer for layer, _ in made], left, steps, ramp.of(steps), l1, group)
+    return Training(model, [layer for layer, _ in made], left, steps, ramp, l1, group)
 
 
 def _check(steps: int, ramp: Ramp, pull: float, selection: str, l1: float, group: float) -> None:
@@ -315,12 +316,21 @@ def _layer(
     assert first.method is not None
     method = first.kind.fitted(first.method, first.module)
     names, modules = [target.name for target in targets], [target.module for target in targets]
+    try:
+        return _begun(first, method, names, modules, ramp, pull, selection, seed)
+    except Refused as refused:
+        return None, None, str(refused)
+
+
+def _begun(
+    first: Target, method: Method, names: list[str], modules: list[nn.Module], ramp: Ramp, pull: float, selection: str, seed: int
+) -> tuple[_Layer | None, LowRankWeight | Tensor | None, str]:  # fmt: skip
     if method.name != "low_rank":
         choice = Choice(method, pull, selection, first.kind.shape(first.module), seed)
         start = choice.choose(first.dense.detach(), ramp.strength(0))
         choice.open = ramp.end > 0
         return _Layer(names, modules, first.kind, method, choice), start, ""
-    if len(targets) > 1:
+    if len(modules) > 1:
         return None, None, "several layers share its weight: factors would be trained apart"
     weight = at(method, ramp.strength(0), first.kind.shape(first.module)).compress(first.dense.detach())
     factors_held = held(weight)
