@@ -187,6 +187,15 @@ def test_whole_blocks_go_and_the_names_close_up() -> None:
     assert torch.equal(result(again, BATCH), result(twice, BATCH))
 
 
+def test_a_student_has_the_blocks_that_stay() -> None:
+    teacher = bert()
+    student: Any = pc.Cut.without("encoder.layer.0").apply(copy.deepcopy(teacher))
+    assert len(student.encoder.layer) == student.config.num_hidden_layers == 1
+    layer, other = student.encoder.layer[0].state_dict(), teacher.encoder.layer[1].state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in layer.items())
+    assert pc.Cut.from_json(pc.Cut.of(student).to_json()) == pc.Cut.without("encoder.layer.0")
+
+
 def test_encoder_layers_of_torch_lose_neurons_and_keep_heads() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)

@@ -70,6 +70,12 @@ class Cut:
         return found if isinstance(found, cls) else cls()
 
     @classmethod
+    def without(cls, *names: str) -> Cut:
+        """The cut that leaves out these modules, members of lists: of a teacher's blocks every second one, for a student half
+        as deep, with its weights."""
+        return cls((Step(modules=[*names]),))
+
+    @classmethod
     def leaving(cls, model: nn.Module, stay: Mapping[Units, Tensor]) -> Cut:
         """The cut of one step that leaves these units, bool [size] each."""
         gone: dict[tuple[str, int], list[Tensor]] = {}
