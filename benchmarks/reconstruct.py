@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,14 @@ def batches(tokenizer: Any, sentences: list[str], size: int) -> list[dict[str, t
     ]
 
 
+def as_many(source: Callable[[int], list[str]], count: int) -> list[str]:
+    """So many sentences, or all that there are."""
+    try:
+        return source(count)
+    except ValueError as error:
+        return source(int(str(error).split()[-1]))
+
+
 @click.command()
 @click.argument("plan")
 @click.option("--minutes", default=10.0)
@@ -57,7 +67,8 @@ def main(
     evaluation = Evaluation()
     calibration = evaluation.calibrated(domain)
     besides = evaluation.sentences["docstrings"]
-    text = texts.mixed(sentences, seed=1) if domain == "mixed" else demo.docstring_sentences(sentences, besides=besides)
+    own = partial(texts.mixed, seed=1) if domain == "mixed" else partial(demo.docstring_sentences, besides=besides)
+    text = as_many(own, sentences)
     curve: list[dict[str, Any]] = []
     latest: list[str] = []
 
