@@ -131,3 +131,14 @@ def test_a_row_that_is_not_finite_is_marked_wherever_it_breaks(bad: float, posit
     assert scale[1].isnan() and zero_point[1] == 0 and not q[1].any()
     for got, was in zip((q, scale, zero_point), clean, strict=True):
         assert torch.equal(got[[0, 2]], was[[0, 2]])
+    assert ops.int8_round(x, 8).isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("m", "k"), [(0, 5), (1, 1), (3, 77), (300, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_rows_are_what_the_integers_mean(m: int, k: int, dtype: torch.dtype) -> None:
+    x = torch.randn(m, 2 * k).to(dtype)[:, ::2][:, :k]
+    for bits in (7, 8):
+        q, scale, zero_point = ops.int8_quantize(x, bits)
+        assert torch.equal(ops.int8_round(x, bits), (q.float() - zero_point[:, None]) * scale[:, None])

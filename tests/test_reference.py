@@ -60,7 +60,12 @@ def test_same_integers(bits: int, k: int, dtype: torch.dtype, twin: Callable[...
 
     def run() -> tuple[Tensor, ...]:
         packed = pack_int8(values, bits)
-        return (*ops.int8_quantize(x, bits), *ops.int8_accumulate(x, *packed), ops.unpack("int8", *packed)["values"])
+        integers = (
+            *ops.int8_quantize(x, bits),
+            *ops.int8_accumulate(x, *packed),
+            ops.unpack("int8", *packed)["values"],
+        )
+        return (*integers, ops.int8_round(x, bits))
 
     for got, expected in zip(twin(run), run(), strict=True):
         assert got.dtype == expected.dtype
@@ -118,6 +123,7 @@ def test_same_errors(twin: Callable[..., Any]) -> None:
             message(lambda: pack_int8(values, 6)),
             message(lambda: pack_int8(-127 - values)),
             message(lambda: ops.int8_quantize(torch.ones(2, 3), 9)),
+            message(lambda: ops.int8_round(torch.ones(2, 3), 9)),
             message(lambda: pack_int8(values, kernel="avx9")),
             *low_rank_messages(),
             *int4_messages(),

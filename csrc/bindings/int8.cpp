@@ -105,6 +105,12 @@ void bind_int8(py::module_& m) {
     int8::quantize(int8::best_kernel(), pointer<const void>(x), static_cast<Type>(type), rows, k, ldx, bits,
                    pointer<uint8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point));
   });
+  m.def("int8_round",
+        [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, uintptr_t y, int threads) {
+          const MaybeReleaseGil gil(rows * k > kReleaseGil);
+          int8::round_rows(int8::best_kernel(), pointer<const void>(x), static_cast<Type>(type), rows, k, ldx, bits,
+                           pointer<float>(y), threads);
+        });
 }
 
 }  // namespace pycompress

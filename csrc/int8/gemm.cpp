@@ -24,6 +24,7 @@ constexpr int kFinishRows = 16;
 constexpr int kMaxTaskRows = 64, kMinTaskRows = 16, kTasksPerThread = 4;
 // Below this many operations a parallel region (1 to 2 us) costs more than the second thread brings.
 constexpr double kSerialOperations = 1.5e6;
+constexpr int64_t kSerialRounding = 1 << 14;  // numbers
 
 thread_local Scratch scratch;
 
@@ -203,10 +204,18 @@ void linear(const Problem& p, const Kernel& kernel) {
   });
 }
 
+namespace {
+
+void check_rows(const char* op, int bits, int64_t k) {
+  check(bits == 7 || bits == 8, op, ": activation_bits is ", bits, ", expected 7 or 8");
+  check(k >= 1 && k <= kMaxK, op, ": x has ", k, " columns, expected 1 to ", kMaxK);
+}
+
+}  // namespace
+
 void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,
               float* scale, int32_t* zero_point) {
-  check(bits == 7 || bits == 8, "int8_quantize: activation_bits is ", bits, ", expected 7 or 8");
-  check(k >= 1 && k <= kMaxK, "int8_quantize: x has ", k, " columns, expected 1 to ", kMaxK);
+  check_rows("int8_quantize", bits, k);
   const ActivationShape shape{static_cast<int>(k), 1};
   uint8_t* row = scratch.reserve(static_cast<size_t>(shape.stride()));
   for (int64_t i = 0; i < m; ++i) {
@@ -214,6 +223,24 @@ void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t
     kernel.quantize(at, type, ldx, 1, shape, (1 << bits) - 1, row, scale + i, zero_point + i);
     std::memcpy(q + i * k, row, static_cast<size_t>(k));
   }
+}
+
+void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, float* y,
+                int threads) {
+  check_rows("int8_round", bits, k);
+  const ActivationShape shape{static_cast<int>(k), 1};
+  const int used = m * k < kSerialRounding ? 1 : usable_threads(threads);
+  parallel(used, [&](int thread, int count) {
+    uint8_t* row = scratch.reserve(static_cast<size_t>(shape.stride()));
+    float* out = y + m * thread / count * k;
+    for (int64_t i = m * thread / count; i < m * (thread + 1) / count; ++i) {
+      float scale = 0;
+      int32_t zero_point = 0;
+      kernel.quantize(value_of(x, type, i * ldx), type, ldx, 1, shape, (1 << bits) - 1, row, &scale, &zero_point);
+      for (int64_t j = 0; j < k; ++j) out[j] = static_cast<float>(row[j] - zero_point) * scale;
+      out += k;
+    }
+  });
 }
 
 }  // namespace pycompress::int8

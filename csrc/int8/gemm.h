@@ -159,4 +159,8 @@ void linear(const Problem& problem, const Kernel& kernel);  // by this one, whic
 void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,
               float* scale, int32_t* zero_point);
 
+// What a product makes of x: y float [m, k] = (q - zero_point) * scale, for training.
+void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, float* y,
+                int threads);
+
 }  // namespace pycompress::int8

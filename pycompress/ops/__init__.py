@@ -20,7 +20,7 @@ from pycompress.ops.cuda import cuda_error, cuda_kernels
 from pycompress.ops.embed import embed
 from pycompress.ops.form import Form, parse
 from pycompress.ops.int4 import int4_linear
-from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_quantize
+from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_quantize, int8_round
 from pycompress.ops.int8_fused import int8_fused_linear
 from pycompress.ops.low_rank import low_rank_intermediate, low_rank_linear, low_rank_residual
 from pycompress.ops.pool import pool
@@ -53,6 +53,7 @@ __all__ = [
     "int8_fused_linear",
     "int8_linear",
     "int8_quantize",
+    "int8_round",
     "kernels",
     "low_rank_intermediate",
     "low_rank_linear",

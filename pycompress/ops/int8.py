@@ -56,6 +56,21 @@ def int8_quantize(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tens
     return q, scale, zero_point
 
 
+def int8_round(x: Tensor, activation_bits: int) -> Tensor:
+    """What the integers of :func:`int8_quantize` mean, ``(q - zero_point) * scale``: what a layer multiplies.
+
+    Args:
+        x: float32, bfloat16 or float16, [m, k].
+        activation_bits: 7 or 8.
+    Returns:
+        float32 [m, k]; NaN in a row with NaN or Inf.
+    """
+    if x.device.type == "cpu":
+        return cpu.int8.rounded(x, activation_bits)
+    q, scale, zero_point = int8_quantize(x, activation_bits)
+    return (q.float() - zero_point[:, None]) * scale[:, None]
+
+
 def int8_accumulate(x: Tensor, packed: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
     """The integers of :func:`int8_linear`, before any float: acc[m, n] = sum_k (q[m, k] - zero_point[m]) w[n, k].
 

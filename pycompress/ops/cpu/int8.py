@@ -114,6 +114,16 @@ def quantize(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, scale, zero_point
 
 
+def rounded(x: Tensor, activation_bits: int) -> Tensor:
+    """float32 [m, k]: what the integers of :func:`quantize` mean."""
+    x, ldx = matrix_of("int8_round", x)
+    m, k = x.shape
+    y = x.new_empty((m, k), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    native._C.int8_round(x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, y.data_ptr(), threads)
+    return y
+
+
 def accumulate(x: Tensor, packed: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
     own = parse(form)
     check(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from pycompress.reference.extension.int4 import int4_header, int4_linear, int4_pack, int4_unpack
-from pycompress.reference.extension.int8 import int8_header, int8_linear, int8_pack, int8_quantize, int8_unpack
+from pycompress.reference.extension.int8 import (
+    int8_header,
+    int8_linear,
+    int8_pack,
+    int8_quantize,
+    int8_round,
+    int8_unpack,
+)
 from pycompress.reference.extension.low_rank import low_rank_header, low_rank_linear, low_rank_pack, low_rank_unpack
 from pycompress.reference.extension.sparse import (
     SPARSE_FORMATS,
@@ -30,6 +37,7 @@ __all__ = [
     "int8_linear",
     "int8_pack",
     "int8_quantize",
+    "int8_round",
     "int8_unpack",
     "kernels",
     "low_rank_header",

@@ -54,6 +54,13 @@ def int8_quantize(
         memory.view(address, part.dtype, *part.shape)[:] = part
 
 
+def int8_round(x: int, x_type: int, m: int, k: int, ldx: int, bits: int, y: int, _threads: int) -> None:
+    if bits not in (7, 8):
+        raise ValueError(f"int8_round: activation_bits is {bits}, expected 7 or 8")
+    q, scale, zero_point = int8.quantize(memory.load(x, x_type, m, k, ldx), 2**bits - 1)
+    memory.view(y, np.float32, m, k)[:] = (q.astype(np.float32) - zero_point[:, None]) * scale[:, None]
+
+
 def int8_linear(
     x: int, x_type: int, m: int, k: int, ldx: int, packed: int, packed_bytes: int, n: int, weight_scale: int,
     bias: int, activation: int, y: int, y_type: int, row_scale: int, zero_point: int, _threads: int,
