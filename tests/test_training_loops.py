@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pycompress import Distillation, Int8, Ramp, Sparse, compress, prepare
+from pycompress import Distillation, Int4, Int8, LowRank, Ramp, Sparse, compress, load, prepare, save, validate
 from pycompress.nn.trained import canonical
 
 PLAN = {"*.intermediate.*": Sparse(0.25), "*": Int8()}
@@ -185,3 +185,64 @@ def test_gradient_checkpointing_accumulation_and_mixed_precision(plan: Any) -> N
     mixed = trained(lambda own, x: own(x), dtype=torch.bfloat16)
     assert torch.allclose(mixed(x), plain(x), atol=5e-2), "in bfloat16"
     assert torch.equal(compress(mixed)(x), mixed(x))
+
+
+@pytest.mark.parametrize("plan", [Sparse(0.3), Int8(), Int4(), LowRank(4, bits=8, rank_guard=False)], ids=repr)
+def test_a_compiled_training_step_is_the_same(plan: Any) -> None:
+    torch.manual_seed(0)
+    dense, batches = (
+        nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)),
+        [torch.randn(8, 16) for _ in range(6)],
+    )
+
+    def trained(compiled: bool) -> nn.Module:
+        own = copy.deepcopy(dense)
+        training = prepare(own, plan, steps=6, ramp=Ramp(0, 4, every=1))
+        forward = torch.compile(own, backend="eager") if compiled else own
+        optimizer = torch.optim.SGD(own.parameters(), 0.1)
+        for x in batches:
+            optimizer.zero_grad()
+            (forward(x) - x[:, :4]).square().mean().backward()
+            optimizer.step()
+            training.step()
+        return own.eval()
+
+    one, two, x = trained(False), trained(True), torch.randn(5, 16)
+    assert torch.allclose(one(x), two(x), atol=1e-5)
+
+
+def test_pruned_quantized_and_distilled_in_one_run(tmp_path: Path) -> None:
+    """Prepared, saved half-way, resumed, frozen, saved and held against ONNX Runtime."""
+    teacher, plan = classifier().eval(), Sparse(pattern="2:4", bits=8)
+    batches = [{"input_ids": torch.randint(5, 40, (4, 7))} for _ in range(8)]
+
+    def begun() -> tuple[Any, Any, Any, Any]:
+        model = classifier()
+        training = prepare(model, {"bert.encoder.*": plan, "*": None}, steps=8, ramp=Ramp(0, 6, every=2))
+        distill = Distillation(teacher, model, logits=0.5, hidden="bert.encoder.layer.*")
+        return model, training, distill, torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def train(model: Any, training: Any, distill: Any, optimizer: Any, own: list[Any]) -> None:
+        for batch in own:
+            optimizer.zero_grad()
+            distill(model.train()(**batch)).backward()
+            optimizer.step()
+            training.step()
+
+    whole = begun()
+    train(*whole, batches)
+    half = begun()
+    train(*half, batches[:3])
+    torch.save([half[0].state_dict(), half[1].state_dict(), half[3].state_dict()], tmp_path / "half.pt")
+    again = begun()
+    for own, state in zip((again[0], again[1], again[3]), torch.load(tmp_path / "half.pt"), strict=True):
+        own.load_state_dict(state)
+    train(*again, batches[3:])
+    for distill in (whole[2], half[2], again[2]):
+        distill.close()
+    frozen = compress(again[0].eval(), blocks=False)
+    assert torch.equal(frozen(**batches[0]).logits, whole[0].eval()(**batches[0]).logits)
+    save(frozen, tmp_path / "frozen.safetensors")
+    loaded = load(classifier(), tmp_path / "frozen.safetensors", blocks=False)
+    assert torch.equal(loaded(**batches[0]).logits, frozen(**batches[0]).logits)
+    assert validate(frozen, batches[0]).ok
