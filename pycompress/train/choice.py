@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pycompress.methods import Sparse
-from pycompress.methods.held import Held, HeldFactors, HeldMask, Projected, held, through
+from pycompress.methods.held import Held, HeldFactors, HeldInt8, HeldMask, Projected, held, through
 from pycompress.methods.masks import BLOCKS, N_OF_M
 from pycompress.methods.method import GradualMethod, Method
 from pycompress.train.gates import Gates
@@ -23,7 +23,7 @@ class Choice:
     """A ``Held`` whose mask or grid is chosen again and again, until it is closed; then it stays.
 
     While it is open, gradients reach what is pruned, too, so that it may come back (straight through, Bengio et al. 2013,
-    arXiv:1308.3432), and ``pull`` draws the weight to its image. Closed, nothing reaches it any more.
+    arXiv:1308.3432), and ``pull`` draws the weight to its image. Closed, no gradient reaches what is pruned.
 
     Attributes:
         method: what it comes to.
@@ -65,7 +65,7 @@ class Choice:
         if found is None or isinstance(found, HeldFactors):
             self.now = Projected(method, self.pull)
             return None
-        if isinstance(found, HeldMask) and isinstance(method, Sparse):
+        if isinstance(found, HeldMask | HeldInt8) and isinstance(method, Sparse):
             found.mask = _kept(method, weight, chosen, importance)
         self.now = found
         return chosen.decompress() if getattr(method, "inputs", None) is not None else None
@@ -124,7 +124,7 @@ def at(method: Method, strength: float, shape: tuple[int, int]) -> Method:
 
 
 def _kept(method: Sparse, weight: Tensor, chosen: Weight, importance: Tensor | None) -> Tensor:
-    """uint8 [n, k]: a weight that stays, and is zero by chance, is not pruned."""
+    """uint8 [n, k]: a weight that stays, and is zero just now, or rounds to zero, is not pruned."""
     if method.inputs is None and (method.density is not None or method.pattern in N_OF_M):
         return method.prune(weight, importance).view(torch.uint8)
     return (chosen.decompress() != 0).view(torch.uint8)
