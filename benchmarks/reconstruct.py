@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pycompress.train import Progress
 
 RESULTS = Path(__file__).parent / "results" / "reconstruct.jsonl"
 LENGTH = 64  # tokens
+MOST = {"mixed": 16000, "docstrings": 1500}  # sentences: about all that there are
 
 
 def batches(tokenizer: Any, sentences: list[str], size: int) -> list[dict[str, torch.Tensor]]:
@@ -39,28 +39,20 @@ def batches(tokenizer: Any, sentences: list[str], size: int) -> list[dict[str, t
     ]
 
 
-def as_many(source: Callable[[int], list[str]], count: int) -> list[str]:
-    """So many sentences, or all that there are."""
-    try:
-        return source(count)
-    except ValueError as error:
-        return source(int(str(error).split()[-1]))
-
-
 @click.command()
 @click.argument("plan")
 @click.option("--minutes", default=10.0)
 @click.option(
     "--text", "domain", type=click.Choice(["mixed", "docstrings"]), default="mixed", help="To calibrate and train on."
 )
-@click.option("--sentences", default=16000, help="To train on, at most.")
+@click.option("--sentences", type=int, help=f"To train on; {MOST} where nothing is said.")
 @click.option("--batch", default=32, help="Sentences in a batch.")
 @click.option("--lr", default=2e-3)
 @click.option("--whole", default=1.0, help="Share of the time for the whole model.")
 @click.option("--bfloat16", is_flag=True, help="Train in bfloat16, where the processor has AMX.")
 @click.option("--threads", type=click.IntRange(min=1), default=2)
 def main(
-    plan: str, minutes: float, domain: str, sentences: int, batch: int, lr: float, whole: float, bfloat16: bool, threads: int
+    plan: str, minutes: float, domain: str, sentences: int | None, batch: int, lr: float, whole: float, bfloat16: bool, threads: int
 ) -> None:  # fmt: skip
     """Train a plan for some minutes, and append its curve to the results."""
     torch.set_num_threads(threads)
@@ -68,7 +60,7 @@ def main(
     calibration = evaluation.calibrated(domain)
     besides = evaluation.sentences["docstrings"]
     own = partial(texts.mixed, seed=1) if domain == "mixed" else partial(demo.docstring_sentences, besides=besides)
-    text = as_many(own, sentences)
+    text = own(sentences or MOST[domain])
     curve: list[dict[str, Any]] = []
     latest: list[str] = []
 
