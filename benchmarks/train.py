@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
@@ -30,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 import pycompress as pc
 from pycompress import demo
+from pycompress.benchmark import interleave, ratio
 from pycompress.benchmark.environment import processor_name, versions
 
 RESULTS = Path(__file__).parent / "results" / "train.jsonl"
@@ -185,7 +185,7 @@ def overhead(plans: Sequence[str], rounds: int = 9) -> Iterator[str]:
 
     def step_of(plan: Any) -> Callable[[], None]:
         model = copy.deepcopy(encoder).train()
-        training = None if plan is None else pc.prepare(model, {"encoder.*": plan, "*": None}, steps=10 * rounds)
+        training = None if plan is None else pc.prepare(model, {"encoder.*": plan, "*": None}, steps=rounds + 9)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
         def step() -> None:
@@ -198,15 +198,9 @@ def overhead(plans: Sequence[str], rounds: int = 9) -> Iterator[str]:
         return step
 
     steps = {"plain": step_of(None), **{text: step_of(plan_of(text)) for text in plans}}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+    times = interleave(steps, rounds=rounds, min_time_s=0.0)
     for name, own in times.items():
-        ratio = median(a / b for a, b in zip(own[1:], times["plain"][1:], strict=True))
-        yield f"{name:30} {1e3 * median(own[1:]):5.0f} ms  {ratio:.2f}x"
+        yield f"{name:30} {1e3 * own.median:5.0f} ms  {ratio(own, times['plain']).median:.2f}x"
 
 
 @click.command()
