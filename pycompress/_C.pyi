@@ -17,6 +17,18 @@ def int8_quantize(
     x: int, x_type: int, m: int, k: int, ldx: int, bits: int, q: int, scale: int, zero_point: int, /
 ) -> None: ...
 def int8_round(x: int, x_type: int, m: int, k: int, ldx: int, bits: int, y: int, threads: int, /) -> None: ...
+def int8_conv2d(
+    x: int, x_type: int, channels_last: bool, images: int, channels: int, height: int, width: int, packed: int,
+    packed_bytes: int, n: int, weight_scale: int, bias: int, activation: int, stride_h: int, stride_w: int, pad_top: int,
+    pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, scale: int,
+    zero_point: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def int8_conv2d_pack(
+    values: int, n: int, channels: int, groups: int, kernel_h: int, kernel_w: int, activation_bits: int, kernel: str,
+    threads: int, /,
+) -> bytes: ...  # fmt: skip
+def int8_conv2d_unpack(packed: int, packed_bytes: int, values: int, /) -> None: ...
+def int8_conv2d_header(packed: int, packed_bytes: int, /) -> dict[str, Any]: ...
 def int4_linear(
     x: int, x_type: int, m: int, k: int, ldx: int, packed: int, packed_bytes: int, n: int, bias: int, activation: int,
     y: int, y_type: int, threads: int, /,

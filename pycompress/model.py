@@ -111,8 +111,8 @@ def compress(
         plan: a method for every layer, or an ordered ``{glob: method or None}``; the first glob that matches a layer's dotted name
             decides, None keeps it dense, and so does no match. A method that looks at several layers together (``Sparse`` with the
             scope ``model``) sees those that the same object stands for. All linear layers and convolutions count as matched; those
-            that their method cannot take (a Conv2d that is to be int8, in groups, transposed or of another kind) stay dense, and
-            their summary says why; so do those that it refuses when it sees their weight (``LowRank`` where its rank would not be
+            that their method cannot take (a convolution that is transposed, or in groups and to be sparse) stay dense, and their
+            summary says why; so do those that it refuses when it sees their weight (``LowRank`` where its rank would not be
             faster). None: of a model that :func:`prepare` made, each layer by what it was trained as.
         calibration: what :func:`calibrate` gathered, for methods that make use of it; others go without.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``. Where activations are to

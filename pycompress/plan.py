@@ -317,10 +317,12 @@ def _times(target: Target, weight: Weight) -> tuple[float, float]:
 
 def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistics]) -> None:
     """Tells the methods that ask for it what their layer's inputs look like; layers that share a weight are told of all of theirs,
-    so that they go on sharing it."""
-    for group in _users(
-        [target for target in targets if target.method is not None and _is_told(target.method)]
-    ).values():
+    so that they go on sharing it. A layer of which no rows are gathered is compressed without, and its record says so."""
+    told_of = [target for target in targets if target.method is not None and _is_told(target.method)]
+    for target in told_of:
+        if not target.kind.has_rows(target.module):
+            target.record.note = "not calibrated: in groups each meets rows of its own"
+    for group in _users([target for target in told_of if target.kind.has_rows(target.module)]).values():
         inputs = _joined_inputs(group, calibration)
         told: list[tuple[Method, Method]] = []  # what is the same method stays the same
         for target in group:

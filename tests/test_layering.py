@@ -258,6 +258,7 @@ BUILDS_ON: dict[str, set[str]] = {
     "embed": {"common"},
     "pool": {"common"},
     "int8": {"common", "cuda"},
+    "conv": {"common", "int8"},
     "int4": {"common", "int8"},
     "sparse": {"common", "cuda", "int8"},
     "sparse/bitmap": {"common", "cuda"},

@@ -183,7 +183,7 @@ def test_torchs_fast_path_does_not_pass_twins_by() -> None:
 
 def test_a_layer_that_cannot_be_compressed_is_left_with_its_reason() -> None:
     own = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(4, 4, 3, groups=2))
-    training = prepare(own, Int8(), steps=1)
+    training = prepare(own, Sparse(0.5), steps=1)
     assert is_trained(own[0]) and not is_trained(own[1]) and "1" in training.left
     assert repr(training) == "Training(1 layers, step 0 of 1, strength 1.00)"
     refused = prepare(nn.Linear(8, 8), LowRank(8), steps=1)

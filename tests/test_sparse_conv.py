@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import pycompress as pc
 from pycompress import measure, ops, race, reference
-from pycompress.methods import Int8, Sparse
+from pycompress.methods import Int4, Int8, Sparse
 from pycompress.model import compressed_layers
 from pycompress.nn import Conv2dGeometry, Int8Linear, SparseConv2d, SparseLinear
 from pycompress.weights import SparseWeight
@@ -529,7 +529,7 @@ def test_summary() -> None:
 def test_methods_that_take_no_convolutions(same: Same) -> None:
     model, x = resnet(), torch.randn(1, 3, 32, 32)
     for method, reason in (
-        (Int8(), "int8 takes linear layers and embeddings only"),
+        (Int4(), "int4 takes linear layers only"),
         (Sparse(0.5, bits=8), "int8 has no sparse convolution yet"),
     ):
         result = pc.compress(model, method)

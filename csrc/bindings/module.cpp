@@ -6,6 +6,7 @@
 #include "../common/check.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
+#include "../conv/conv.h"
 #include "../dense/gemm.h"
 #include "../embed/embed.h"
 #include "../int4/gemm.h"
@@ -23,6 +24,7 @@ namespace {
 template <class F>
 void for_ops(F&& f) {
   f(int8::kernels());
+  f(conv::kernels());
   f(sparse::kernels());
   f(dense::kernels());
   f(int4::kernels());
@@ -77,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
   watch_fork();
   isa_available(Isa::scalar);  // an unknown PYCOMPRESS_ISA fails here, at import, and not in the middle of a model
   bind_block(m);
+  bind_conv(m);
   bind_embed(m);
   bind_int4(m);
   bind_int8(m);

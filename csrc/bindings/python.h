@@ -31,6 +31,7 @@ void bind_cuda_side_branch(py::module_& m);
 void bind_cuda_bitmap(py::module_& m);
 void bind_cuda_structured(py::module_& m);
 void bind_cuda_weight_only(py::module_& m);
+void bind_conv(py::module_& m);
 void bind_embed(py::module_& m);
 void bind_int4(py::module_& m);
 void bind_int8(py::module_& m);

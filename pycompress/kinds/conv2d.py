@@ -160,6 +160,9 @@ class Conv2d(Kind):
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
         return x.dim() in (3, 4) and x.shape[-3] == self.dense_shape(module)[1]
 
+    def quantized_together(self, x: Tensor) -> Tensor:
+        return x.flatten(-3)
+
     def spread(self, geometry: Conv2dGeometry) -> int:
         return geometry.kernel_size[0] * geometry.kernel_size[1]
 

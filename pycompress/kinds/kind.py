@@ -154,6 +154,10 @@ class Kind:
         """The leading dimensions as one: [items, ...]."""
         return x.reshape(-1, *x.shape[x.dim() - self.dims :])
 
+    def quantized_together(self, x: Tensor) -> Tensor:
+        """x as rows of what layers that quantize their input give one scale: [..., together]."""
+        return x
+
     def spread(self, geometry: Any) -> int:
         """In how many rows a number of the input may lie."""
         return 1

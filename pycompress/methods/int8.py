@@ -70,6 +70,10 @@ class Int8:
         """The method for an embedding: rows are chosen, and multiply nothing."""
         return replace(self, activation_bits=16, inputs=None)
 
+    def for_convolution(self, shape: tuple[int, int, int, int], stride: tuple[int, int]) -> Int8:  # noqa: ARG002
+        """The method for a convolution; where a channel is convolved alone, no kernel gains by a profile's range."""
+        return replace(self, fit="none") if shape[1] == 1 else self
+
     def with_inputs(self, statistics: InputStatistics) -> Int8:
         """The method for the layer that met these inputs."""
         return replace(self, inputs=statistics)

@@ -4,6 +4,7 @@ from pycompress.kinds import Conv2dGeometry
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.int8_conv import Int8Conv2d
 from pycompress.nn.int8_embedding import Int8Embedding
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.layers import LAYERS, layer_for, register
@@ -22,6 +23,7 @@ __all__ = [
     "CompressedLinear",
     "Conv2dGeometry",
     "Int4Linear",
+    "Int8Conv2d",
     "Int8Embedding",
     "Int8Linear",
     "LowRankConv2d",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pycompress.kinds import KINDS, Kind
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.int8_conv import Int8Conv2d
 from pycompress.nn.int8_embedding import Int8Embedding
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
@@ -27,7 +28,7 @@ def register(layer: type[CompressedLayer]) -> type[CompressedLayer]:
 
 for _layer in (
     Int8Linear, Int4Linear, SparseLinear, LowRankLinear,
-    SparseConv2d, LowRankConv2d,
+    Int8Conv2d, SparseConv2d, LowRankConv2d,
     Int8Embedding, LowRankEmbedding,
 ):  # fmt: skip
     register(_layer)

@@ -2,8 +2,8 @@
 
 The operators are specified at https://onnx.ai/onnx/operators/ (for each the newest version up to OPSET): Mul,
 Add, Sub, Div, Neg, Min, Max, Less, Where, IsNaN, Round, Clip, Cast, ReduceMin, ReduceMax, ReduceSum, MatMul,
-MatMulInteger, DequantizeLinear, Conv, Gather and Identity; for the activations Relu, Erf and Exp. ONNX has no sparse product,
-so sparse weights are lowered with their zeros. 4-bit weights need a newer opset, BLOCKS_OPSET.
+MatMulInteger, DequantizeLinear, Conv, ConvInteger, Pad, Gather and Identity; for the activations Relu, Erf and Exp. ONNX has no
+sparse product, so sparse weights are lowered with their zeros. 4-bit weights need a newer opset, BLOCKS_OPSET.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pycompress.onnx.dense import lower_conv2d, lower_linear
 from pycompress.onnx.graph import BLOCKS_OPSET, MAX_WEIGHT_BYTES, OPSET, Graph, Lowering
 from pycompress.onnx.int4 import lower_int4_linear
 from pycompress.onnx.int8 import integers, lower_int8_embedding, lower_int8_linear
+from pycompress.onnx.int8_conv import lower_int8_conv2d
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
 
@@ -38,6 +39,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("linear", "int4"): lower_int4_linear,
     ("linear", "sparse"): lower_sparse_linear,
     ("linear", "low_rank"): lower_low_rank_linear,
+    ("conv2d", "int8"): lower_int8_conv2d,
     ("conv2d", "low_rank"): lower_low_rank_conv2d,
     ("embedding", "int8"): lower_int8_embedding,
     ("embedding", "low_rank"): lower_low_rank_embedding,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -98,11 +99,11 @@ def int8_product(
     return graph.node("Mul", v, graph.constant(prefix + "weight_scale", weight_scale[None, :])), broken
 
 
-def without_broken(graph: Graph, x: str) -> tuple[str, str]:
-    """x [m, k] with zeros in the rows that hold NaN or Inf; and bool [m, 1]: which these are."""
-    zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
+def without_broken(graph: Graph, x: str, axes: Sequence[int] = (1,)) -> tuple[str, str]:
+    """x [m, k] with zeros in the rows that hold NaN or Inf; and bool [m, 1]: which these are. A row is what lies along ``axes``."""
+    zero, row = graph.constant("zero", 0.0), graph.constant("row", [*axes], np.int64)
     # x * 0 is NaN where x is NaN or Inf.
-    poison = graph.node("ReduceSum", graph.node("Mul", x, zero), last_axis, keepdims=1)
+    poison = graph.node("ReduceSum", graph.node("Mul", x, zero), row, keepdims=1)
     broken = graph.node("IsNaN", poison)
     return graph.node("Where", broken, zero, x), broken
 
@@ -112,14 +113,15 @@ def poisoned(graph: Graph, v: str, broken: str, output: str = "") -> str:
     return graph.node("Where", broken, graph.constant("nan", np.nan), v, output=output)
 
 
-def quantized(graph: Graph, x: str, amax: int, output: str) -> tuple[str, str, str]:
-    """Quantizes every row of x: the names of q uint8 [m, k] (the output's), scale and zero point, both float32 [m, 1]."""
-    zero, last_axis = graph.constant("zero", 0.0), graph.constant("last_axis", [1], np.int64)
+def quantized(graph: Graph, x: str, amax: int, output: str, axes: Sequence[int] = (1,)) -> tuple[str, str, str]:
+    """Quantizes every row of x, what lies along ``axes``: the names of q uint8 [m, k] (the output's), scale and zero point, both
+    float32 [m, 1]."""
+    zero, row = graph.constant("zero", 0.0), graph.constant("row", [*axes], np.int64)
     half_amax = graph.constant(f"half_amax_{amax}", amax / 2)
     high_q = graph.constant(f"amax_{amax}", amax)
     one_half = graph.constant("one_half", 0.5)
-    low = graph.node("Min", graph.node("ReduceMin", x, last_axis, keepdims=1), zero)
-    high = graph.node("Max", graph.node("ReduceMax", x, last_axis, keepdims=1), zero)
+    low = graph.node("Min", graph.node("ReduceMin", x, row, keepdims=1), zero)
+    high = graph.node("Max", graph.node("ReduceMax", x, row, keepdims=1), zero)
     # Halved before the subtraction: high - low overflows for rows that span the whole range of float32.
     half = graph.node("Sub", graph.node("Mul", high, one_half), graph.node("Mul", low, one_half))
     flat = graph.node("Less", half, graph.constant("smallest_half", 2.0**-100))

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from pycompress.ops.activation import DIFFERENTIABLE
 from pycompress.ops.block import BlockForm, block, parse_block
-from pycompress.ops.checks import ACTIVATIONS, MAX_IN_FEATURES
+from pycompress.ops.checks import ACTIVATIONS, MAX_IN_FEATURES, MAX_STEP
 from pycompress.ops.cpu.native import bandwidth, capped, extension_error, forced, instruction_sets, kernels, peak
 from pycompress.ops.cuda import cuda_error, cuda_kernels
 from pycompress.ops.embed import embed
 from pycompress.ops.form import Form, parse
 from pycompress.ops.int4 import int4_linear
 from pycompress.ops.int8 import int8_accumulate, int8_depths, int8_linear, int8_quantize, int8_round
+from pycompress.ops.int8_conv import int8_conv2d, int8_conv2d_accumulate
 from pycompress.ops.int8_fused import int8_fused_linear
 from pycompress.ops.low_rank import low_rank_intermediate, low_rank_linear, low_rank_residual
 from pycompress.ops.pool import pool
 from pycompress.ops.registry import OPS, Op
-from pycompress.ops.sparse import MAX_STEP, SPARSE_FORMATS, sparse_accumulate, sparse_conv2d, sparse_linear
+from pycompress.ops.sparse import SPARSE_FORMATS, sparse_accumulate, sparse_conv2d, sparse_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -49,6 +50,8 @@ __all__ = [
     "instruction_sets",
     "int4_linear",
     "int8_accumulate",
+    "int8_conv2d",
+    "int8_conv2d_accumulate",
     "int8_depths",
     "int8_fused_linear",
     "int8_linear",

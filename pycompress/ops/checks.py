@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quic
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT32 = 3
 MAX_IN_FEATURES = 65536  # int32 sums cannot overflow up to here
+MAX_STEP = 65536  # of a convolution: its kernel's sides, strides and dilations
+Ints = Sequence[int]
 
 
 def check(condition: bool, message: str) -> None:
@@ -61,6 +64,32 @@ def matrix_of(op: str, x: Tensor) -> tuple[Tensor, int]:
     x, ldx = rows_of(op, x)
     check(x.dim() == 2, f"{op}: x is {list(x.shape)}, expected [m, k]")
     return x, ldx
+
+
+def conv2d_shape(
+    op: str, x: Tensor, n: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
+) -> tuple[int, ...]:  # fmt: skip
+    """Of the result: [..., n, out_h, out_w] for x [..., channels, height, width]."""
+    check_float(op, x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"{op}: x is {list(x.shape)}, expected [N, C, H, W] or [C, H, W]")
+    pairs = (*kernel_size, *stride, *dilation)
+    counts = len(kernel_size), len(stride), len(dilation), len(padding)
+    if counts != (2, 2, 2, 4) or min(pairs) < 1 or min(padding) < 0 or max(pairs) > MAX_STEP:
+        raise ValueError(
+            f"{op}: kernel_size is {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation "
+            f"{tuple(dilation)}, expected two numbers from 1 to {MAX_STEP} of each, of padding four from 0"
+        )
+    *images, _, height, width = x.shape
+    height += padding[0] + padding[1]
+    width += padding[2] + padding[3]
+    reach_h, reach_w = dilation[0] * (kernel_size[0] - 1) + 1, dilation[1] * (kernel_size[1] - 1) + 1
+    if height < reach_h or width < reach_w:
+        raise ValueError(
+            f"{op}: x with its padding is {height}x{width}, expected at least {reach_h}x{reach_w}, as far as the "
+            "kernel reaches"
+        )
+    return (*images, n, (height - reach_h) // stride[0] + 1, (width - reach_w) // stride[1] + 1)
 
 
 def activation_code(op: str, activation: str) -> int:

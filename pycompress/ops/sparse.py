@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from pycompress.ops import cpu
-from pycompress.ops.checks import check, check_tensor, nobody_looks
-from pycompress.ops.derivative import Product
+from pycompress.ops.checks import Ints, check_tensor, conv2d_shape, nobody_looks
+from pycompress.ops.conv2d import CONV2D, vmapped
 from pycompress.ops.form import parse
 from pycompress.ops.registry import define, implement
 
-SPARSE_FORMATS, MAX_STEP = cpu.sparse.FORMATS, cpu.sparse.MAX_STEP
-Ints = Sequence[int]
-
-
+SPARSE_FORMATS = cpu.sparse.FORMATS
 OP = define("sparse", cpu.sparse, "pycompress.ops.cuda.sparse")
 
 
@@ -68,37 +62,10 @@ def _conv2d_fake(
     x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints,  # noqa: ARG001
     dilation: Ints, activation: str,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(cpu.sparse.conv2d_shape(x, parse(form).n, kernel_size, stride, padding, dilation))
+    return x.new_empty(conv2d_shape("sparse_conv2d", x, parse(form).n, kernel_size, stride, padding, dilation))
 
 
-def _conv2d_vmapped(x: Tensor, *operands: Any) -> Tensor:
-    check(x.dim() in (4, 5), f"sparse_conv2d: x is {list(x.shape[1:])}, expected [N, C, H, W] or [C, H, W]")
-    y: Tensor = _conv2d_op(x.reshape(-1, *x.shape[-3:]), *operands)
-    return y.reshape(*x.shape[:-3], *y.shape[-3:])
-
-
-def _conv2d_along(dx: Tensor, weight: Tensor, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Tensor:
-    top, bottom, left, right = padding
-    wide = torch.nn.functional.pad(dx, (left, right, top, bottom))
-    weight = weight.view(len(weight), -1, *kernel_size)
-    return torch.nn.functional.conv2d(wide, weight, None, list(stride), 0, list(dilation))
-
-
-def _conv2d_back(
-    dy: Tensor, weight: Tensor, shape: Ints, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
-) -> Tensor:
-    """Of x with its zeros around it: torch's convolution has the same number of them on opposite sides."""
-    top, bottom, left, right = padding
-    *_, channels, height, width = shape
-    images = dy.reshape(-1, *dy.shape[-3:])  # [C, H, W] is one
-    padded = (len(images), channels, height + top + bottom, width + left + right)
-    weight = weight.view(len(weight), -1, *kernel_size)
-    wide: Tensor = conv2d_input(padded, weight, images, list(stride), 0, list(dilation))
-    return wide[..., top : top + height, left : left + width].reshape(shape)
-
-
-CONV2D = Product(_conv2d_along, _conv2d_back, channels=-3)
-_conv2d_op = implement(
+_conv2d_op: Any = implement(
     "sparse_conv2d",
     "(Tensor x, Tensor packed, str form, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
     "str activation) -> Tensor",
@@ -106,7 +73,7 @@ _conv2d_op = implement(
     "conv2d",
     _conv2d_fake,
     CONV2D.differentiable(OP.dense),
-    _conv2d_vmapped,
+    vmapped("sparse_conv2d", lambda: _conv2d_op),
 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pycompress import ops
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
+from pycompress.nn.int8_conv import Int8Conv2d
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.sparse import SparseLinear
@@ -220,6 +221,39 @@ class StepsCheck(FloatCheck):
         self._compare_y({"native": y, "ONNX Runtime": torch.from_numpy(runtime["y"]).to(y.dtype)}, bound)
 
 
+class ConvolutionCheck(Check):
+    """int8 convolutions: the integers of whole images and of the chosen positions must be equal, and y after the activations none
+    and relu."""
+
+    has_integers = True
+
+    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
+        super().__init__(name, layer, session)
+        self.exact = layer.activation in formulas.EXACT_ACTIVATIONS
+
+    def compare(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+        layer, kind = self.layer, self.layer.kind
+        assert isinstance(layer, Int8Conv2d)
+        walk, numpy = layer.geometry, formulas.int8_convolution(x, layer, chosen)
+        names = [value.name for value in self.session.get_outputs()]
+        runtime = dict(zip(names, self.session.run(None, {"x": formulas.array(x)}), strict=True))
+        q = ops.int8_quantize(x.flatten(1), layer.activation_bits)[0].view(x.shape)
+        acc = ops.int8_conv2d_accumulate(
+            x, layer.packed, layer.form, walk.kernel_size, walk.stride, walk.sides, walk.dilation, walk.groups
+        )[0]
+
+        def rows(z: Tensor) -> Tensor:
+            return kind.results(z)[chosen]
+
+        parties = {"native": q.numpy(), "ONNX Runtime": runtime["q"], "NumPy": numpy.q}
+        self.integer_reasons += _disagreements("q", {name: z.reshape(len(z), -1) for name, z in parties.items()})
+        theirs = rows(torch.from_numpy(runtime["acc"])).numpy()
+        sums = {"native": rows(acc).numpy(), "ONNX Runtime": theirs, "NumPy": numpy.acc}
+        self.integer_reasons += _disagreements("acc", sums)
+        bound = torch.from_numpy(formulas.activation_bound(numpy.v, layer.activation))
+        self._compare_y({"native": y, "ONNX Runtime": rows(torch.from_numpy(runtime["y"])).to(y.dtype)}, bound)
+
+
 def _native_steps(x: Tensor, layer: CompressedLayer) -> dict[str, Tensor]:
     """What the kernels show of what lies between x and y: not the accumulators of the factors, for which t and y stand."""
     if not isinstance(layer, LowRankLinear):
@@ -250,6 +284,7 @@ CHECKS: dict[tuple[str, str], Callable[[str, CompressedLayer, onnxruntime.Infere
     ("linear", "int8"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
     ("linear", "int4"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
     ("linear", "sparse"): lambda *args: (SparseCheck if args[1].settings["bits"] == 32 else StepsCheck)(*args),
+    ("conv2d", "int8"): ConvolutionCheck,
     ("conv2d", "sparse"): SparseCheck,
     ("linear", "low_rank"): StepsCheck,
     ("conv2d", "low_rank"): FactorsCheck,

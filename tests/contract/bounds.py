@@ -53,6 +53,12 @@ def within(case: Case, layer: Any, x: Tensor, y: Tensor) -> bool:
         bound = EPS * (len(down) + 2) * (up.abs() @ down.abs())[rows]
     else:
         exact, bound = rows.double() @ weight.decompress().double().T, slack(weight, rows)
+        if case.kind.dims > 1:  # not the rows are quantized, but what lies together in an item
+            items = case.kind.quantized_together(case.kind.items(x))
+            own = step(items, weight.settings().get("activation_bits")).repeat_interleave(
+                len(rows) // max(1, len(items)), 0
+            )
+            bound = bound + own * weight.decompress().double().abs().sum(1)
     if layer.bias is not None:
         exact, bound = exact + layer.bias.double(), bound + EPS * layer.bias.double().abs()
     bound += EPS * exact.abs() + 2.0**-126

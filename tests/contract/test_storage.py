@@ -374,6 +374,8 @@ def test_settings_of_another_weight_are_refused_or_mean_what_they_say(
                 message = "load: .*(expected|the model has no tensor|is missing)"
                 if known:
                     weight.from_tensors(shape, own, settings)
+                    if reason := type(model.layer).misfit(model.layer.geometry, settings):
+                        raise ValueError(reason)
             except ValueError as error:
                 known, message = False, f"layer layer: {re.escape(str(error))}"
             if not known:

@@ -6,6 +6,7 @@
 int main() {
   using namespace native;
   return run({{"int8", test_int8},
+              {"int8 conv", test_int8_conv},
               {"sparse kernels", test_sparse_kernels},
               {"sparse linear", test_sparse_linear},
               {"sparse conv", test_sparse_conv},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.ops.checks import FLOATS, check, matrix_of, vector
-from pycompress.ops.cpu import native
+from pycompress.ops.cpu import int8_conv, native
 from pycompress.ops.cpu.native import channels, split
 from pycompress.ops.form import Form, Sizes, parse, written
 
@@ -29,7 +29,7 @@ def pack(
     Args:
         parts: values int8 [n, k], in [-127, 127]; scale float32 [n].
         settings: activation_bits 7 or 8, the range of the activations that the packed weight will meet; 16: they stay floating
-            point.
+            point. convolution (kernel height, kernel width, groups) where the rows are those of a convolution: for that alone.
         layout: the name of a kernel (:func:`pycompress.ops.kernels`), to force it.
     Raises:
         ValueError: wrong dtype or shape, a -128, k > 65536, or a kernel that cannot run here.
@@ -41,6 +41,8 @@ def pack(
     check(bits in {7, 8, 16}, f"int8_pack: activation_bits is {bits}, expected 7, 8 or 16")
     values, scale = values.contiguous(), parts["scale"].detach().contiguous()
     channels("int8_pack", "scale", scale, shape[0])
+    if (convolution := settings.get("convolution")) is not None:
+        return int8_conv.pack(values, scale, bits, convolution, layout)
     data = native._C.int8_pack(values.data_ptr(), *shape, bits, layout, torch.get_num_threads())
     packed = vector(data, scale)
     own = native._C.int8_header(packed.data_ptr(), len(data))["layout"]
@@ -55,6 +57,8 @@ def _checked(op: str, packed: Tensor, form: str) -> tuple[Form, int, dict[str, A
 
 
 def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
+    if int8_conv.is_packed(form):
+        return int8_conv.unpack(packed, form)
     own, n_bytes, _ = _checked("int8_unpack", packed, form)
     values = packed.new_empty((own.n, own.k), dtype=torch.int8)
     native._C.int8_unpack(packed.data_ptr(), n_bytes, values.data_ptr())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pycompress import reference
-from pycompress.ops.checks import FLOATS, activation_code, check, check_float, rows_of, vector
+from pycompress.ops.checks import FLOATS, Ints, activation_code, check, conv2d_shape, rows_of, vector
 from pycompress.ops.cpu import native
 from pycompress.ops.cpu.native import channels, check_operand, split
 from pycompress.ops.form import Form, Sizes, parse, written
@@ -19,8 +19,6 @@ from pycompress.ops.form import Form, Sizes, parse, written
 # How a packed weight lies in memory. float32: rows (unstructured) and panels (16x1 blocks). int8: quads (unstructured), quads4
 # (1x4), windows (N of M) and chains (16x4: the int8 op's own layout).
 FORMATS = ("rows", "panels", "quads", "quads4", "windows", "chains")
-MAX_STEP = 65536  # of a convolution: its kernel's sides, strides and dilations
-Ints = Sequence[int]
 _VALUES = {32: torch.float32, 8: torch.int8}
 _CHECKED = ("n", "k", "nnz", "bits")
 
@@ -142,36 +140,12 @@ def accumulate(x: Tensor, packed: Tensor, form: str) -> tuple[Tensor, Tensor, Te
     return native.accumulate("sparse", x, packed, form, _split("sparse_accumulate", packed, own)[0])
 
 
-def conv2d_shape(x: Tensor, n: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints) -> tuple[int, ...]:
-    """Of the result: [..., n, out_h, out_w] for x [..., channels, height, width]."""
-    check_float("sparse_conv2d", x)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"sparse_conv2d: x is {list(x.shape)}, expected [N, C, H, W] or [C, H, W]")
-    pairs = (*kernel_size, *stride, *dilation)
-    counts = len(kernel_size), len(stride), len(dilation), len(padding)
-    if counts != (2, 2, 2, 4) or min(pairs) < 1 or min(padding) < 0 or max(pairs) > MAX_STEP:
-        raise ValueError(
-            f"sparse_conv2d: kernel_size is {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation "
-            f"{tuple(dilation)}, expected two numbers from 1 to {MAX_STEP} of each, of padding four from 0"
-        )
-    *images, _, height, width = x.shape
-    height += padding[0] + padding[1]
-    width += padding[2] + padding[3]
-    reach_h, reach_w = dilation[0] * (kernel_size[0] - 1) + 1, dilation[1] * (kernel_size[1] - 1) + 1
-    if height < reach_h or width < reach_w:
-        raise ValueError(
-            f"sparse_conv2d: x with its padding is {height}x{width}, expected at least {reach_h}x{reach_w}, as far as the "
-            "kernel reaches"
-        )
-    return (*images, n, (height - reach_h) // stride[0] + 1, (width - reach_w) // stride[1] + 1)
-
-
 def conv2d(
     x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints,
     dilation: Ints, activation: str,
 ) -> Tensor:  # fmt: skip
     own, op = parse(form), "sparse_conv2d"
-    shape = conv2d_shape(x, own.n, kernel_size, stride, padding, dilation)
+    shape = conv2d_shape(op, x, own.n, kernel_size, stride, padding, dilation)
     x, _ = rows_of(op, x)  # of more than two dimensions: contiguous
     code = activation_code(op, activation)
     n_bytes, _ = _split(op, packed, own)

@@ -13,6 +13,12 @@ from pycompress.reference.extension.int8 import (
     int8_round,
     int8_unpack,
 )
+from pycompress.reference.extension.int8_conv import (
+    int8_conv2d,
+    int8_conv2d_header,
+    int8_conv2d_pack,
+    int8_conv2d_unpack,
+)
 from pycompress.reference.extension.low_rank import low_rank_header, low_rank_linear, low_rank_pack, low_rank_unpack
 from pycompress.reference.extension.sparse import (
     SPARSE_FORMATS,
@@ -33,6 +39,10 @@ __all__ = [
     "int4_linear",
     "int4_pack",
     "int4_unpack",
+    "int8_conv2d",
+    "int8_conv2d_header",
+    "int8_conv2d_pack",
+    "int8_conv2d_unpack",
     "int8_header",
     "int8_linear",
     "int8_pack",
@@ -60,7 +70,7 @@ def kernels() -> list[dict[str, Any]]:
     return [
         {"op": "int8", **numba},
         *sparse,
-        *({"op": op, **numba} for op in ("dense", "int4", "weight_only", "embed", "pool")),
+        *({"op": op, **numba} for op in ("int8_conv2d", "dense", "int4", "weight_only", "embed", "pool")),
     ]
 
 

@@ -1,0 +1,80 @@
+#include "../conv/conv.h"
+
+#include "../common/check.h"
+#include "../conv/pack.h"
+#include "python.h"
+
+namespace pycompress {
+namespace {
+
+void int8_conv2d(uintptr_t x, int type, bool channels_last, int64_t images, int64_t channels, int64_t height,
+                 int64_t width, uintptr_t packed, int64_t packed_bytes, int64_t n, uintptr_t weight_scale,
+                 uintptr_t bias, int activation, int64_t stride_h, int64_t stride_w, int64_t pad_top, int64_t pad_left,
+                 int64_t dilation_h, int64_t dilation_w, int64_t out_h, int64_t out_w, uintptr_t y, int y_type,
+                 uintptr_t scale, uintptr_t zero_point, int threads) {
+  const conv::Convolution problem{pointer<const void>(x),
+                                  static_cast<Type>(type),
+                                  channels_last,
+                                  images,
+                                  channels,
+                                  height,
+                                  width,
+                                  pointer<const uint8_t>(packed),
+                                  packed_bytes,
+                                  n,
+                                  pointer<const float>(weight_scale),
+                                  pointer<const float>(bias),
+                                  static_cast<Activation>(activation),
+                                  stride_h,
+                                  stride_w,
+                                  pad_top,
+                                  pad_left,
+                                  dilation_h,
+                                  dilation_w,
+                                  out_h,
+                                  out_w,
+                                  pointer<void>(y),
+                                  static_cast<Type>(y_type),
+                                  pointer<float>(scale),
+                                  pointer<int32_t>(zero_point),
+                                  threads};
+  const MaybeReleaseGil gil(images * out_h * out_w * n * channels > kReleaseGil);
+  conv::conv2d(problem);
+}
+
+py::bytes int8_conv2d_pack(uintptr_t values, int64_t n, int64_t channels, int64_t groups, int64_t kernel_h,
+                           int64_t kernel_w, int activation_bits, const std::string& kernel, int threads) {
+  const int8::Kernel& chosen = kernel.empty() ? int8::best_kernel() : int8::kernel_named(kernel.c_str());
+  std::vector<uint8_t> packed;
+  {
+    py::gil_scoped_release release;
+    packed = conv::pack(chosen, pointer<const int8_t>(values), n, channels, groups, kernel_h, kernel_w, activation_bits,
+                        threads);
+  }
+  return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
+}
+
+py::dict int8_conv2d_header(uintptr_t packed, int64_t bytes) {
+  const conv::Header& header = conv::header_of(pointer<const uint8_t>(packed), bytes);
+  py::dict result;
+  result["n"] = header.n;
+  result["k"] = header.k();
+  result["groups"] = header.groups;
+  result["kernel_h"] = header.kernel_h;
+  result["kernel_w"] = header.kernel_w;
+  result["activation_bits"] = header.activation_bits;
+  return result;
+}
+
+}  // namespace
+
+void bind_conv(py::module_& m) {
+  m.def("int8_conv2d", &int8_conv2d);
+  m.def("int8_conv2d_pack", &int8_conv2d_pack);
+  m.def("int8_conv2d_header", &int8_conv2d_header);
+  m.def("int8_conv2d_unpack", [](uintptr_t packed, int64_t bytes, uintptr_t values) {
+    conv::unpack(pointer<const uint8_t>(packed), bytes, pointer<int8_t>(values));
+  });
+}
+
+}  // namespace pycompress

@@ -1,0 +1,368 @@
+// The driver: ranges, quantized images, rows of them copied for each tile, which thread does what.
+#include "conv.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../common/check.h"
+#include "../common/kernels.h"
+#include "../common/parallel.h"
+#include "../common/round.h"
+#include "../common/scratch.h"
+#include "../int8/pack.h"
+#include "kernel_list.h"
+#include "pack.h"
+#include "phases.h"
+
+namespace pycompress::conv {
+namespace {
+
+constexpr double kSerialOperations = 1.5e6;  // as int8/gemm.cpp
+constexpr int64_t kTaskRows = 64, kFewRows = 16, kTasksPerThread = 4;
+constexpr int64_t kTogether = 1 << 20;      // bytes of quantized images that are computed at once: they stay in the L2
+constexpr int64_t kRoomFloats = 48 * 1024;  // of a depthwise task
+constexpr int64_t kBehind = 128;            // bytes behind the last image: tiles read in steps
+constexpr int64_t kChunk = 1 << 15;         // values of an image whose extremes one thread finds at a time
+
+thread_local Scratch scratch, images_room;
+
+// What the whole image is: the quantizer of int8/gemm.h for one long row.
+Range range_of(const Extremes& e, int amax) {
+  Range range{e.finite ? 0.0f : NAN, 0.0f, 0};
+  const float half = 0.5f * e.high - 0.5f * e.low, half_max = 0.5f * static_cast<float>(amax);
+  if (!e.finite || half < 0x1p-100f) return range;
+  range.inverse = half_max / half;
+  range.scale = half / half_max;
+  const int zero = static_cast<int>(std::nearbyint(-e.low * range.inverse));
+  range.zero_point = std::clamp(zero, 0, amax);
+  return range;
+}
+
+// As tasks of `threads`, taken as they come: the cores of a shared machine are not equally fast.
+template <class F>
+void each(int64_t tasks, int threads, F&& f) {
+  std::atomic<int64_t> next{0};
+  parallel(static_cast<int>(std::min<int64_t>(threads, tasks)), [&](int, int) {
+    for (int64_t t = next++; t < tasks; t = next++) f(t);
+  });
+}
+
+std::vector<Range> ranges_of(const Convolution& p, const Kernel& kernel, int amax, int threads) {
+  const int64_t count = p.channels * p.height * p.width, chunks = divide_up(count, kChunk);
+  std::vector<Extremes> found(static_cast<size_t>(p.images * chunks));
+  each(p.images * chunks, threads, [&](int64_t t) {
+    const int64_t at = t % chunks * kChunk;
+    found[static_cast<size_t>(t)] =
+        kernel.extremes(value_of(p.x, p.type, t / chunks * count + at), p.type, std::min(kChunk, count - at));
+  });
+  std::vector<Range> ranges(static_cast<size_t>(p.images));
+  for (int64_t i = 0; i < p.images; ++i) {
+    Extremes all{0, 0, true};
+    for (int64_t j = 0; j < chunks; ++j) {
+      const Extremes& one = found[static_cast<size_t>(i * chunks + j)];
+      all = {std::min(all.low, one.low), std::max(all.high, one.high), all.finite && one.finite};
+    }
+    ranges[static_cast<size_t>(i)] = range_of(all, amax);
+  }
+  return ranges;
+}
+
+// --- depthwise ----------------------------------------------------------------------------------------------------
+
+void convolve_alone(const Convolution& p, const Header& header, const Kernel& kernel, int amax,
+                    const std::vector<Range>& ranges, int threads) {
+  const int64_t own = p.channels_last ? kChannels : 1, blocks = divide_up(p.channels, own);
+  int64_t rows = p.out_h;  // of y in a task: as many as its room has space for, and enough tasks for all threads
+  while (rows > 1 && depthwise_room(p, header.kernel_h, header.kernel_w, rows) > kRoomFloats) rows = divide_up(rows, 2);
+  while (rows > 4 && p.images * blocks * divide_up(p.out_h, rows) < kTasksPerThread * threads)
+    rows = divide_up(rows, 2);
+  const int64_t bands = divide_up(p.out_h, rows);
+  const size_t room = static_cast<size_t>(depthwise_room(p, header.kernel_h, header.kernel_w, rows)) * sizeof(float);
+  each(p.images * blocks * bands, threads, [&](int64_t t) {
+    const int64_t image = t / (blocks * bands), channel = t / bands % blocks * own, row = t % bands * rows;
+    kernel.depthwise({&p, header.kernel_h, header.kernel_w, amax, ranges[static_cast<size_t>(image)], image, channel,
+                      std::min(own, p.channels - channel), row, std::min(rows, p.out_h - row),
+                      reinterpret_cast<const int8_t*>(p.packed + header.parts),
+                      reinterpret_cast<float*>(scratch.reserve(room))});
+  });
+}
+
+// --- by the int8 product ------------------------------------------------------------------------------------------
+
+// The images as bytes, with the channels last and their zeros around them.
+struct Bytes {
+  int64_t height, width, channels;
+  uint8_t* data;
+  int64_t size() const { return height * width * channels; }
+};
+
+// Rows [row, row + rows) of an image with its zeros.
+void quantize_rows(const Convolution& p, const Kernel& kernel, int amax, const Range& range, int64_t image, int64_t row,
+                   int64_t rows, const Bytes& bytes, uint8_t* to) {
+  const auto zero = static_cast<uint8_t>(range.zero_point);
+  const int64_t line = bytes.width * bytes.channels, before = std::min(p.pad_left, bytes.width);
+  const int64_t left = before * p.channels, inside = std::min(p.width, bytes.width - before);
+  for (int64_t i = row; i < row + rows; ++i) {
+    uint8_t* out = to + i * line;
+    const int64_t y = i - p.pad_top;
+    if (y < 0 || y >= p.height) {
+      std::memset(out, zero, static_cast<size_t>(line));
+      continue;
+    }
+    std::memset(out, zero, static_cast<size_t>(left));
+    std::memset(out + left + inside * p.channels, zero, static_cast<size_t>(line - left - inside * p.channels));
+    if (p.channels_last)
+      kernel.quantize(value_of(p.x, p.type, (image * p.height + y) * p.width * p.channels), p.type, p.channels, inside,
+                      1, p.channels, range, amax, out + left, p.channels);
+    else
+      kernel.quantize(value_of(p.x, p.type, (image * p.channels * p.height + y) * p.width), p.type, p.channels, inside,
+                      p.height * p.width, 1, range, amax, out + left, p.channels);
+  }
+}
+
+// Copies in steps of 16 bytes: up to 15 behind the end are written, and read.
+inline void copy(const uint8_t* from, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i += 16) std::memcpy(to + i, from + i, 16);
+}
+
+// One thread's share: rows of a group, a position each, times panels of its weights.
+class Worker {
+ public:
+  Worker(const Convolution& p, const Header& header, const Kernel& kernel, const int8::Header& part,
+         const int8::Kernel& product, const Bytes& bytes, const Range* ranges, int64_t first_image, int64_t max_rows,
+         int64_t max_panels)
+      : p_(p),
+        header_(header),
+        kernel_(kernel),
+        part_(part),
+        product_(product),
+        bytes_(bytes),
+        ranges_(ranges),
+        first_image_(first_image),
+        shape_{part.k, part.versions},
+        in_place_(is_in_place()),
+        stride_(in_place_ ? bytes.channels : shape_.stride()) {
+    const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(product.nr);
+    const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
+    const size_t copied = in_place_ ? 0 : (static_cast<size_t>(stride_) * rows + 63) / 64 * 64;
+    const size_t line = (static_cast<size_t>(shape_.stride()) + 127) / 64 * 64;
+    uint8_t* room = scratch.reserve(copied + line + (sums + rows * nr + 2 * rows) * 4);
+    copied_ = room;
+    line_ = room + copied;
+    sums_ = reinterpret_cast<int32_t*>(line_ + line);
+    turned_ = sums_ + sums;
+    scale_ = reinterpret_cast<float*>(turned_ + rows * nr);
+    zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
+    if (product.begin != nullptr) product.begin();
+  }
+  ~Worker() {
+    if (product_.end != nullptr) product_.end();
+  }
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  // Rows are positions of y, those of all images in a line; a group's channels are `own` bytes from `channel` on.
+  void load(int64_t row, int rows, int64_t channel, int64_t own) {
+    if (row == row_) return;
+    row_ = row;
+    rows_ = rows;
+    const int64_t positions = p_.out_h * p_.out_w;
+    for (int i = 0; i < rows; ++i) {
+      const Range& range = ranges_[(row + i) / positions];
+      scale_[i] = range.scale;
+      zero_point_[i] = range.zero_point;
+    }
+    data_ = bytes_.data + row * bytes_.channels;
+    if (in_place_) return;
+    data_ = copied_;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t at = row + i, position = at % positions;
+      const uint8_t* from =
+          bytes_.data + at / positions * bytes_.size() + channel +
+          (position / p_.out_w * p_.stride_h * bytes_.width + position % p_.out_w * p_.stride_w) * bytes_.channels;
+      uint8_t* to = shape_.versions == 1 ? copied_ + i * stride_ : line_;
+      unfold(from, own, to);
+      if (shape_.versions != 1) kernel_.reorder(line_, shape_, copied_ + i * stride_);
+    }
+  }
+
+  // As int8/gemm.cpp: block by block of k, so that a panel's share stays in the L1 while the rows pass over it.
+  void multiply(int64_t first, int64_t end, int64_t first_channel) {
+    const int last = shape_.blocks() - 1;
+    for (int block = 0; block <= last; ++block)
+      for (int64_t panel = first; panel < end; ++panel) {
+        int32_t* sums = last == 0 ? sums_ : sums_ + (panel - first) * rows_ * product_.nr;
+        add_block(panel, block, sums);
+        if (block == last) finish(panel, sums, first_channel);
+      }
+  }
+
+ private:
+  bool is_in_place() const {
+    return header_.kernel_h == 1 && header_.kernel_w == 1 && header_.groups == 1 && p_.stride_h == 1 &&
+           p_.stride_w == 1 && bytes_.height == p_.out_h && bytes_.width == p_.out_w && part_.versions == 1;
+  }
+
+  void unfold(const uint8_t* from, int64_t own, uint8_t* to) const {
+    const int64_t line = bytes_.width * bytes_.channels;
+    const bool whole = p_.dilation_w == 1 && own == bytes_.channels;  // a row of the kernel lies in one piece
+    const int64_t count = whole ? header_.kernel_w * own : own, pieces = whole ? 1 : header_.kernel_w;
+    for (int r = 0; r < header_.kernel_h; ++r, from += p_.dilation_h * line)
+      for (int64_t s = 0; s < pieces; ++s, to += count) copy(from + s * p_.dilation_w * bytes_.channels, count, to);
+  }
+
+  void add_block(int64_t panel, int block, int32_t* sums) const {
+    const uint8_t* base = reinterpret_cast<const uint8_t*>(&part_);
+    const auto* blocks = reinterpret_cast<const uint64_t*>(base + part_.blocks) + panel * shape_.blocks();
+    const uint8_t* a = data_ + shape_.offset(block);
+    for (int i = 0; i < rows_; i += product_.mr)
+      product_.tile(a + i * stride_, stride_, std::min(product_.mr, rows_ - i), base + blocks[block],
+                    shape_.length(block), sums + i * product_.nr, block > 0);
+  }
+
+  void finish(int64_t panel, const int32_t* sums, int64_t first_channel) const {
+    const int nr = product_.nr;
+    const int64_t inside = panel * nr, n = first_channel + inside;
+    const int columns = static_cast<int>(std::min<int64_t>(nr, part_.n - inside));
+    const auto* column_sums =
+        reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(&part_) + part_.column_sums);
+    const int8::Epilogue epilogue{column_sums + inside,
+                                  p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
+                                  p_.bias == nullptr ? nullptr : p_.bias + n,
+                                  0,
+                                  scale_,
+                                  zero_point_,
+                                  p_.activation,
+                                  p_.y_type};
+    const int64_t positions = p_.out_h * p_.out_w, row = first_image_ * positions + row_;
+    if (p_.channels_last)
+      return product_.finish(sums, nr, rows_, columns, epilogue, value_of(p_.y, p_.y_type, row * p_.n + n), p_.n);
+    product_.finish(sums, nr, rows_, columns, epilogue, turned_, nr);
+    const size_t size = size_of(p_.y_type);
+    for (int i = 0; i < rows_;) {  // the rows of one image at a time
+      const int64_t image = (row + i) / positions, position = (row + i) % positions;
+      const int count = static_cast<int>(std::min<int64_t>(rows_ - i, positions - position));
+      kernel_.transpose(value_of(turned_, p_.y_type, i * nr), nr, count, columns, size,
+                        value_of(p_.y, p_.y_type, (image * p_.n + n) * positions + position), positions);
+      i += count;
+    }
+  }
+
+  const Convolution& p_;
+  const Header& header_;
+  const Kernel& kernel_;
+  const int8::Header& part_;
+  const int8::Kernel& product_;
+  const Bytes& bytes_;
+  const Range* ranges_;
+  const int64_t first_image_;
+  const int8::ActivationShape shape_;
+  const bool in_place_;
+  const int64_t stride_;
+  uint8_t *copied_, *line_;
+  const uint8_t* data_ = nullptr;
+  int32_t *sums_, *turned_, *zero_point_;
+  float* scale_;
+  int64_t row_ = -1;
+  int rows_ = 0;
+};
+
+const int8::Kernel& product_for(const int8::Header& part) {
+  const int8::Kernel* found = int8::kernels().first(
+      [&](const int8::Kernel& kernel) { return kernel.layout == part.layout && kernel.nr == part.nr; });
+  check(found != nullptr,
+        "packed int8 convolution: it was packed for an instruction set that this processor lacks or PYCOMPRESS_ISA "
+        "excludes, or for another kernel than the one that is forced; pack the canonical weight again here");
+  return *found;
+}
+
+// Images [first, first + images), which are quantized into `bytes`, by one group of channels after the other.
+void convolve(const Convolution& p, const Header& header, const Kernel& kernel, const Bytes& bytes, const Range* ranges,
+              int64_t first, int64_t images, int threads) {
+  const int64_t m = images * p.out_h * p.out_w, own = header.channels / header.groups, out = header.n / header.groups;
+  const Part front = part_of(p.packed, header, 0);
+  const int8::Kernel& product = product_for(int8::header_of(front.packed, front.bytes));
+  const int64_t panels = divide_up(out, product.nr);
+  int64_t rows = std::clamp<int64_t>(divide_up(m, kTasksPerThread * threads), kFewRows, kTaskRows);
+  int64_t panel_tasks = 1;
+  if (m < threads * kFewRows && threads > 1) panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
+  rows = round_up<int64_t>(divide_up(m, divide_up(m, rows)), product.mr);
+  if (threads > 1 && divide_up(m, rows) * header.groups < threads)
+    panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
+  const int64_t task_panels = divide_up(panels, panel_tasks), row_tasks = divide_up(m, rows);
+  const int64_t group_tasks = row_tasks * panel_tasks;
+  std::atomic<int64_t> next{0};
+  const int team = static_cast<int>(std::min<int64_t>(threads, group_tasks * header.groups));
+  parallel(team, [&](int, int) {
+    int64_t t = next++;
+    while (t < group_tasks * header.groups) {
+      const int64_t group = t / group_tasks;
+      const Part packed = part_of(p.packed, header, group);
+      Worker worker(p, header, kernel, *reinterpret_cast<const int8::Header*>(packed.packed), product, bytes, ranges,
+                    first, std::min(rows, m), task_panels);
+      for (; t < (group + 1) * group_tasks; t = next++) {
+        const int64_t inside = t % group_tasks, row = inside / panel_tasks * rows,
+                      panel = inside % panel_tasks * task_panels;
+        worker.load(row, static_cast<int>(std::min(rows, m - row)), group * own, own);
+        worker.multiply(panel, std::min(panels, panel + task_panels), group * out);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+int64_t depthwise_room(const Convolution& problem, int kernel_h, int kernel_w, int64_t rows) {
+  const Phases phases(problem, kernel_h, kernel_w, rows);
+  return phases.floats() + static_cast<int64_t>(kernel_h) * kernel_w * (2 + phases.lanes);  // and the taps
+}
+
+Kernels<Kernel>& kernels() {
+  static constexpr const Kernel* best_first[] = {
+#if defined(PYCOMPRESS_X86)
+      &kAvx512, &kAvx2,
+#endif
+      &kScalar};
+  static Kernels<Kernel> all{"int8_conv2d", best_first};
+  return all;
+}
+
+void conv2d(const Convolution& p) {
+  const Header& header = header_of(p.packed, p.packed_bytes);
+  check(p.channels == header.channels && p.n == header.n, "int8_conv2d: x has ", p.channels, " channels and y ", p.n,
+        ", the packed weight expects ", header.channels, " and ", header.n);
+  if (p.images == 0 || p.out_h == 0 || p.out_w == 0) return;
+  const Kernel& kernel = kernels().first();
+  const int amax = (1 << header.activation_bits) - 1;
+  int threads = usable_threads(p.threads);
+  const double operations =
+      2.0 * static_cast<double>(p.images * p.out_h * p.out_w) * static_cast<double>(p.n * header.k());
+  if (operations < kSerialOperations) threads = 1;
+  const std::vector<Range> ranges = ranges_of(p, kernel, amax, threads);
+  for (int64_t i = 0; i < p.images; ++i) {
+    if (p.scale != nullptr) p.scale[i] = ranges[static_cast<size_t>(i)].scale;
+    if (p.zero_point != nullptr) p.zero_point[i] = ranges[static_cast<size_t>(i)].zero_point;
+  }
+  if (header.depthwise()) return convolve_alone(p, header, kernel, amax, ranges, threads);
+
+  Bytes bytes{(p.out_h - 1) * p.stride_h + (header.kernel_h - 1) * p.dilation_h + 1,
+              (p.out_w - 1) * p.stride_w + (header.kernel_w - 1) * p.dilation_w + 1, p.channels, nullptr};
+  const int64_t together = std::clamp<int64_t>(kTogether / bytes.size(), 1, p.images);
+  bytes.data = images_room.reserve(static_cast<size_t>(together * bytes.size() + kBehind));
+  for (int64_t first = 0; first < p.images; first += together) {
+    const int64_t images = std::min(together, p.images - first);
+    const int64_t band = std::max<int64_t>(1, kChunk / (bytes.width * bytes.channels)),
+                  bands = divide_up(bytes.height, band);
+    each(images * bands, threads, [&](int64_t t) {
+      const int64_t i = t / bands, row = t % bands * band;
+      quantize_rows(p, kernel, amax, ranges[static_cast<size_t>(first + i)], first + i, row,
+                    std::min(band, bytes.height - row), bytes, bytes.data + i * bytes.size());
+    });
+    convolve(p, header, kernel, bytes, ranges.data() + first, first, images, threads);
+  }
+}
+
+}  // namespace pycompress::conv

@@ -1,0 +1,50 @@
+"""``Int8Conv2d``: an ``nn.Conv2d`` whose weight is int8 and whose product runs in the int8 kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycompress import ops
+from pycompress.kinds import Conv2dGeometry
+from pycompress.methods.int8 import Int8
+from pycompress.nn.conv import CompressedConv2d
+from pycompress.nn.layer import setting
+from pycompress.weights import Int8Weight
+
+
+class Int8Conv2d(CompressedConv2d):
+    """``act(conv2d(x, W) + b)`` with int8 weights; activations are quantized per image as they come. Any groups.
+
+    An image with NaN or Inf gives an image of NaN. The result lies channels last where the input does.
+
+    State: ``int8_values`` [out_channels, in_channels / groups * height * width], ``int8_scale`` float32 [out_channels].
+    """
+
+    weight_type = Int8Weight
+    default_method = Int8()
+    op = ops.OPS["int8"]
+
+    activation_bits: int = setting("activation_bits", "8 or 7.")
+    weight_bits: int = setting("weight_bits", "8 or 7.")
+
+    @classmethod
+    def misfit(cls, geometry: Conv2dGeometry, settings: Mapping[str, Any] | None = None) -> str:  # noqa: ARG003
+        if settings is not None and settings["activation_bits"] == 16:
+            return "activation_bits is 16, expected 8 or 7: int8 weights alone have no convolution yet"
+        return ""
+
+    def _pack(self, parts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, str]:
+        assert self.op is not None
+        convolution = (*self.geometry.kernel_size, self.geometry.groups)
+        return self.op.pack(parts, (self.n, self.k), {**self.settings, "convolution": convolution}, device)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
+        own, to = self._buffers, self.geometry
+        return ops.int8_conv2d(
+            input, own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, to.groups,  # type: ignore[arg-type]
+            self.activation,
+        )  # fmt: skip

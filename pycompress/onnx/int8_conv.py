@@ -1,0 +1,48 @@
+"""The int8 convolution in ONNX operators."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from pycompress.nn.int8_conv import Int8Conv2d
+from pycompress.onnx.graph import Graph, array
+from pycompress.onnx.int8 import integers, poisoned, quantized, without_broken
+
+AXES = [1, 2, 3]  # an image
+
+
+def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
+    """x float32 [images, in_channels, height, width] -> y float32 [images, out_channels, its height, its width].
+
+    Shown besides are q, uint8 of x's shape, the quantized images, and acc, int32 of y's shape: the sums of (q - zero point) times
+    the weights. They, and y after the activations none and relu, are the layer's own to the bit; an image with NaN or Inf gives
+    zeros in q and acc and NaN in y.
+
+    A ConvInteger has one zero point for all images, so q goes without one: around it lie its own zero points, which an image's
+    zero is, and what they add to all sums, the zero point times the sum of the weights, is taken off behind it.
+    """
+    values, weight_scale, amax = integers(layer.canonical())
+    geometry, n = layer.geometry, layer.n
+    clean, broken = without_broken(graph, x, AXES)
+    q, scale, zero_point = quantized(graph, clean, amax, "q", AXES)
+    top, bottom, left, right = geometry.sides
+    # Pad takes one number for all images: zeros around q - zero point, as integers.
+    zero = graph.node("Cast", zero_point, to=TensorProto.INT32)
+    inside = graph.node("Sub", graph.node("Cast", q, to=TensorProto.INT32), zero)
+    sides = graph.constant("sides", [0, 0, top, left, 0, 0, bottom, right], np.int64)
+    wide = graph.node("Add", graph.node("Pad", inside, sides), zero)
+    weight = graph.weight("weight", values.reshape(n, -1, *geometry.kernel_size))
+    sums = graph.node(
+        "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), weight, kernel_shape=geometry.kernel_size,
+        strides=geometry.stride, dilations=geometry.dilation, group=geometry.groups,
+    )  # fmt: skip
+    column_sum = graph.constant("column_sum", values.sum(axis=1, dtype=np.int32)[None, :, None, None], np.int32)
+    acc = graph.node("Sub", sums, graph.node("Mul", zero, column_sum), output="acc")
+    graph.show(q, TensorProto.UINT8, "images", geometry.in_channels, "height", "width")
+    graph.show(acc, TensorProto.INT32, "images", n, "out_height", "out_width")
+    v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
+    v = graph.node("Mul", v, graph.constant("weight_scale", weight_scale[None, :, None, None]))
+    if layer.bias32 is not None:
+        v = graph.node("Add", v, graph.constant("bias", array(layer.bias32)[None, :, None, None]))
+    return poisoned(graph, graph.activation(v, layer), broken)

@@ -1,0 +1,81 @@
+"""int8 convolutions: a header, then the values [n, k]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pycompress.reference import int8_conv
+from pycompress.reference.extension import memory
+
+
+def _is_valid(of: memory.Header) -> bool:
+    kernel = of["kernel_h"] * of["kernel_w"]
+    fits = kernel > 0 and of["groups"] > 0 and of["k"] % kernel == 0 and of["n"] % of["groups"] == 0
+    return memory.has_shape(of) and fits and of["activation_bits"] in (7, 8)
+
+
+LAYOUT = memory.Layout(
+    "int8_conv2d",
+    b"pyc.con1",
+    ("n", "k", "groups", "kernel_h", "kernel_w", "activation_bits"),
+    lambda of: {"values": (np.int8, (of["n"], of["k"]))},
+    _is_valid,
+)
+int8_conv2d_unpack = LAYOUT.unpack
+
+
+def int8_conv2d_header(packed: int, packed_bytes: int) -> dict[str, Any]:
+    return {**LAYOUT.read(packed, packed_bytes)[0]}
+
+
+def int8_conv2d_pack(
+    values: int, n: int, channels: int, groups: int, kernel_h: int, kernel_w: int, activation_bits: int, kernel: str,
+    _threads: int,
+) -> bytes:  # fmt: skip
+    if n < 1 or channels < 1 or groups < 1 or channels % groups or n % groups:
+        raise ValueError(
+            f"int8_conv2d_pack: groups is {groups}, expected a divisor of {channels} and {n} channels, from 1"
+        )
+    if (k := channels // groups * kernel_h * kernel_w) > memory.MAX_IN_FEATURES:
+        raise ValueError(f"int8_conv2d_pack: an output is made of {k} inputs, expected at most 65536")
+    if kernel not in ("", "numba"):
+        raise ValueError(f"no int8 kernel is named '{kernel}'")
+    if (memory.view(values, np.int8, n, k) == -128).any():
+        raise ValueError("int8_conv2d_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)")
+    numbers = (n, k, groups, kernel_h, kernel_w, activation_bits)
+    return LAYOUT.pack(dict(zip(LAYOUT.fields, numbers, strict=True)), values)
+
+
+def int8_conv2d(
+    x: int, x_type: int, channels_last: bool, images: int, channels: int, height: int, width: int, packed: int,
+    packed_bytes: int, n: int, weight_scale: int, bias: int, activation: int, stride_h: int, stride_w: int, pad_top: int,
+    pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, scale: int,
+    zero_point: int, _threads: int,
+) -> None:  # fmt: skip
+    header, parts = LAYOUT.read(packed, packed_bytes)
+    of = header["k"] // (header["kernel_h"] * header["kernel_w"]) * header["groups"]
+    if (channels, n) != (of, header["n"]):
+        raise ValueError(
+            f"int8_conv2d: x has {channels} channels and y {n}, the packed weight expects {of} and {header['n']}"
+        )
+    size = channels * height * width
+    planes = memory.load(x, x_type, images, size, size)
+    shape = (images, height, width, channels) if channels_last else (images, channels, height, width)
+    planes = planes.reshape(shape)
+    planes = np.ascontiguousarray(np.moveaxis(planes, -1, 1)) if channels_last else planes
+    q, scales, zeros = int8_conv.quantize(planes, 2 ** header["activation_bits"] - 1)
+    if images:
+        memory.view(scale, np.float32, images)[:] = scales
+        memory.view(zero_point, np.int32, images)[:] = zeros
+    acc = int8_conv.accumulate(
+        q, zeros, parts["values"], (header["kernel_h"], header["kernel_w"]), (stride_h, stride_w), (pad_top, pad_left),
+        (dilation_h, dilation_w), (out_h, out_w), header["groups"],
+    )  # fmt: skip
+    found = acc
+    if y_type != memory.INT32:
+        found = int8_conv.rescale(
+            acc, scales, memory.vector(weight_scale, n), memory.vector(bias, n) if bias else None, code=activation
+        )
+    return memory.store(y, y_type, np.ascontiguousarray(np.moveaxis(found, 1, -1)) if channels_last else found)
