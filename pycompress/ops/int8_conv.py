@@ -75,5 +75,5 @@ def int8_conv2d_accumulate(
         acc int32 [N, n, out height, out width], scale float32 [N], zero point int32 [N].
     """
     door = _DOORS.of("int8_conv2d_accumulate", x.device, x, packed, function="accumulate")
-    acc, scale, zero_point = door.accumulate(x, packed, form, None, kernel_size, stride, padding, dilation, groups)
+    acc, scale, zero_point = door.accumulate(x, packed, form, kernel_size, stride, padding, dilation, groups)
     return acc, scale, zero_point

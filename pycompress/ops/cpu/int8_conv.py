@@ -126,6 +126,8 @@ def conv2d(*operands: Any) -> Tensor:
     return _run(*operands)[0]
 
 
-def accumulate(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+def accumulate(
+    x: Tensor, packed: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sums int32 in the place of y, scale float32 [images], zero point int32 [images]."""
-    return _run(*operands, activation="none", dtype=torch.int32)
+    return _run(x, packed, form, None, kernel_size, stride, padding, dilation, groups, "none", torch.int32)
