@@ -4,6 +4,7 @@ from pycompress.calibration import calibrate
 from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.model import compress, summary
 from pycompress.nn import SparseConv2d, SparseLinear
+from pycompress.passes.fold_norm import fold_norms
 from pycompress.storage import load, save
 from pycompress.structure import Cut, fisher, shrink
 from pycompress.train import Distillation, Ramp, prepare, reconstruct
@@ -22,6 +23,7 @@ __all__ = [
     "calibrate",
     "compress",
     "fisher",
+    "fold_norms",
     "load",
     "prepare",
     "reconstruct",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,6 +12,7 @@ from pycompress import passes
 from pycompress.calibration import Calibration
 from pycompress.calls import Inputs, uncompiled
 from pycompress.copying import copied
+from pycompress.kinds import folded_into, mark_folded
 from pycompress.methods.bias import correction
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.made import Made
@@ -20,7 +21,8 @@ from pycompress.methods.notes import noted
 from pycompress.nn import CompressedLayer, layer_for
 from pycompress.nn.trained import as_dense, is_trained
 from pycompress.passes import whole
-from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, targets_of
+from pycompress.passes.fold_norm import fold_behind, note_left
+from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, settle_methods, targets_of
 from pycompress.progress import on_a_terminal, track
 from pycompress.race import keep_blocks_that_are_not_slower, keep_faster_layers, keep_what_makes_it_faster, replacements
 from pycompress.records import LayerRecord, Summary, leave_records, relative_error, summary
@@ -50,7 +52,10 @@ def _compressed(
             continue
         kind = layer_for(target.kind, weight.name)
         assert kind is not None
-        layer = kind.replacing(module, weight, record.activation)
+        dense = target.computing
+        layer = kind.replacing(dense, weight, record.activation)
+        if norms := folded_into(dense):
+            mark_folded(layer, norms)
         _correct_bias(layer, target, weight, means)
         layer.train(module.training)
         shares = target.tie is not None and layer.tie(ties.setdefault(target.tie, []))
@@ -102,6 +107,7 @@ def compress(
     blocks: bool = True,
     skip_padding: bool = False,
     correct_bias: bool = True,
+    fold_norms: bool = True,
 ) -> ModelT:
     """Replaces the layers that ``plan`` names by compressed ones. Everything that can fail fails before a layer is replaced.
 
@@ -133,6 +139,8 @@ def compress(
             would give numbers that nobody reads. All other tokens get what they would get in a sequence of their own.
         correct_bias: where the calibration saw a layer that has a bias, have the bias keep the mean of the outputs
             (:mod:`pycompress.methods.bias`).
+        fold_norms: fold a batch norm behind a layer into the layer before that is compressed, as :func:`fold_norms` does; in
+            evaluation mode only. The summary has the reason of each norm that stays.
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 
@@ -160,6 +168,7 @@ def compress(
     whole.check(blocks, skip_padding, "compress")
     options: dict[str, Any] = {"example_inputs": example_inputs, "only_if_faster": only_if_faster, "inplace": inplace}
     options |= {"progress": progress, "blocks": blocks, "skip_padding": skip_padding, "correct_bias": correct_bias}
+    without = () if fold_norms else (fold_behind,)
     if any(map(is_trained, model.modules())):
         return _frozen(model, plan, options)
     if plan is None:
@@ -170,7 +179,9 @@ def compress(
         raise ValueError("compress: the calibration is still running, expected its `with` block to have ended")
     given, model = model, uncompiled(model)  # type: ignore[assignment]
     with whole.without(model):
-        result = _replaced(model, plan, calibration, example_inputs, only_if_faster, inplace, progress, correct_bias)
+        result = _replaced(
+            model, plan, calibration, example_inputs, only_if_faster, inplace, progress, correct_bias, without
+        )
     whole.remove(result)
     if blocks:
         whole.install(result, skip_padding=skip_padding)
@@ -186,17 +197,21 @@ def _frozen(model: ModelT, plan: Plan | None, options: Mapping[str, Any]) -> Mod
         raise ValueError("compress: the model is prepared, expected no plan: compress(model) freezes what was trained")
     with as_dense(model) as weights:
         made: dict[int, Any] = {id(weight): Made(weight) for weight in weights.values()}
-        return compress(model, {name: made[id(weight)] for name, weight in weights.items()}, **options)
+        # (A weight that is made already takes no norm in.)
+        return compress(
+            model, {name: made[id(weight)] for name, weight in weights.items()}, **options, fold_norms=False
+        )
 
 
 def _replaced(
     model: ModelT, plan: Plan, calibration: Mapping[str, InputStatistics] | None, example_inputs: Inputs | None,
-    only_if_faster: bool, inplace: bool, progress: bool | None, correct_bias: bool,
+    only_if_faster: bool, inplace: bool, progress: bool | None, correct_bias: bool, without: Collection[passes.Pass],
 ) -> ModelT:  # fmt: skip
     """The model, or a copy of it, with compressed layers."""
-    targets = targets_of(model, plan, calibration)
+    targets = targets_of(model, plan)
     _keep_what_is_held_elsewhere(model, targets)
-    passes.run(model, _chosen(targets), example_inputs)
+    edits = passes.run(model, _chosen(targets), example_inputs, without=without)
+    settle_methods(targets, calibration)
     if inplace and any(target.module is model for target in _chosen(targets)):
         raise ValueError("compress: the model itself is the layer to replace, which cannot be done in place")
     count_shared_weights_once(targets)
@@ -210,7 +225,10 @@ def _replaced(
         if model not in layers:
             keep_what_makes_it_faster(model, _chosen(targets), layers, example_inputs)
     result = _with_layers(model, replacements(_chosen(targets), layers), inplace=inplace)
+    for target in targets:
+        target.record.dense_bytes += sum(norm.bytes for norm in target.norms)
     leave_records(result, [target.record for target in targets])
+    note_left(result, edits)
     switch_off_fast_paths(result)
     return result
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import ops
-from pycompress.kinds import Kind, alteration, kind_of
+from pycompress.kinds import Kind, alteration, folded, folded_into, kind_of, mark_folded, without_pruning
 from pycompress.measure import interleaved_us
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import (
@@ -36,6 +36,25 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 128  # of the input with which layers are measured where a method asks for it
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm that is folded into a layer; ``behind``: it takes the layer's results, else it gives its inputs."""
+
+    module: nn.Module
+    name: str
+    behind: bool = True
+
+    @property
+    def channels(self) -> int:
+        """How many it normalizes."""
+        return int(self.module.num_features)  # type: ignore[arg-type]
+
+    @property
+    def bytes(self) -> int:
+        """Of its parameters and buffers."""
+        return sum(one.numel() * one.element_size() for one in (*self.module.parameters(), *self.module.buffers()))
+
+
 @dataclass
 class Target:
     """One candidate module, under all the names that the model has for it."""
@@ -44,6 +63,7 @@ class Target:
     kind: Kind
     names: list[str]
     method: Method | None = None
+    norms: list[Norm] = field(default_factory=list)  # that are folded into its weight and bias
     fused: nn.Module | None = None  # the activation module that its kernel takes over
     tie: int | None = None  # number of the group of layers that share one weight
     record: LayerRecord = field(init=False)
@@ -60,9 +80,23 @@ class Target:
         return self.names[0] or "the model itself"
 
     @property
+    def computing(self) -> nn.Module:
+        """The module with its norms folded in, made anew at each call; or as it is."""
+        module = without_pruning(self.module) if self.norms else self.module
+        for norm in self.norms:
+            module = folded(module, norm.module, behind=norm.behind)
+            mark_folded(module, ", ".join(filter(None, [folded_into(module), norm.name])))
+        return module
+
+    @property
+    def last(self) -> nn.Module:
+        """Whose results are those of the layer that comes of it, but for an activation."""
+        return next((norm.module for norm in self.norms if norm.behind), self.module)
+
+    @property
     def dense(self) -> Tensor:
         """The weight [n, k] with which it computes."""
-        return self.kind.matrix(self.module)
+        return self.kind.matrix(self.computing)
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -73,21 +107,19 @@ class Target:
     def keep_dense(self, reason: str) -> None:
         """Takes the method away again; times that were measured stay on record."""
         old = self.record
-        self.method, self.fused = None, None
+        self.method, self.norms, self.fused = None, [], None
         self.record = LayerRecord(
             old.name, old.kind, old.shape, old.dense_bytes, reason=reason, bytes=old.dense_bytes, dense_us=old.dense_us, us=old.us,
         )  # fmt: skip
 
 
-def targets_of(model: nn.Module, plan: Plan, calibration: Mapping[str, InputStatistics] | None = None) -> list[Target]:
+def targets_of(model: nn.Module, plan: Plan) -> list[Target]:
     """All layers of a known kind; those that the plan compresses, and that can be, have a method.
 
-    Kinds that are no candidates of every plan are among them where a method of the plan takes any. Methods that make use of inputs
-    have those of their layer.
+    Kinds that are no candidates of every plan are among them where a method of the plan takes any.
 
     Raises:
-        TypeError, ValueError: a plan that is none, that fits nothing, a weight that cannot be compressed, a layer whose inputs were
-            never seen. The model is only looked at: whatever can stop a compression stops it here.
+        TypeError, ValueError: a plan that is none, that fits nothing, or that is for a layer which is not on the CPU.
     """
     rules = _rules(plan)
     methods = [method for method in rules.values() if method is not None]
@@ -97,6 +129,20 @@ def targets_of(model: nn.Module, plan: Plan, calibration: Mapping[str, InputStat
     for target in targets:
         if target.method is not None and (reason := _why_dense(target, model, owners)):
             target.keep_dense(reason)
+    for target in targets:
+        if target.method is not None and (device := target.kind.stored(target.module).device).type != "cpu":
+            raise ValueError(f"compress: {target.name} is on {device}, expected the CPU, where the kernels run")
+    return targets
+
+
+def settle_methods(targets: list[Target], calibration: Mapping[str, InputStatistics] | None = None) -> None:
+    """Gives each target the method for the weight with which it computes: those that look at all their layers have seen them, those
+    that make use of inputs have those of their layer. Some are refused then.
+
+    Raises:
+        ValueError: a weight that cannot be compressed, a layer whose inputs were never seen. Layers are only looked at: whatever
+            can stop a compression stops it here, or in :func:`targets_of`.
+    """
     chosen = [target for target in targets if target.method is not None]
     _check_weights(chosen)
     _look_at_all_layers(chosen, calibration)
@@ -104,7 +150,6 @@ def targets_of(model: nn.Module, plan: Plan, calibration: Mapping[str, InputStat
     chosen = [target for target in chosen if target.method is not None]
     if calibration is not None:
         _give_inputs(chosen, calibration)
-    return targets
 
 
 def _candidates(model: nn.Module, methods: list[Method]) -> list[Target]:
@@ -247,12 +292,10 @@ def _check_weights(targets: list[Target]) -> None:
     """Everything that could stop a compression later stops it here, before the model is touched."""
     seen: set[tuple[int, int, int]] = set()
     for target in targets:
-        device = target.kind.stored(target.module).device
-        if device.type != "cpu":
-            raise ValueError(f"compress: {target.name} is on {device}, expected the CPU, where the kernels run")
-        weight = None if target.key in seen else target.dense
+        module = target.computing
+        weight = None if target.key in seen else target.kind.matrix(module)
         seen.add(target.key)
-        for kind, tensor in (("weight", weight), ("bias", target.kind.bias(target.module))):
+        for kind, tensor in (("weight", weight), ("bias", target.kind.bias(module))):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"compress: the {kind} of {target.name} holds NaN or Inf, expected finite values")
 

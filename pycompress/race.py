@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.calls import Inputs, call_model, evaluating, only_argument
-from pycompress.kinds import without_pruning
+from pycompress.kinds import emptied, without_pruning
 from pycompress.measure import interleaved_us
 from pycompress.nn import CompressedLayer
 from pycompress.nn.block import LEFT, Block, become_block, become_original
@@ -31,6 +31,8 @@ def replacements(targets: Iterable[Target], layers: Layers) -> dict[nn.Module, n
     places: dict[nn.Module, nn.Module] = {}
     for target in targets:
         places[target.module] = layers[target.module]
+        for norm in target.norms:
+            places[norm.module] = emptied(norm.channels)
         if target.fused is not None:
             places[target.fused] = nn.Identity()
     return places
@@ -75,6 +77,7 @@ def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> di
 def _layer_us(target: Target, layer: CompressedLayer, shapes: list[Tensor]) -> tuple[float, float]:
     """Of all calls together, dense and compressed."""
     steps = [without_pruning(target.module)]  # dense without torch's masks: these need not be applied at each call
+    steps += [norm.module for norm in target.norms]
     if target.fused is not None:
         steps.append(target.fused)
 

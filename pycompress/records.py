@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress.calls import uncompiled
-from pycompress.kinds import kind_of
+from pycompress.kinds import folded_into, kind_of, why_unfolded
 from pycompress.nn import CompressedLayer
 from pycompress.nn.block import LEFT, block_of
 from pycompress.nn.layer import RECORD
@@ -31,7 +31,7 @@ class LayerRecord:
         density: of a sparse layer: the share of its weights that is non-zero.
         rank: of a low-rank layer with two factors.
         bits: of a sparse or a low-rank layer: what one of its weights (in the factors) takes, 32 or 8.
-        note: what else there is to say of a compressed layer.
+        note: what else there is to say of a compressed layer, or of one into which a norm is folded.
     """
 
     name: str
@@ -156,15 +156,15 @@ class Summary:
         return (
             layer.name or "(the model)", "x".join(map(str, layer.shape)), layer.label + fused,
             f"{layer.bytes:,}", f"{layer.bytes / max(layer.dense_bytes, 1):.2f}", number(layer.error, ".4g"),
-            number(layer.dense_us, ".0f"), number(layer.us, ".0f"), layer.reason or layer.note,
+            number(layer.dense_us, ".0f"), number(layer.us, ".0f"), "; ".join(filter(None, [layer.reason, layer.note])),
         )  # fmt: skip
 
 
 def _alike(others: list[LayerRecord]) -> list[LayerRecord]:
     """One record, named by their number, for all of a class that were left alone for one reason."""
-    groups: dict[tuple[str, str], list[LayerRecord]] = {}
+    groups: dict[tuple[str, str, str], list[LayerRecord]] = {}
     for record in others:
-        groups.setdefault((record.kind, record.reason), []).append(record)
+        groups.setdefault((record.kind, record.reason, record.note), []).append(record)
     return [
         group[0]
         if len(group) == 1
@@ -201,15 +201,23 @@ def summary(model: nn.Module) -> Summary:
         record = vars(module).get(RECORD)
         if isinstance(module, CompressedLayer):
             shares = all(tensor is not module.packed for tensor in tensors.values())
-            layers.append(_compressed(name, module, record, shares))
+            layers.append(_noted(_compressed(name, module, record, shares), module))
         elif record is not None:
             size = sum(map(_bytes, tensors.values()))
-            layers.append(replace(record, name=name, dense_bytes=size, bytes=size))
+            layers.append(_noted(replace(record, name=name, dense_bytes=size, bytes=size), module))
         elif tensors:
             size, largest = sum(map(_bytes, tensors.values())), max(tensors.values(), key=_bytes)
             why = _why(module, tensors)
-            others.append(LayerRecord(name, type(module).__name__, _shape(largest), size, reason=why, bytes=size))
+            other = LayerRecord(name, type(module).__name__, _shape(largest), size, reason=why, bytes=size)
+            others.append(_noted(other, module))
     return Summary(layers, others, blocks)
+
+
+def _noted(record: LayerRecord, module: nn.Module) -> LayerRecord:
+    """With the norms that are folded into a layer."""
+    if norms := folded_into(module):
+        return replace(record, note="; ".join(filter(None, [f"folded in: {norms}", record.note])))
+    return record
 
 
 def _compressed(name: str, layer: CompressedLayer, record: LayerRecord | None, shares_weight: bool) -> LayerRecord:
@@ -228,6 +236,8 @@ def _why(module: nn.Module, tensors: dict[str, Tensor]) -> str:
         return "its parameters are not initialized yet"
     if (kind := kind_of(module)) is not None:
         return kind.misfit(module) or "no plan was for it"
+    if reason := why_unfolded(module):
+        return f"not folded: {reason}"
     if isinstance(module, nn.MultiheadAttention):
         return "it reads its weights itself"
     if not any(module._parameters.get(name) is not None for name in tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,12 @@ def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
 def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     """The compressed layers of a model by name, each module once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLayer)}
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules have."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, count in owners.items() if count > 1}
 
 
 def held_elsewhere(model: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, list[str]]:

@@ -44,8 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "replacing": set(),
     "calibration": {"calls", "state", "kinds", "methods", "surgery", "replacing"},
     "plan": HOUSE | {"records", "measure"},
-    "passes": HOUSE | {"plan"},
     "copying": {"references"},
+    "passes": HOUSE | {"plan", "copying"},
     "progress": set(),
     "race": HOUSE | {"state", "plan", "passes", "measure", "progress"},
     "model": HOUSE | {"passes", "race", "copying", "progress", "plan", "records", "calibration"},
@@ -58,10 +58,10 @@ ALLOWED: dict[str, set[str]] = {
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
     "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
-    "__init__": HOUSE | {"train", "validation", "storage", "model", "calibration", "structure"},
+    "__init__": HOUSE | {"train", "validation", "storage", "model", "passes", "calibration", "structure"},
 }
 CHAIN = [
-    "structure", "model", "race", "copying", "passes", "plan", "calibration", "records", "surgery", "references", "calls", "state",
+    "structure", "model", "race", "passes", "plan", "calibration", "records", "copying", "surgery", "references", "calls", "state",
     "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
 ]  # fmt: skip
 ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations"}

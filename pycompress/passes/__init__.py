@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from torch import nn
 
 from pycompress.calls import Inputs
-from pycompress.passes import activations
+from pycompress.passes import activations, fold_norm
 from pycompress.passes.edit import Edit
-from pycompress.passes.trial import agreeing
+from pycompress.passes.trial import tried
 from pycompress.plan import Target
 
-Pass = Callable[[nn.Module, Sequence[Target]], list[Edit]]
-PASSES: list[Pass] = [activations.take_over]
+Pass = Callable[[nn.Module, Sequence[Target], Inputs | None], Sequence[Edit]]
+PASSES: list[Pass] = [fold_norm.fold_behind, activations.take_over]  # (an activation may follow a norm)
 
 __all__ = ["PASSES", "Edit", "Pass", "run"]
 
 
-def run(model: nn.Module, targets: Sequence[Target], inputs: Inputs | None = None) -> None:
-    """All passes, one behind the other; each sees what those before it made of the targets. Edits after which the model would
-    compute something else on ``inputs`` are left out."""
+def run(
+    model: nn.Module, targets: Sequence[Target], inputs: Inputs | None = None, *, without: Collection[Any] = ()
+) -> list[Edit]:  # fmt: skip
+    """All passes but some, one behind the other; each sees what those before it made of the targets. Edits after which the model
+    would compute something else on ``inputs`` are left out. Returns all edits."""
+    edits: list[Edit] = []
     for one in PASSES:
-        edits = one(model, targets)
-        if edits and inputs is not None:
-            edits = agreeing(model, edits, inputs)
-        for edit in edits:
+        own = tried(model, one(model, targets, inputs), inputs) if one not in without else []
+        for edit in own:
             edit.apply()
+        edits += own
+    return edits

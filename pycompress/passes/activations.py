@@ -12,9 +12,10 @@ from itertools import pairwise
 
 from torch import nn
 
+from pycompress.calls import Inputs
 from pycompress.kinds import has_foreign_hooks, replaced_code
 from pycompress.passes.code import Code
-from pycompress.passes.edit import Edit
+from pycompress.passes.edit import TakeActivation
 from pycompress.plan import Target
 from pycompress.references import References, held
 from pycompress.surgery import names_of
@@ -50,30 +51,38 @@ def activation_name(module: nn.Module) -> str | None:
     return None
 
 
-def take_over(model: nn.Module, targets: Sequence[Target]) -> list[Edit]:
-    """An activation that follows a layer wherever it is used becomes the layer's; the module leaves its place.
+def take_over(model: nn.Module, targets: Sequence[Target], _: Inputs | None = None) -> list[TakeActivation]:
+    """An activation that follows a layer wherever it is used becomes the layer's; the module leaves its place. A norm that is
+    folded into the layer counts as the layer.
 
     Left out are layers and activations that the model holds in more than one place or calls in more than one, that have hooks, or
     with which code may do what cannot be seen. Calls from outside the model cannot be seen from here.
     """
-    layers = {target.module: target for target in targets if target.kind.epilogue}
+    layers = {target.last: target for target in targets if target.kind.epilogue}
     parents = [
         module
         for module in model.modules()
         if any(child in layers for child in module.children()) and any(map(activation_name, module.children()))
     ]
+    return [
+        TakeActivation(layers[layer], activation, activation=name)
+        for layer, activation in read_pairs(model, parents)
+        if layer in layers
+        and (name := activation_name(activation))
+        and not has_foreign_hooks(activation)
+        and not replaced_code(activation)
+    ]
+
+
+def read_pairs(model: nn.Module, parents: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """Children of these modules of which, as the source says, the second gets all that the first gives, and only that. Both stand
+    in one place of the model, and no code may do with them what cannot be seen."""
     if not parents:
         return []
     code = Code(model)
-    pairs = [pair for parent in parents for pair in _pairs(model, parent, code) if pair[0] in layers]
+    pairs = [pair for parent in parents for pair in _pairs(model, parent, code)]
     places = Counter(one.module for one in held(References(model), {module for pair in pairs for module in pair}))
-    edits = []
-    for layer, activation in pairs:
-        hidden = any(id(module) in code.hidden or places[module] != 1 for module in (layer, activation))
-        name = activation_name(activation)
-        if name and not hidden and not has_foreign_hooks(activation) and not replaced_code(activation):
-            edits.append(Edit(layers[layer], activation=name, emptied=activation))
-    return edits
+    return [pair for pair in pairs if not any(id(one) in code.hidden or places[one] != 1 for one in pair)]
 
 
 def _pairs(model: nn.Module, parent: nn.Module, code: Code) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -3,25 +3,82 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from pycompress.plan import Target
+from pycompress.kinds.folded import items
+from pycompress.plan import Norm, Target
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Changes a target before it is compressed.
+    """Has a layer do itself what a module behind it does, which becomes an ``nn.Identity``.
 
     Attributes:
-        activation: what its kernel applies behind the product.
-        emptied: the module that does so now, and becomes an ``nn.Identity``.
+        target: the layer; None where it is none of the plan, and the module stays.
+        emptied: that module.
+        reason: why it stays after all, or ''.
+        behind: whether it takes the layer's results; else it gives its inputs.
+        done: what a reason says was done to it.
     """
 
-    target: Target
-    activation: str = "none"
-    emptied: nn.Module | None = None
+    done: ClassVar[str]
+    target: Target | None
+    emptied: nn.Module
+    reason: str = ""
+    behind: bool = True
+
+    def through(self, x: Tensor) -> Tensor:
+        """What the module does to a result of the layer, or to an input, as the layer would do it."""
+        raise NotImplementedError
+
+    def hook(self) -> RemovableHandle:
+        """Has the layer do in its calls what the module does."""
+        assert self.target is not None
+        if self.behind:
+            return self.target.last.register_forward_hook(lambda _, __, y: self.through(y))
+        return self.target.module.register_forward_pre_hook(lambda _, x: self.through(*x))
 
     def apply(self) -> None:
+        """Changes the target, or notes why not."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TakeActivation(Edit):
+    """Its kernel applies an activation behind the product."""
+
+    done = "fused"
+    activation: str = "none"
+
+    def through(self, x: Tensor) -> Tensor:
+        y: Tensor = type(self.emptied).forward(self.emptied, x)
+        return y
+
+    def apply(self) -> None:
+        assert self.target is not None
+        if self.reason:
+            self.target.record.note = f"{self.activation} stays beside it: {self.reason}"
+            return
         self.target.record.activation = self.activation
         self.target.fused = self.emptied
+
+
+@dataclass(frozen=True)
+class FoldNorm(Edit):
+    """Its weight and bias do what a batch norm does; where that stays, it says why itself: see :func:`fold_norm.note_left`."""
+
+    done = "folded"
+    name: str = ""
+
+    def through(self, x: Tensor) -> Tensor:
+        assert self.target is not None
+        y: Tensor = type(self.emptied).forward(self.emptied, items(self.target.module, x))
+        return y.reshape(x.shape)
+
+    def apply(self) -> None:
+        if not self.reason:
+            assert self.target is not None
+            self.target.norms.append(Norm(self.emptied, self.name, self.behind))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +18,28 @@ _ROUNDING = 1e-4  # of the largest number of an output
 Outputs = list[list[Tensor]]  # of one call without gradients and one with
 
 
-def agreeing(model: nn.Module, edits: Sequence[Edit], inputs: Inputs) -> list[Edit]:
-    """Those edits after which the model computes on ``inputs``, in evaluation, with and without gradients, what it did before. The
-    records of the others say why they are left out."""
+def tried(model: nn.Module, edits: Sequence[Edit], inputs: Inputs | None) -> list[Edit]:
+    """The edits; those after which the model does not compute on ``inputs``, in evaluation, with and without gradients, what it did
+    before, have the reason to be left out. Without inputs none has."""
+    left = [edit for edit in edits if edit.reason]
+    wanted = [edit for edit in edits if not edit.reason]
+    if inputs is None or not wanted:
+        return [*edits]
     before = _outputs(model, inputs, [])
     if not _alike(before, _outputs(model, inputs, [])):
-        return _without(
-            edits, "two equal calls of the model give different outputs, so that fusing could not be checked"
+        return left + _without(
+            wanted, "two equal calls of the model give different outputs: that it can be {} was not checked"
         )
-    if _agree(model, edits, inputs, before):
-        return list(edits)
-    alone = [edit for edit in edits if _agree(model, [edit], inputs, before)]
-    reason = "with it fused, the model computes something else on example_inputs"
-    _without([edit for edit in edits if edit not in alone], reason)
-    return alone if _agree(model, alone, inputs, before) else _without(alone, reason)
+    if _agree(model, wanted, inputs, before):
+        return [*edits]
+    alone = [edit for edit in wanted if _agree(model, [edit], inputs, before)]
+    reason = "with it {}, the model computes something else on example_inputs"
+    others = left + _without([edit for edit in wanted if edit not in alone], reason)
+    return others + (alone if _agree(model, alone, inputs, before) else _without(alone, reason))
 
 
 def _without(edits: Sequence[Edit], reason: str) -> list[Edit]:
-    for edit in edits:
-        edit.target.record.note = f"{edit.activation} stays beside it: {reason}"
-    return []
+    return [replace(edit, reason=reason.format(edit.done)) for edit in edits]
 
 
 def _agree(model: nn.Module, edits: Sequence[Edit], inputs: Inputs, before: Outputs) -> bool:
@@ -49,15 +50,14 @@ def _agree(model: nn.Module, edits: Sequence[Edit], inputs: Inputs, before: Outp
 
 
 def _outputs(model: nn.Module, inputs: Inputs, edits: Sequence[Edit]) -> Outputs:
-    """What the model computes where the layers apply the activations themselves, and these do nothing where they stand."""
+    """What the model computes where the layers do themselves what the emptied modules do, and these do nothing where they stand."""
     outputs = []
     with ExitStack() as stack:
-        activations = {edit.target.module: edit.emptied for edit in edits if edit.emptied is not None}
-        change = Swap(model, {activation: nn.Identity() for activation in activations.values()})
+        change = Swap(model, {edit.emptied: nn.Identity() for edit in edits})
         change.do()
         stack.callback(change.undo)
-        for layer, activation in activations.items():
-            stack.callback(layer.register_forward_hook(partial(_activated, activation)).remove)
+        for edit in edits:  # whose hooks hold what was emptied, and so come after it
+            stack.callback(edit.hook().remove)
         for gradients in (False, True):
             with evaluating(model, inputs), torch.set_grad_enabled(gradients):
                 try:
@@ -68,10 +68,6 @@ def _outputs(model: nn.Module, inputs: Inputs, edits: Sequence[Edit]) -> Outputs
                     continue  # it is not made to be called so
                 outputs.append([tensor.detach().clone() for tensor in tensors_in(found)])
     return outputs
-
-
-def _activated(activation: nn.Module, _: nn.Module, __: Any, y: Tensor) -> Any:
-    return type(activation).forward(activation, y)
 
 
 def _alike(a: Outputs, b: Outputs) -> bool:

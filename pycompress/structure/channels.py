@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from pycompress.calls import Inputs, call_model, evaluating
 from pycompress.structure.depth import tensors_in
 from pycompress.structure.flow import Flow, alike_over
-from pycompress.structure.units import Input, Left, Slice, Units, Unplain, check_plain, joined, shared_parameters
+from pycompress.structure.units import Input, Left, Slice, Units, Unplain, check_plain, joined
+from pycompress.surgery import shared_parameters
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

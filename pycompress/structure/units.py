@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from pycompress.kinds import pruned_names, replaced_code
+from pycompress.surgery import shared_parameters
 
 KINDS = ("neurons", "heads", "channels")
 
@@ -102,13 +102,3 @@ def check_plain(model: nn.Module, name: str, kinds: tuple[type[nn.Module], ...])
         if id(parameter) in shared:
             raise Unplain(f"{name} shares a parameter with another layer")
     return module
-
-
-def shared_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that several modules have."""
-    return _met_twice(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-
-
-def _met_twice(ids: Iterable[int]) -> set[int]:
-    seen: set[int] = set()
-    return {one for one in ids if one in seen or seen.add(one)}  # type: ignore[func-returns-value]

@@ -19,7 +19,7 @@ from pycompress.methods.method import Method, Refused
 from pycompress.methods.sparse import Sparse
 from pycompress.nn.trained import can_train, canonical, factors, hold, holder, is_trained, train_as
 from pycompress.passes import whole
-from pycompress.plan import Plan, Target, targets_of
+from pycompress.plan import Plan, Target, settle_methods, targets_of
 from pycompress.surgery import switch_off_fast_paths
 from pycompress.train.choice import SELECTIONS, Choice, at
 from pycompress.train.ramps import Ramp
@@ -265,7 +265,8 @@ def prepare(
         raise ValueError(f"prepare: {twin or 'the model'} is prepared already; compress(model) freezes it")
     ramp = ramp.of(steps)
     with whole.without(model):
-        targets = targets_of(model, plan, calibration)
+        targets = targets_of(model, plan)
+        settle_methods(targets, calibration)
     left = {target.name: target.record.reason for target in targets if target.method is None}
     made: list[tuple[_Layer, LowRankWeight | Tensor | None]] = []
     for users in _by_weight([target for target in targets if target.method is not None]):

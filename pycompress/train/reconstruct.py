@@ -130,7 +130,8 @@ def reconstruct(
         with as_one.without(model):
             dense = copied(model, ()).eval().requires_grad_(False)
         names = _names(dense, blocks, given[0])
-        compressed = compress(model, plan, calibration=calibration, blocks=False)
+        # (The student is made of the dense model, with its norms; those that fold_norms took out before are gone from both.)
+        compressed = compress(model, plan, calibration=calibration, blocks=False, fold_norms=False)
         student = copied(dense, ())
         begin(student, compressed, [student.get_submodule(name) for name in names or [""]])
         trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
