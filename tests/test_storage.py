@@ -79,7 +79,7 @@ def test_several_layers(methods: tuple[Method, Method], path: Path, same: Same) 
 
 
 def test_the_plan_of_each_weight(path: Path) -> None:
-    """As it has stood in files since version 3 of the plan, 2 of the weights: whoever changes this changes the version."""
+    """As it has stood in files since version 4 of the plan, 2 of the weights: whoever changes this changes the version."""
     model = nn.ModuleDict({
         "int8": nn.Linear(16, 8), "int4": nn.Linear(67, 8), "symmetric": nn.Linear(32, 8), "sparse": nn.Linear(16, 32),
         "sparse8": nn.Linear(16, 8), "low_rank": nn.Linear(16, 32), "residual": nn.Linear(32, 24),
@@ -92,9 +92,19 @@ def test_the_plan_of_each_weight(path: Path) -> None:
     }  # fmt: skip
     made = pc.compress(model, methods)
     tensors, plan = pieces(path, made)
-    assert plan.keys() == {"version", "layers", "dense", "activations", "identities", "buffers", "aliases"}
-    assert (plan["version"], plan["identities"], plan["aliases"], plan["buffers"]) == (3, [], {}, [])
-    assert (plan["activations"], plan["dense"]) == ({}, {})
+    assert plan.keys() == {
+        "version",
+        "layers",
+        "dense",
+        "activations",
+        "identities",
+        "norms",
+        "folded",
+        "buffers",
+        "aliases",
+    }
+    assert (plan["version"], plan["identities"], plan["aliases"], plan["buffers"]) == (4, [], {}, [])
+    assert (plan["activations"], plan["dense"], plan["norms"], plan["folded"]) == ({}, {}, {}, {})
     eight = {"activation_bits": 8, "weight_bits": 8}
     geometry = {"kernel_size": [4, 2], "stride": [1, 1], "padding": "same", "dilation": [1, 3]}
     expected = {
@@ -328,11 +338,11 @@ def test_deeply_nested_settings(path: Path, snapshot: Snapshot) -> None:
     refused(path, "its plan is not JSON", snapshot, net(), compressed())
 
 
-@pytest.mark.parametrize("version", [0, 4, 99, -1, "1", None, [1], True, 1.0])
+@pytest.mark.parametrize("version", [0, 5, 99, -1, "1", None, [1], True, 1.0])
 def test_unknown_versions(version: Any, path: Path, snapshot: Snapshot) -> None:
     tensors, plan = pieces(path, compressed())
     write(path, tensors, {**plan, "version": version})
-    refused(path, "its plan has version .*, expected 1 to 3", snapshot, net(), compressed())
+    refused(path, "its plan has version .*, expected 1 to 4", snapshot, net(), compressed())
 
 
 def of_version_1(tensors: Tensors, plan: Plan) -> tuple[Tensors, Plan]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress.kinds import Geometry, alteration, has_foreign_hooks, kind_of, replaced_code
+from pycompress.kinds.folded import LAYERS, NORMS, emptied
 from pycompress.nn import CompressedLayer
 from pycompress.passes.activations import activation_name
 from pycompress.references import References
@@ -26,13 +27,17 @@ class Change:
 
     Attributes:
         layers: {module: the compressed layer that takes its place}.
-        emptied: the activations whose layers apply them now, which become ``nn.Identity``.
+        emptied: the activations and norms that layers apply now, and what stands in their places.
+        folded: the layers into which norms are folded, with the names of these.
+        biases: [(dense layer, the bias that it gets for one)]; its values are in ``state``.
         state: {name: (tensor of the model, its values)}: the rest of the state dict.
         buffers: [(tensor of the model, its values)]: what is on the meta device and not in the state dict.
     """
 
     layers: dict[nn.Module, CompressedLayer]
-    emptied: list[nn.Module]
+    emptied: dict[nn.Module, nn.Identity]
+    folded: dict[nn.Module, str]
+    biases: list[tuple[nn.Module, nn.Parameter]]
     state: dict[str, tuple[Tensor, Tensor]]
     buffers: list[tuple[Tensor, Tensor]]
 
@@ -55,11 +60,13 @@ class _Agreement:
     def change(self) -> Change:
         """Everything is checked first, then read."""
         geometries = {name: self._geometry(name, entry) for name, entry in self.plan.layers.items()}
+        self._check_norms()
         self._check_identities()
         self._check_activations()
         self._check_dense_layers()
         self._check_names()
-        state = self._state()
+        biases = self._biases()
+        state = self._state(biases)
         buffers = self._others_on_meta(state)
         layers: dict[nn.Module, CompressedLayer] = {}
         earlier: dict[str, list[CompressedLayer]] = {}
@@ -68,7 +75,13 @@ class _Agreement:
                 layers[self.modules[name]] = self._layer(name, geometry, earlier)
         return Change(
             layers,
-            [module for name in self.plan.identities if type(module := self.modules[name]) is not nn.Identity],
+            {
+                module: emptied(self.plan.norms[name]) if name in self.plan.norms else nn.Identity()
+                for name in self.plan.identities
+                if type(module := self.modules[name]) is not nn.Identity
+            },
+            {layers.get(module := self.modules[name], module): norms for name, norms in self.plan.folded.items()},
+            [(self.modules[name], bias) for name, bias in biases.items()],
             {name: (tensor, self.file.read(name)) for name, tensor in state.items()},
             [(tensor, self.file.read(name)) for name, tensor in buffers.items()],
         )
@@ -91,6 +104,7 @@ class _Agreement:
             except ValueError as error:
                 raise self.fail(f"{name} is a {type(module).__name__} in the model: {error}") from None
         stored = geometry if entry.geometry is None else entry.geometry
+        bias = bias or name in self.plan.folded
         if (shape, bias, geometry) != (entry.shape, entry.bias, stored):
             here, there = _outline(shape, bias, geometry), _outline(entry.shape, entry.bias, stored)
             raise self.fail(f"{name} is {here} in the model, {there} in the file")
@@ -128,7 +142,41 @@ class _Agreement:
             return *(self.file.stored(_joined(name, kind)) for kind in _tensors(entry)), entry.activation
         return name in self.plan.identities
 
-    # --- activations, and layers that stay dense --------------------------------------------------------------------
+    # --- norms, activations, and layers that stay dense -------------------------------------------------------------
+
+    def _check_norms(self) -> None:
+        """Those that are folded there stand in the model, or are folded here, too."""
+        if unknown := {*self.plan.norms, *self.plan.folded} - self.modules.keys():
+            raise self.fail(f"the model has no module {min(unknown)!r}")
+        if other := self.plan.norms.keys() - set(self.plan.identities):
+            raise self.fail(f"{min(other)} is a norm that is folded in the file, expected an identity")
+        for name, channels in self.plan.norms.items():
+            module = self.modules[name]
+            here = f"{name} is a {type(module).__name__} in the model"
+            if type(module) is nn.Identity:
+                continue
+            if type(module) not in NORMS or module.num_features != channels:
+                raise self.fail(f"{here}, in the file a norm of {channels} channels that is folded into a layer")
+            if has_foreign_hooks(module) or replaced_code(module):
+                raise self.fail(f"{here} with hooks or a forward of its own, which would be lost")
+
+    def _biases(self) -> dict[str, nn.Parameter]:
+        """Those that dense layers get with their norms: of the model none has one, and the file does."""
+        found = {}
+        for name in self.plan.folded:
+            module: Any = self.modules[name]
+            if name in self.plan.layers or isinstance(module, CompressedLayer):
+                continue
+            if type(module) not in LAYERS:
+                raise self.fail(
+                    f"{name} is a {type(module).__name__} in the model, in the file a layer that a norm is folded into"
+                )
+            if module.bias is None:
+                transposed = getattr(module, "transposed", False)
+                size = module.weight.shape[1] * module.groups if transposed else len(module.weight)
+                weight = module.weight
+                found[name] = nn.Parameter(weight.new_empty(size), weight.requires_grad)
+        return found
 
     def _check_identities(self) -> None:
         """What is an Identity in either is one in the other, too, or an activation that a layer beside it applies there."""
@@ -146,7 +194,7 @@ class _Agreement:
                 taken[parent][module.activation] += 1
         for name in self.plan.identities:
             module, parent = self.modules[name], split(name)[0]
-            if type(module) is nn.Identity:
+            if type(module) is nn.Identity or name in self.plan.norms:
                 continue
             activation = activation_name(module)
             here = f"{name} is a {type(module).__name__} in the model"
@@ -183,14 +231,16 @@ class _Agreement:
 
     # --- tensors ----------------------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self, biases: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """The model's tensors in its state dict that are no compressed layer's."""
+        gone = {*self.plan.layers, *self.plan.norms}
         known = {_joined(name, kind) for name, entry in self.plan.layers.items() for kind in _tensors(entry)}
         state = {
             name: tensor
             for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if name not in known and name.rpartition(".")[0] not in self.plan.layers
+            if name not in known and name.rpartition(".")[0] not in gone
         }
+        state |= {_joined(name, "bias"): bias for name, bias in biases.items()}
         if unknown := self.file.names - known - state.keys() - set(self.plan.buffers):
             raise self.fail(f"the model has no tensor {min(unknown)!r}")
         first: dict[int, str] = {}

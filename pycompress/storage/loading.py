@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pycompress.kinds import mark_folded
 from pycompress.passes import whole
 from pycompress.records import forget_records
 from pycompress.replacing import FilePath
@@ -73,10 +74,11 @@ def _apply(model: nn.Module, change: Change, path: FilePath, undo: ExitStack) ->
     """Changes the model, and tells ``undo`` how to put back what was changed."""
     tensors = [tensor for tensor, _ in (*change.state.values(), *change.buffers)]
     undo.callback(_keep(model, tensors))
+    for module, bias in change.biases:
+        module._parameters["bias"] = bias
     made = {tensor: _on_cpu(tensor) for tensor in tensors if tensor.is_meta}
-    emptied: dict[nn.Module, nn.Module] = {module: nn.Identity() for module in change.emptied}
     try:
-        undo.callback(swap(model, {**change.layers, **emptied, **made}))
+        undo.callback(swap(model, {**change.layers, **change.emptied, **made}))
     except ValueError as error:
         raise fail(path, str(error)) from None
     # Only there can tensors that were made under inference_mode be changed.
@@ -93,6 +95,8 @@ def _apply(model: nn.Module, change: Change, path: FilePath, undo: ExitStack) ->
             raise fail(
                 path, f"{name} is not what the file has once it is loaded: it shares memory, or a hook changed it"
             )
+    for layer, norms in change.folded.items():
+        mark_folded(layer, norms)
     switch_off_fast_paths(model)
     forget_records(model)  # of the weights that were here before
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import ops
-from pycompress.kinds import Geometry, Kind, kind_of
+from pycompress.kinds import Geometry, Kind, channels_emptied, folded_into, kind_of
 from pycompress.nn import LAYERS, CompressedLayer
 from pycompress.nn.layers import weights_of
 from pycompress.passes.activations import activation_name
@@ -18,8 +18,8 @@ from pycompress.replacing import FilePath
 from pycompress.weights import Expected
 
 # 1 had no kinds, and the settings of a weight among its entry's; 2 said nothing of activations and layers that stay, of buffers
-# that are not in the state dict, and of an embedding's padding_idx.
-VERSION = 3
+# that are not in the state dict, and of an embedding's padding_idx; 3 knew no norms that are folded into layers.
+VERSION = 4
 KEY = "pycompress"  # in the metadata of the file
 
 
@@ -39,6 +39,8 @@ def describe(model: nn.Module, aliases: dict[str, str], buffers: list[str]) -> s
         "aliases": aliases,
         "buffers": buffers,
         "identities": [name for name, module in modules.items() if type(module) is nn.Identity],
+        "norms": {name: channels for name, module in modules.items() if (channels := channels_emptied(module)) is not None},
+        "folded": {name: norms for name, module in modules.items() if (norms := folded_into(module))},
         "activations": activations_of(modules),
         "dense": dense_layers_of(modules),
         "layers": {name: _described(module) for name, module in modules.items() if isinstance(module, CompressedLayer)},
@@ -121,6 +123,8 @@ class Plan:
         layers: its compressed layers.
         aliases: {name of a tensor: the name under which the file has it}.
         identities: what is an ``nn.Identity``.
+        norms: of these the ones in the place of a norm that is folded into a layer, with its channels.
+        folded: {name of a layer: the norms that are folded into it}; such a layer has a bias, whether it had one before or not.
         buffers: names of tensors that are no part of the state dict.
         activations, dense: what :func:`activations_of` and :func:`dense_layers_of` gave; None: the file does not say.
     """
@@ -128,6 +132,8 @@ class Plan:
     layers: dict[str, Entry]
     aliases: dict[str, str]
     identities: list[str]
+    norms: dict[str, int]
+    folded: dict[str, str]
     buffers: list[str]
     activations: dict[str, str] | None
     dense: dict[str, Any] | None
@@ -154,6 +160,8 @@ def read_plan(path: FilePath, metadata: dict[str, str] | None) -> Plan:
         {name: _entry(path, name, entry, version) for name, entry in layers.items()},
         aliases,
         identities,
+        _mapping(path, plan, "norms", int, "{name: channels}") if version >= 4 else {},
+        _mapping(path, plan, "folded", str, "{name: names}") if version >= 4 else {},
         _names(path, plan, "buffers") if version >= 3 else [],
         _mapping(path, plan, "activations", str, "{name: activation}") if version >= 3 else None,
         _mapping(path, plan, "dense", dict, "{name: layer}") if version >= 3 else None,

@@ -120,7 +120,7 @@ def test_what_is_in_the_file_follows_from_the_table(case: Case, path: Path, snap
     forms = type(weight).expected(weight.shape, weight.settings())
     assert {name: (tuple(stored[name].shape), stored[name].dtype) for name in forms} == forms
     geometry = {} if layer.geometry is None else {"geometry": layer.geometry.settings()}
-    assert plan["version"] == 3
+    assert plan["version"] == 4
     assert plan["layers"] == {
         "layer": {
             "kind": case.kind.name, **geometry, "weight": case.layer_type.weight_type.name, "version": type(weight).version,
