@@ -4,6 +4,7 @@ from pycompress.calibration import calibrate
 from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.model import compress, summary
 from pycompress.nn import SparseConv2d, SparseLinear
+from pycompress.passes.equalize import equalize
 from pycompress.passes.fold_norm import fold_norms
 from pycompress.storage import load, save
 from pycompress.structure import Cut, fisher, shrink
@@ -22,6 +23,7 @@ __all__ = [
     "SparseLinear",
     "calibrate",
     "compress",
+    "equalize",
     "fisher",
     "fold_norms",
     "load",

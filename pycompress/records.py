@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress.calls import uncompiled
-from pycompress.kinds import folded_into, kind_of, why_unfolded
+from pycompress.kinds import folded_into, kind_of
 from pycompress.nn import CompressedLayer
 from pycompress.nn.block import LEFT, block_of
-from pycompress.nn.layer import RECORD
+from pycompress.nn.layer import RECORD, REMARK
 
 
 @dataclass
@@ -31,7 +31,7 @@ class LayerRecord:
         density: of a sparse layer: the share of its weights that is non-zero.
         rank: of a low-rank layer with two factors.
         bits: of a sparse or a low-rank layer: what one of its weights (in the factors) takes, 32 or 8.
-        note: what else there is to say of a compressed layer, or of one into which a norm is folded.
+        note: what else there is to say of a compressed layer, or of what passes did to a module, or why they did not.
     """
 
     name: str
@@ -214,10 +214,10 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _noted(record: LayerRecord, module: nn.Module) -> LayerRecord:
-    """With the norms that are folded into a layer."""
-    if norms := folded_into(module):
-        return replace(record, note="; ".join(filter(None, [f"folded in: {norms}", record.note])))
-    return record
+    """With what passes did to the module."""
+    norms = folded_into(module)
+    notes = [vars(module).get(REMARK, ""), norms and f"folded in: {norms}", record.note]
+    return replace(record, note="; ".join(filter(None, notes)))
 
 
 def _compressed(name: str, layer: CompressedLayer, record: LayerRecord | None, shares_weight: bool) -> LayerRecord:
@@ -236,8 +236,6 @@ def _why(module: nn.Module, tensors: dict[str, Tensor]) -> str:
         return "its parameters are not initialized yet"
     if (kind := kind_of(module)) is not None:
         return kind.misfit(module) or "no plan was for it"
-    if reason := why_unfolded(module):
-        return f"not folded: {reason}"
     if isinstance(module, nn.MultiheadAttention):
         return "it reads its weights itself"
     if not any(module._parameters.get(name) is not None for name in tensors):

@@ -38,7 +38,7 @@ def norms(model: nn.Module) -> list[str]:
 
 def reasons(model: nn.Module) -> dict[str, str]:
     """Why norms stay."""
-    return {one.name: one.reason.removeprefix("not folded: ") for one in pc.summary(model).others if "Norm" in one.kind}
+    return {one.name: one.note.removeprefix("not folded: ") for one in pc.summary(model).others if "Norm" in one.kind}
 
 
 def check(model: nn.Module, x: Tensor, left: int = 0, *, seen: bool = False, atol: float = 1e-5) -> Any:

@@ -8,7 +8,7 @@ from pycompress.kinds.altered import alteration, replaced_code
 from pycompress.kinds.conv1d import Conv1D
 from pycompress.kinds.conv2d import Conv2d, Conv2dGeometry, Convolution
 from pycompress.kinds.embedding import Embedding, EmbeddingGeometry
-from pycompress.kinds.folded import channels_emptied, emptied, folded, folded_into, mark_folded, why_unfolded
+from pycompress.kinds.folded import channels_emptied, emptied, folded, folded_into, mark_folded
 from pycompress.kinds.kind import Geometry, Kind
 from pycompress.kinds.linear import Linear
 from pycompress.kinds.pruned import has_foreign_hooks, pruned_names, without_pruning
@@ -38,7 +38,6 @@ __all__ = [
     "mark_folded",
     "pruned_names",
     "replaced_code",
-    "why_unfolded",
     "without_pruning",
 ]
 

@@ -20,7 +20,6 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _FOLDED = (
     "_pycompress_folded"  # of a layer: the names of the norms in it; of the Identity in a norm's place: its channels
 )
-_LEFT = "_pycompress_unfolded"  # of a norm: why it stays
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -118,14 +117,3 @@ def channels_emptied(module: nn.Module) -> int | None:
     """Of the norm whose place an Identity has; None for any other module."""
     found = vars(module).get(_FOLDED) if type(module) is nn.Identity else None
     return found if isinstance(found, int) else None
-
-
-def mark_unfolded(norm: nn.Module, reason: str) -> None:
-    """Has a norm say why it stays."""
-    vars(norm)[_LEFT] = reason
-
-
-def why_unfolded(norm: nn.Module) -> str:
-    """Why a norm was not folded, or ''."""
-    found = vars(norm).get(_LEFT, "")
-    return found if isinstance(found, str) else ""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 RECORD = "_pycompress_record"  # where compress() leaves what it knew of a layer, which goes where the layer goes
+REMARK = "_pycompress_remark"  # where a pass leaves what it did to a dense module, or why it did not
 
 
 def setting(name: str, doc: str) -> Any:

@@ -34,12 +34,12 @@ class Edit:
         """What the module does to a result of the layer, or to an input, as the layer would do it."""
         raise NotImplementedError
 
-    def hook(self) -> RemovableHandle:
+    def hooks(self) -> list[RemovableHandle]:
         """Has the layer do in its calls what the module does."""
         assert self.target is not None
         if self.behind:
-            return self.target.last.register_forward_hook(lambda _, __, y: self.through(y))
-        return self.target.module.register_forward_pre_hook(lambda _, x: self.through(*x))
+            return [self.target.last.register_forward_hook(lambda _, __, y: self.through(y))]
+        return [self.target.module.register_forward_pre_hook(lambda _, x: self.through(*x))]
 
     def apply(self) -> None:
         """Changes the target, or notes why not."""

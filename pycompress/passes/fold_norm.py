@@ -7,30 +7,30 @@ or a maximum.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from pycompress.calls import Inputs, uncompiled
 from pycompress.copying import copied
-from pycompress.kinds import alteration, has_foreign_hooks, kind_of, replaced_code, without_pruning
-from pycompress.kinds.folded import LAYERS, NORMS, channels_of, emptied, folded, mark_unfolded
+from pycompress.kinds import kind_of, without_pruning
+from pycompress.kinds.folded import LAYERS, channels_of, emptied, folded
+from pycompress.nn.layer import REMARK
 from pycompress.passes import whole
 from pycompress.passes.edit import Edit, FoldNorm
 from pycompress.passes.graph import same_without, sources
+from pycompress.passes.layers import Obstacles, random_input, rounding
 from pycompress.passes.trial import tried
 from pycompress.plan import Target
-from pycompress.surgery import held_elsewhere, names_of, shared_parameters, swap
+from pycompress.surgery import names_of, swap
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _BETWEEN = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -88,7 +88,7 @@ def note_left(model: nn.Module, edits: Iterable[Edit]) -> None:
         if isinstance(edit, FoldNorm):
             stays = edit.target is not None and not edit.target.norms
             if reason := edit.reason or ("the layer beside it stays dense" if stays else ""):
-                mark_unfolded(model.get_submodule(edit.name), reason)
+                vars(model.get_submodule(edit.name))[REMARK] = f"not folded: {reason}"
 
 
 def fold_behind(model: nn.Module, targets: Sequence[Target], inputs: Inputs | None = None) -> list[FoldNorm]:
@@ -105,7 +105,7 @@ def _edits(model: nn.Module, targets: Iterable[Target], inputs: Inputs | None, *
     found = sources(model, lambda what: type(what) in _BETWEEN)
     by_module = {target.module: target for target in targets}
     after = {source: module for module, source in found.items() if isinstance(source, nn.Module)} if before else {}
-    obstacles = _Obstacles(model, [*norms, *by_module])
+    obstacles = Obstacles(model, [*norms, *by_module])
     edits: list[FoldNorm] = []
     for norm, name in norms.items():
         source = found.get(norm, "no call of it was seen")
@@ -139,53 +139,7 @@ def _stranger(source: nn.Module) -> str:
     return f"the {type(source).__name__} before it {'stays dense' if type(source) in LAYERS else 'cannot take it in'}"
 
 
-# --- what stands against it -----------------------------------------------------------------------------------------------
-
-
-class _Obstacles:
-    """Why a norm or a layer has to stay as it is, apart from what stands beside it; '' where nothing is against it."""
-
-    def __init__(self, model: nn.Module, modules: Collection[nn.Module]) -> None:
-        self._model = model
-        self._held = held_elsewhere(model, modules)
-        self._shared = shared_parameters(model)
-
-    def of_norm(self, norm: Any) -> str:
-        if type(norm) not in NORMS:
-            return f"{type(norm).__name__} is a subclass of a norm, which may do something else"
-        if norm.training:
-            return "it is in training mode, where it uses the statistics of each batch: model.eval() before"
-        if norm.running_mean is None or norm.running_var is None:
-            return "it keeps no running statistics"
-        if has_foreign_hooks(norm):
-            return "it has hooks, which would be lost"
-        if others := {*norm._parameters, *norm._buffers} - _TENSORS:
-            return f"it has a {min(others)} besides, which would be lost"
-        return replaced_code(norm) or self._of_tensors(norm) or self._of_place(norm)
-
-    def of_layer(self, layer: nn.Module, *, pruned: bool) -> str:
-        if type(layer) not in LAYERS:
-            return f"{type(layer).__name__} is no layer that it can be folded into"
-        if not pruned and without_pruning(layer) is not layer:
-            return "the layer is pruned by torch.nn.utils.prune, expected prune.remove() before"
-        if reason := alteration(layer):
-            return f"of the layer: {reason}"
-        if any(id(one) in self._shared for one in layer.parameters()):
-            return "the layer shares its weight or bias with another one"
-        return self._of_tensors(layer) or self._of_place(layer)
-
-    def _of_tensors(self, module: nn.Module) -> str:
-        for tensor in (*module.parameters(), *module.buffers()):
-            if is_lazy(tensor) or tensor.is_meta:
-                return "it has tensors without numbers"
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_complex():
-                return f"it has no plain tensor: a {type(tensor).__name__}, {tensor.dtype}, {tensor.layout}"
-        return ""
-
-    def _of_place(self, module: nn.Module) -> str:
-        if module is self._model:
-            return "it is the model itself"
-        return f"{self._held[module][0]} holds it, where it cannot be replaced" if module in self._held else ""
+# --- whether it fits -------------------------------------------------------------------------------------------------------
 
 
 def _misfit(layer: Any, norm: Any, behind: bool, seen: bool) -> str:
@@ -216,8 +170,7 @@ def _pads_zeros(layer: Any) -> bool:
 @torch.no_grad()
 def _checked(name: str, norm_name: str, layer: Any, norm: Any, behind: bool) -> str:
     """Compares the folded layer with the two, on random input in float64: they differ by no more than its weight and bias were
-    rounded, ``eps * (|W'| |x| + |b'|)`` with magnitudes in place of all numbers that these are made of. Returns why it is none that
-    could be compared, or ''; raises RuntimeError where it is another one."""
+    rounded. Returns why it is none that could be compared, or ''; raises RuntimeError where it is another one."""
     layer = without_pruning(layer)
     fresh: Any = folded(layer, norm, behind=behind)
     if not all(bool(torch.isfinite(one).all()) for one in fresh.parameters()):
@@ -227,27 +180,9 @@ def _checked(name: str, norm_name: str, layer: Any, norm: Any, behind: bool) -> 
     for tensor in (*sizes.parameters(), *size_norm.parameters()):
         tensor.abs_()
     size_norm.running_mean.abs_().neg_()
-    x = _random(layer)
+    x = random_input(layer)
     y = exact_norm(exact(x)) if behind else exact(exact_norm(x))
     largest = folded(sizes, size_norm, behind=behind)(x.abs())
-    limits = torch.finfo(fresh.weight.dtype)
-    terms = layer.weight.numel()
-    step = limits.eps + terms * torch.finfo(torch.float64).eps
-    bound = step * largest + terms * limits.smallest_normal * limits.eps * float(x.abs().amax())
-    if not bool(((rounded(x) - y).abs() <= bound).all()):
+    if not bool(((rounded(x) - y).abs() <= rounding(fresh.weight, largest, x)).all()):
         raise RuntimeError(f"fold_norms: {name} with {norm_name} folded in does not compute what the two compute")
     return ""
-
-
-def _random(layer: Any) -> Tensor:
-    """An input of a layer, float64, with two positions in each direction where nothing is padded."""
-    weight = layer.weight
-    if type(layer) is nn.Linear:
-        shape = [4, weight.shape[1]]
-    else:
-        sizes = zip(layer.dilation, weight.shape[2:], layer.stride, strict=True)
-        reach = [3 if layer.transposed else dilation * (size - 1) + 1 + stride for dilation, size, stride in sizes]
-        pad = max(layer._reversed_padding_repeated_twice)  # less than an input that is padded with itself
-        shape = [2, channels_of(layer)[0], *(size + pad for size in reach)]
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(weight.device)

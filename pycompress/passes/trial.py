@@ -5,20 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pycompress.calls import Inputs, call_model, evaluating
-from pycompress.passes.edit import Edit
 from pycompress.references import tensors_in
 from pycompress.surgery import Swap
 
 _ROUNDING = 1e-4  # of the largest number of an output
+ChangeT = TypeVar("ChangeT", bound="Change")
 Outputs = list[list[Tensor]]  # of one call without gradients and one with
 
 
-def tried(model: nn.Module, edits: Sequence[Edit], inputs: Inputs | None) -> list[Edit]:
+class Change(Protocol):
+    """What can be tried: an :class:`~pycompress.passes.edit.Edit`, or another frozen dataclass.
+
+    Attributes:
+        emptied: the module that does nothing where it stands then; None where there is none.
+        reason: why it is not to be, or ''; ``done``: what that reason says was done.
+    """
+
+    @property
+    def emptied(self) -> nn.Module | None: ...
+
+    @property
+    def reason(self) -> str: ...
+
+    @property
+    def done(self) -> str: ...
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Has layers do in their calls what the change is."""
+        ...
+
+
+def tried(model: nn.Module, edits: Sequence[ChangeT], inputs: Inputs | None) -> list[ChangeT]:
     """The edits; those after which the model does not compute on ``inputs``, in evaluation, with and without gradients, what it did
     before, have the reason to be left out. Without inputs none has."""
     left = [edit for edit in edits if edit.reason]
@@ -38,26 +62,27 @@ def tried(model: nn.Module, edits: Sequence[Edit], inputs: Inputs | None) -> lis
     return others + (alone if _agree(model, alone, inputs, before) else _without(alone, reason))
 
 
-def _without(edits: Sequence[Edit], reason: str) -> list[Edit]:
-    return [replace(edit, reason=reason.format(edit.done)) for edit in edits]
+def _without(edits: Sequence[ChangeT], reason: str) -> list[ChangeT]:
+    return [replace(edit, reason=reason.format(edit.done)) for edit in edits]  # type: ignore[type-var]
 
 
-def _agree(model: nn.Module, edits: Sequence[Edit], inputs: Inputs, before: Outputs) -> bool:
+def _agree(model: nn.Module, edits: Sequence[Change], inputs: Inputs, before: Outputs) -> bool:
     try:
         return _alike(before, _outputs(model, inputs, edits))
     except Exception:  # something looks at what was changed
         return False
 
 
-def _outputs(model: nn.Module, inputs: Inputs, edits: Sequence[Edit]) -> Outputs:
+def _outputs(model: nn.Module, inputs: Inputs, edits: Sequence[Change]) -> Outputs:
     """What the model computes where the layers do themselves what the emptied modules do, and these do nothing where they stand."""
     outputs = []
     with ExitStack() as stack:
-        change = Swap(model, {edit.emptied: nn.Identity() for edit in edits})
+        change = Swap(model, {edit.emptied: nn.Identity() for edit in edits if edit.emptied is not None})
         change.do()
         stack.callback(change.undo)
         for edit in edits:  # whose hooks hold what was emptied, and so come after it
-            stack.callback(edit.hook().remove)
+            for hook in edit.hooks():
+                stack.callback(hook.remove)
         for gradients in (False, True):
             with evaluating(model, inputs), torch.set_grad_enabled(gradients):
                 try:
