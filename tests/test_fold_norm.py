@@ -281,7 +281,40 @@ class Pooled(Calls):
         return self.other(nn.functional.max_pool2d(self.bn(torch.relu(self.conv(x))), 2))  # type: ignore[no-any-return]
 
 
+class AsksForATensor(Calls):
+    """A tracer's stand-in is none, but has to be taken for one."""
+
+    def forward(self, x: Any) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y) + torch.ones(1) if isinstance(y, Tensor) else y  # type: ignore[no-any-return]
+
+
+class AsksForAList(Calls):
+    def forward(self, x: Any) -> Tensor:
+        y = self.conv(x)
+        return y if isinstance(x, Tensor) else self.bn(y)  # type: ignore[no-any-return]
+
+
+class Unpacks(Calls):
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        first, second = self.bn(self.conv(x)).chunk(2, dim=1)
+        return torch.cat([second, first], dim=1).view(n, c, h * w)
+
+
+class Catches(Calls):
+    """What fails when it is traced does not fail in a run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        try:
+            return y if y.mean() < 1e9 else y + 1  # type: ignore[no-any-return]
+        except Exception:
+            return self.bn(y)  # type: ignore[no-any-return]
+
+
 LEFT: dict[type[nn.Module], int] = {
+    AsksForATensor: 0, AsksForAList: 1, Unpacks: 0, Catches: 1,
     Twice: 0, NormTwice: 1, LayerTwice: 1, ResultTwice: 1, InPlace: 1, Keeps: 1, ReadsTheWeight: 1, ReadsTheStatistics: 1,
     AsksTheNorm: 1, AsksForTheClass: 1, LeftOut: 1, LeftOutTheOtherWay: 1, OnlyWithGradients: 1, Functional: 1, Pooled: 1,
 }  # fmt: skip

@@ -22,7 +22,7 @@ from pycompress.copying import copied
 from pycompress.kinds.folded import LAYERS, as_weight, by_group, channels_of
 from pycompress.nn.layer import REMARK
 from pycompress.passes import whole
-from pycompress.passes.graph import Sources, sources
+from pycompress.passes.graph import Graph, Sources
 from pycompress.passes.layers import Obstacles, random_input, rounding
 from pycompress.passes.trial import tried
 from pycompress.surgery import names_of
@@ -125,8 +125,9 @@ def _pairs(model: nn.Module) -> list[_Pair]:
     names = {module: names[0] for module, names in names_of(model).items() if type(module) in LAYERS}
     if not names:
         return []
-    in_rows = sources(model, lambda what: _kind(what) in _ONE_BY_ONE)
-    in_channels = sources(model, lambda what: _kind(what) in _ONE_BY_ONE | _IN_A_CHANNEL)
+    graph = Graph(model)
+    in_rows = graph.sources(lambda what: _kind(what) in _ONE_BY_ONE)
+    in_channels = graph.sources(lambda what: _kind(what) in _ONE_BY_ONE | _IN_A_CHANNEL)
     obstacles = Obstacles(model, names)
     found = []
     for layer, name in names.items():

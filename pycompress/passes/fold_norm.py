@@ -23,7 +23,7 @@ from pycompress.kinds.folded import LAYERS, channels_of, emptied, folded
 from pycompress.nn.layer import REMARK
 from pycompress.passes import whole
 from pycompress.passes.edit import Edit, FoldNorm
-from pycompress.passes.graph import same_without, sources
+from pycompress.passes.graph import Graph
 from pycompress.passes.layers import Obstacles, random_input, rounding
 from pycompress.passes.trial import tried
 from pycompress.plan import Target
@@ -102,7 +102,8 @@ def _edits(model: nn.Module, targets: Iterable[Target], inputs: Inputs | None, *
     norms = {module: names[0] for module, names in names_of(model).items() if isinstance(module, _BatchNorm)}
     if not norms:
         return []
-    found = sources(model, lambda what: type(what) in _BETWEEN)
+    graph = Graph(model)
+    found = graph.sources(lambda what: type(what) in _BETWEEN)
     by_module = {target.module: target for target in targets}
     after = {source: module for module, source in found.items() if isinstance(source, nn.Module)} if before else {}
     obstacles = Obstacles(model, [*norms, *by_module])
@@ -121,15 +122,15 @@ def _edits(model: nn.Module, targets: Iterable[Target], inputs: Inputs | None, *
             reason = reason or _checked(target.name, name, layer, norm, behind)
         edits.append(FoldNorm(target, norm, reason, behind, name))
     edits.sort(key=lambda edit: not edit.behind)  # what stands behind a layer is folded first
-    return _without_those_asked_for(model, edits)
+    return _without_those_asked_for(graph, edits)
 
 
-def _without_those_asked_for(model: nn.Module, edits: list[FoldNorm]) -> list[FoldNorm]:
+def _without_those_asked_for(graph: Graph, edits: list[FoldNorm]) -> list[FoldNorm]:
     """Norms stay without which the code of the model goes another way, or fails, because it asks something of them."""
     wanted = [edit.emptied for edit in edits if not edit.reason]
-    if not wanted or same_without(model, wanted):
+    if not wanted or graph.same_without(wanted):
         return edits
-    asked = {norm for norm in wanted if not same_without(model, [norm])}
+    asked = {norm for norm in wanted if not graph.same_without([norm])}
     reason = "the code of the model asks for more than its results"
     return [replace(edit, reason=reason) if edit.emptied in asked else edit for edit in edits]
 

@@ -7,12 +7,13 @@ be left out; a model that has many of these, or whose way depends on numbers, is
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, combinations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from pycompress.calls import evaluating
@@ -27,47 +28,51 @@ Between = Callable[[Any], bool]
 Sources = dict[nn.Module, "nn.Module | str"]
 
 
-def sources(model: nn.Module, between: Between) -> Sources:
-    """{module: the one whose results it takes, each of them, and nothing else does; or a text that says why there is none}.
+class Graph:
+    """What is known of the way through a model."""
 
-    Args:
-        between: which modules, and which functions and names of methods of one tensor, may stand between the two.
-    """
-    calls = _traced(model)
-    if calls is None:
-        return _read(model, between)
-    walks = {module: [_source(node, calls, between) for node in nodes] for module, nodes in calls.nodes.items()}
-    taken = {module: {node for node in walk if not isinstance(node, str)} for module, walk in walks.items()}
-    found: Sources = {}
-    for module, walk in walks.items():
-        if text := next((one for one in walk if isinstance(one, str)), ""):
-            found[module] = text
-            continue
-        first, *others = {calls.module(node) for node in taken[module]}
-        if others:
-            found[module] = "it is used in several places, behind different modules"
-        elif taken[module] != {*calls.nodes[first]}:
-            found[module] = f"{calls.names[first][0]} is used elsewhere, too"
-        elif name := calls.hooked_between(first, module):
-            found[module] = f"{name} has hooks, which would see something else"
-        else:
-            found[module] = first
-    return found
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._calls = model, _traced(model)
 
+    def sources(self, between: Between) -> Sources:
+        """{module: the one whose results it takes, each of them, and nothing else does; or a text that says why there is none}.
 
-def same_without(model: nn.Module, modules: Iterable[nn.Module]) -> bool:
-    """Whether a model that can be traced is the same graph where these are ``nn.Identity``: its code asks for no more of them than
-    what they give."""
-    before = _traced(model)
-    if before is None:
-        return True  # (source that is read is known to do so)
-    change = Swap(model, {module: nn.Identity() for module in modules})
-    change.do()
-    try:
-        after = _traced(model)
-    finally:
-        change.undo()
-    return after is not None and after.steps == before.steps
+        Args:
+            between: which modules, and which functions and names of methods of one tensor, may stand between the two.
+        """
+        calls = self._calls
+        if calls is None:
+            return _read(self._model, between)
+        walks = {module: [_source(node, calls, between) for node in nodes] for module, nodes in calls.nodes.items()}
+        taken = {module: {node for node in walk if not isinstance(node, str)} for module, walk in walks.items()}
+        found: Sources = {}
+        for module, walk in walks.items():
+            if text := next((one for one in walk if isinstance(one, str)), ""):
+                found[module] = text
+                continue
+            first, *others = {calls.module(node) for node in taken[module]}
+            if others:
+                found[module] = "it is used in several places, behind different modules"
+            elif taken[module] != {*calls.nodes[first]}:
+                found[module] = f"{calls.names[first][0]} is used elsewhere, too"
+            elif name := calls.hooked_between(first, module):
+                found[module] = f"{name} has hooks, which would see something else"
+            else:
+                found[module] = first
+        return found
+
+    def same_without(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether it is the same where these are ``nn.Identity``: the code asks for no more of them than what they give. Of what
+        was read that is known."""
+        if self._calls is None:
+            return True
+        change = Swap(self._model, {module: nn.Identity() for module in modules})
+        change.do()
+        try:
+            calls = _traced(self._model)
+        finally:
+            change.undo()
+        return calls is not None and calls.steps == self._calls.steps
 
 
 # --- traced ---------------------------------------------------------------------------------------------------------------
@@ -94,7 +99,10 @@ class _Calls:
 
     def add(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
-            self.steps.append((node.op, _called(node)))
+            constant = node.op == "get_attr" and node.target.startswith(
+                "_tensor_constant"
+            )  # numbered by fx, anew at times
+            self.steps.append((node.op, "" if constant else _called(node)))
             if node.op == "call_module":
                 module = self.module(node)
                 self.nodes.setdefault(module, []).append(node)
@@ -114,11 +122,36 @@ class _Calls:
         return next((name for name in sorted(around[0] ^ around[1]) if has_foreign_hooks(self._modules[name])), "")
 
 
+class _Proxy(fx.Proxy):
+    """One that the code of a model, though not torch's own, takes for what it stands for: ``isinstance(x, Tensor)``."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        asking = str(sys._getframe(1).f_globals.get("__name__"))
+        return fx.Proxy if asking.partition(".")[0] == "torch" else Tensor
+
+
 class _Tracer(fx.Tracer):
+    """Attributes: ``stuck``: the way depends on numbers, though code may have caught the error that says so."""
+
     proxy_buffer_attributes = True
+    stuck = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, CompressedLayer) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.stuck = True
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        before, self.stuck = self.stuck, True
+        found = super().iter(obj)  # which raises, but where it is only unpacked
+        self.stuck = before
+        return found
 
 
 def _traced(model: nn.Module) -> _Calls | None:
@@ -130,10 +163,12 @@ def _traced(model: nn.Module) -> _Calls | None:
         for defaults in _given_defaults(model):
             for gradients in (False, True):
                 with evaluating(model), torch.set_grad_enabled(gradients):
-                    graph = _Tracer().trace(model, concrete_args=defaults)
-                    calls.add(graph)
+                    tracer = _Tracer()
+                    calls.add(tracer.trace(model, concrete_args=defaults))
+                    if tracer.stuck:
+                        return None
                     kept = tree_leaves([vars(module) for module in model.modules()])
-                    calls.kept.update(one.node for one in kept if type(one) in (fx.Proxy, fx.proxy.Attribute))
+                    calls.kept.update(one.node for one in kept if issubclass(type(one), fx.Proxy))
     except Exception:  # whatever the model does with what is no tensor
         return None
     return calls
