@@ -194,6 +194,19 @@ def test_in_place() -> None:
     assert model[0].weight is weight and not torch.equal(weight, before)
 
 
+@torch.no_grad()
+def test_memory_that_is_shared_stays_as_it_is() -> None:
+    """Two parameters may be one piece of memory, which nobody can tell from the model."""
+    model, x = (
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.GELU(), nn.Conv2d(4, 4, 1)).eval(),
+        torch.randn(1, 4, 5, 5),
+    )
+    model[0].weight.data *= torch.tensor([1.0, 9.0, 0.1, 3.0]).view(-1, 1, 1, 1)
+    model[4].weight.data = model[0].weight.data
+    expected = model(x)
+    torch.testing.assert_close(pc.equalize(model, inplace=True)(x), expected)
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="equalize: model is int, expected"):
         pc.equalize(3)  # type: ignore[type-var]

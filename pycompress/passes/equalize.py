@@ -108,13 +108,12 @@ def _equalize(model: nn.Module, inputs: Inputs | None) -> None:
     for pair, scale in zip(pairs, scales, strict=True):
         weight, bias, after = _scaled(pair, scale)
         for tensor, numbers in ((pair.first.weight, weight), (pair.first.bias, bias), (pair.second.weight, after)):
-            if tensor is not None:
-                tensor.copy_(numbers)
+            if tensor is not None and numbers is not None:
+                tensor.data = numbers.to(tensor.dtype)  # the same parameter, whoever else may look at its memory
     names = names_of(model)
     for pair in found:
-        vars(pair.second)[REMARK] = (
-            f"not equalized: {pair.reason}" if pair.reason else f"equalized with {names[pair.first][0]}"
-        )
+        done = f"equalized with {names[pair.first][0]}" if not pair.reason else f"not equalized: {pair.reason}"
+        vars(pair.second)[REMARK] = done
 
 
 # --- what is scaled -------------------------------------------------------------------------------------------------------
@@ -210,8 +209,7 @@ def _check(pair: _Pair, scale: Tensor) -> None:
             rounded.bias.copy_(own_bias.to(layer.weight.dtype))
         for tensor in sizes.parameters():
             tensor.abs_()
-        bound = _MOST * rounding(
-            layer.weight, sizes(given.abs()) / _MOST, given
-        )  # what is lost below the dtype's may be scaled
+        # (what is too small for the dtype is lost before it is scaled)
+        bound = _MOST * rounding(layer.weight, sizes(given.abs()) / _MOST, given)
         if not bool(((rounded(taken) * gain - exact(given)).abs() <= bound).all()):
             raise RuntimeError(f"equalize: {pair.name} with scaled channels does not compute what it did")

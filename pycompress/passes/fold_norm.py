@@ -103,7 +103,7 @@ def _edits(model: nn.Module, targets: Iterable[Target], inputs: Inputs | None, *
     if not norms:
         return []
     graph = Graph(model)
-    found = graph.sources(lambda what: type(what) in _BETWEEN)
+    found = graph.sources(lambda what: type(what) in _BETWEEN and not what.training)
     by_module = {target.module: target for target in targets}
     after = {source: module for module, source in found.items() if isinstance(source, nn.Module)} if before else {}
     obstacles = Obstacles(model, [*norms, *by_module])
@@ -131,6 +131,8 @@ def _without_those_asked_for(graph: Graph, edits: list[FoldNorm]) -> list[FoldNo
     if not wanted or graph.same_without(wanted):
         return edits
     asked = {norm for norm in wanted if not graph.same_without([norm])}
+    if not graph.same_without([norm for norm in wanted if norm not in asked]):
+        asked = {*wanted}
     reason = "the code of the model asks for more than its results"
     return [replace(edit, reason=reason) if edit.emptied in asked else edit for edit in edits]
 

@@ -28,8 +28,8 @@ class Obstacles:
         """Of a batch norm."""
         if type(norm) not in NORMS:
             return f"{type(norm).__name__} is a subclass of a norm, which may do something else"
-        if norm.training:
-            return "it is in training mode, where it uses the statistics of each batch: model.eval() before"
+        if norm.training or self._model.training:
+            return "it is in training mode, where norms use the statistics of each batch: model.eval() before"
         if norm.running_mean is None or norm.running_var is None:
             return "it keeps no running statistics"
         if has_foreign_hooks(norm):
