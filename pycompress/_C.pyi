@@ -10,13 +10,20 @@ def use_exchange(capsule: object, /) -> bool: ...
 def int8_linear_tensors(
     x: object, packed: object, bias: object, activation: int, y: object, threads: int, /
 ) -> bool: ...
-def int8_pack(values: int, n: int, k: int, activation_bits: int, kernel: str, threads: int, /) -> bytes: ...
+def int8_pack(
+    values: int, n: int, k: int, activation_bits: int, kernel: str, threads: int, input_scale: float,
+    input_zero_point: int, /,
+) -> bytes: ...  # fmt: skip
 def int8_unpack(packed: int, packed_bytes: int, values: int, /) -> None: ...
 def int8_header(packed: int, packed_bytes: int, /) -> dict[str, Any]: ...
 def int8_quantize(
-    x: int, x_type: int, m: int, k: int, ldx: int, bits: int, q: int, scale: int, zero_point: int, /
-) -> None: ...
-def int8_round(x: int, x_type: int, m: int, k: int, ldx: int, bits: int, y: int, threads: int, /) -> None: ...
+    x: int, x_type: int, m: int, k: int, ldx: int, bits: int, input_scale: float, input_zero_point: int, q: int,
+    scale: int, zero_point: int, /,
+) -> None: ...  # fmt: skip
+def int8_round(
+    x: int, x_type: int, m: int, k: int, ldx: int, bits: int, input_scale: float, input_zero_point: int, y: int,
+    threads: int, /,
+) -> None: ...  # fmt: skip
 def int8_conv2d(
     x: int, x_type: int, channels_last: bool, images: int, channels: int, height: int, width: int, packed: int,
     packed_bytes: int, n: int, weight_scale: int, bias: int, activation: int, stride_h: int, stride_w: int, pad_top: int,

@@ -49,16 +49,19 @@ bool int8_linear_tensors(py::handle x, py::handle packed, py::handle bias, int a
   return true;
 }
 
-py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel,
-                    int threads) {
+py::bytes int8_pack(uintptr_t values, int64_t n, int64_t k, int activation_bits, const std::string& kernel, int threads,
+                    float input_scale, int input_zero_point) {
+  const int8::Range range{input_scale, input_zero_point};
   check(activation_bits != 16 || kernel.empty(), "int8_pack: the kernel ", kernel, " reads 7- or 8-bit activations");
+  check(activation_bits != 16 || range.or_null() == nullptr,
+        "int8_pack: a range of the input was given, expected none where it stays in floating point");
   const int8::Kernel& chosen = kernel.empty() ? int8::best_kernel() : int8::kernel_named(kernel.c_str());
   std::vector<uint8_t> packed;
   {
     py::gil_scoped_release release;
     const auto* from = pointer<const int8_t>(values);
     packed = activation_bits == 16 ? weight_only::pack(from, n, k)
-                                   : int8::pack(chosen, from, n, k, activation_bits, threads);
+                                   : int8::pack(chosen, from, n, k, activation_bits, threads, range.or_null());
   }
   return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
 }
@@ -74,9 +77,12 @@ py::dict int8_header(uintptr_t packed, int64_t bytes) {
     result["layout"] = "weight_only";
     result["groups"] = 0;
     result["items"] = py::make_tuple(0, 0, 0);
+    result["input_scale"] = 0.0f;
+    result["input_zero_point"] = 0;
     return result;
   }
   const int8::Header& header = int8::header_of(pointer<const uint8_t>(packed), bytes);
+  const int8::Range range = int8::range_of(header);
   const int8::Depths depths = int8::depths(pointer<const uint8_t>(packed), bytes);
   result["n"] = header.n;
   result["k"] = header.k;
@@ -84,6 +90,8 @@ py::dict int8_header(uintptr_t packed, int64_t bytes) {
   result["layout"] = kLayouts[static_cast<int>(header.layout)];
   result["groups"] = depths.groups;
   result["items"] = py::make_tuple(depths.items[0], depths.items[1], depths.items[2]);
+  result["input_scale"] = range.scale;
+  result["input_zero_point"] = range.zero_point;
   return result;
 }
 
@@ -100,17 +108,19 @@ void bind_int8(py::module_& m) {
     int8::unpack(from, bytes, pointer<int8_t>(values));
   });
   m.def("int8_header", &int8_header);
-  m.def("int8_quantize", [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, uintptr_t q,
-                            uintptr_t scale, uintptr_t zero_point) {
+  m.def("int8_quantize", [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, float input_scale,
+                            int input_zero_point, uintptr_t q, uintptr_t scale, uintptr_t zero_point) {
+    const int8::Range range{input_scale, input_zero_point};
     int8::quantize(int8::best_kernel(), pointer<const void>(x), static_cast<Type>(type), rows, k, ldx, bits,
-                   pointer<uint8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point));
+                   range.or_null(), pointer<uint8_t>(q), pointer<float>(scale), pointer<int32_t>(zero_point));
   });
-  m.def("int8_round",
-        [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, uintptr_t y, int threads) {
-          const MaybeReleaseGil gil(rows * k > kReleaseGil);
-          int8::round_rows(int8::best_kernel(), pointer<const void>(x), static_cast<Type>(type), rows, k, ldx, bits,
-                           pointer<float>(y), threads);
-        });
+  m.def("int8_round", [](uintptr_t x, int type, int64_t rows, int64_t k, int64_t ldx, int bits, float input_scale,
+                         int input_zero_point, uintptr_t y, int threads) {
+    const int8::Range range{input_scale, input_zero_point};
+    const MaybeReleaseGil gil(rows * k > kReleaseGil);
+    int8::round_rows(int8::best_kernel(), pointer<const void>(x), static_cast<Type>(type), rows, k, ldx, bits,
+                     range.or_null(), pointer<float>(y), threads);
+  });
 }
 
 }  // namespace pycompress

@@ -228,8 +228,8 @@ class Call {
       alike += shape.k == other.k && shape.versions == other.versions && bits == other_bits;
     }
     if (alike < 2) return std::nullopt;
-    int8::best_kernel().quantize(h, Type::float32, p_.d, static_cast<int>(rows), shape, (1 << bits) - 1, room.bytes,
-                                 room.scale, room.zero_point);
+    int8::best_kernel().quantize(h, Type::float32, p_.d, static_cast<int>(rows), shape, (1 << bits) - 1, nullptr,
+                                 room.bytes, room.scale, room.zero_point);
     return int8::Quantized{shape, bits, room.bytes, room.scale, room.zero_point};
   }
 

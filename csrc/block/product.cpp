@@ -84,6 +84,7 @@ bool quantizes(const Product& p, int8::ActivationShape* shape, int* bits) {
   *bits = 8;
   if (p.weight == Weight::int8) {
     const int8::Header& header = int8::header_of(p.packed, p.packed_bytes);
+    if (int8::range_of(header).or_null() != nullptr) return false;  // not as the rows' own ranges have it
     shape->versions = header.versions;
     *bits = header.activation_bits;
   }

@@ -105,13 +105,13 @@ inline float reduce(__m256 v, bool maximum) {
   return _mm_cvtss_f32(maximum ? _mm_max_ps(r, s) : _mm_min_ps(r, s));
 }
 
-struct Range {
+struct Ends {
   float low, high;
   bool finite;
 };
 
 template <Type kType>
-Range range_of(const void* x, ptrdiff_t begin, int k) {
+Ends ends_of(const void* x, ptrdiff_t begin, int k) {
   __m256 low = _mm256_setzero_ps(), high = low, low2 = low, high2 = low, poison = low, poison2 = low;
   const __m256 zero = low;
   int i = 0;
@@ -135,23 +135,12 @@ Range range_of(const void* x, ptrdiff_t begin, int k) {
   return {reduce(_mm256_min_ps(low, low2), false), reduce(_mm256_max_ps(high, high2), true), finite};
 }
 
-template <Type kType>
-void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, uint8_t* data, float* scale,
-                  int32_t* zero_point) {
-  const Range range = range_of<kType>(x, begin, shape.k);
-  const float half_max = 0.5f * static_cast<float>(amax);
-  const float half = 0.5f * range.high - 0.5f * range.low;
-  float inverse = 0;
-  *scale = range.finite ? 0.0f : __builtin_nanf("");
-  if (range.finite && !(half < 0x1p-100f)) {
-    inverse = half_max / half;
-    *scale = half / half_max;
-  }
-  const int rounded = _mm_cvtss_si32(_mm_set_ss(range.finite ? -range.low * inverse : 0.0f));
-  const int zero = rounded < 0 ? 0 : rounded > amax ? amax : rounded;
-  *zero_point = zero;
-
-  const __m256 factor = _mm256_set1_ps(inverse);
+// q of a row, and whether it is finite: nobody has looked at it yet where kFixed.
+template <Type kType, bool kFixed>
+inline __attribute__((always_inline)) bool quantize_by(const void* x, ptrdiff_t begin, ActivationShape shape, int amax,
+                                                       float inverse, int zero, uint8_t* data) {
+  const __m256 factor = _mm256_set1_ps(inverse), beyond = _mm256_set1_ps(kBeyond);
+  __m256 poison[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
   const __m256i shift = _mm256_set1_epi16(static_cast<short>(zero)), top = _mm256_set1_epi8(static_cast<char>(amax));
   const __m256i unlace = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the in-lane packs
   const __m256i order1 =
@@ -169,7 +158,12 @@ void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int ama
         const __m256 v = left >= 8  ? load_floats<kType>(x, begin + at)
                          : left > 0 ? load_tail<kType>(x, begin + at, left)
                                     : _mm256_setzero_ps();
-        q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(v, factor));  // half to even; NaN gives INT_MIN, so 0 below
+        __m256 steps = _mm256_mul_ps(v, factor);
+        if constexpr (kFixed) {
+          steps = _mm256_min_ps(steps, beyond);  // below, what fits no int gives INT_MIN, so 0
+          poison[j] = _mm256_fmadd_ps(v, _mm256_setzero_ps(), poison[j]);
+        }
+        q[j] = _mm256_cvtps_epi32(steps);  // half to even; NaN gives INT_MIN, so 0 below
       }
       const __m256i low = _mm256_adds_epi16(_mm256_packs_epi32(q[0], q[1]), shift);
       const __m256i high = _mm256_adds_epi16(_mm256_packs_epi32(q[2], q[3]), shift);
@@ -181,6 +175,46 @@ void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int ama
         store256(out + 2 * length + i, _mm256_shuffle_epi8(bytes, order2));
       }
     }
+  }
+  const __m256 any = _mm256_add_ps(_mm256_add_ps(poison[0], poison[1]), _mm256_add_ps(poison[2], poison[3]));
+  return !kFixed || _mm256_movemask_ps(_mm256_cmp_ps(any, any, _CMP_UNORD_Q)) == 0;
+}
+
+template <Type kType>
+void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, uint8_t* data, float* scale,
+                  int32_t* zero_point) {
+  const Ends ends = ends_of<kType>(x, begin, shape.k);
+  const float half_max = 0.5f * static_cast<float>(amax);
+  const float half = 0.5f * ends.high - 0.5f * ends.low;
+  float inverse = 0;
+  *scale = ends.finite ? 0.0f : __builtin_nanf("");
+  if (ends.finite && !(half < 0x1p-100f)) {
+    inverse = half_max / half;
+    *scale = half / half_max;
+  }
+  const int rounded = _mm_cvtss_si32(_mm_set_ss(ends.finite ? -ends.low * inverse : 0.0f));
+  *zero_point = rounded < 0 ? 0 : rounded > amax ? amax : rounded;
+  quantize_by<kType, false>(x, begin, shape, amax, inverse, *zero_point, data);
+}
+
+template <Type kType>
+void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, const Range& range, uint8_t* data,
+                  float* scale, int32_t* zero_point) {
+  const float inverse = 1.0f / range.scale;
+  const bool finite = quantize_by<kType, true>(x, begin, shape, amax, inverse, range.zero_point, data);
+  *scale = finite ? range.scale : __builtin_nanf("");
+  *zero_point = range.zero_point;
+  if (!finite) __builtin_memset(data, range.zero_point, static_cast<size_t>(shape.stride()));
+}
+
+template <Type kType>
+void quantize_rows(const void* x, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, const Range* range,
+                   uint8_t* data, float* scale, int32_t* zero_point) {
+  for (int m = 0; m < rows; ++m, data += shape.stride()) {
+    if (range == nullptr)
+      quantize_row<kType>(x, m * ldx, shape, amax, data, scale + m, zero_point + m);
+    else
+      quantize_row<kType>(x, m * ldx, shape, amax, *range, data, scale + m, zero_point + m);
   }
 }
 
@@ -245,14 +279,11 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, Epilogue e, void
 
 }  // namespace
 
-void quantize_avx2(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, uint8_t* data,
-                   float* scale, int32_t* zero_point) {
-  for (int m = 0; m < rows; ++m, data += shape.stride()) {
-    const ptrdiff_t begin = m * ldx;
-    if (type == Type::float32) quantize_row<Type::float32>(x, begin, shape, amax, data, scale + m, zero_point + m);
-    if (type == Type::bfloat16) quantize_row<Type::bfloat16>(x, begin, shape, amax, data, scale + m, zero_point + m);
-    if (type == Type::float16) quantize_row<Type::float16>(x, begin, shape, amax, data, scale + m, zero_point + m);
-  }
+void quantize_avx2(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax,
+                   const Range* range, uint8_t* data, float* scale, int32_t* zero_point) {
+  if (type == Type::float32) quantize_rows<Type::float32>(x, ldx, rows, shape, amax, range, data, scale, zero_point);
+  if (type == Type::bfloat16) quantize_rows<Type::bfloat16>(x, ldx, rows, shape, amax, range, data, scale, zero_point);
+  if (type == Type::float16) quantize_rows<Type::float16>(x, ldx, rows, shape, amax, range, data, scale, zero_point);
 }
 
 void finish_avx2(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {

@@ -18,6 +18,41 @@ inline __m512 load_values(const void* x, ptrdiff_t i, __mmask16 lanes) {
   return _mm512_cvtph_ps(half);
 }
 
+template <Type kType, bool kFixed>
+inline __attribute__((always_inline)) bool quantize_by(const void* x, ptrdiff_t begin, ActivationShape shape, int amax,
+                                                       float inverse, int zero, uint8_t* data) {
+  const __m512 factor = _mm512_set1_ps(inverse), beyond = _mm512_set1_ps(kBeyond);
+  const __m512i shift = _mm512_set1_epi32(zero), top = _mm512_set1_epi32(amax), none = _mm512_setzero_si512();
+  __m512 poison = _mm512_setzero_ps();
+  for (int block = 0; block < shape.blocks(); ++block) {
+    uint8_t* out = data + shape.offset(block);
+    const int length = shape.length(block), first = block * kBlockK;
+    for (int i = 0; i < length; i += kLanes) {
+      const int left = shape.k - first - i;
+      const __m512 v = load_values<kType>(x, begin + first + i, left > 0 ? up_to(left) : 0);
+      __m512 steps = _mm512_mul_ps(v, factor);
+      if constexpr (kFixed) {
+        steps = _mm512_min_ps(steps, beyond);  // below, what fits no int gives INT_MIN, so 0
+        poison = _mm512_fmadd_ps(v, _mm512_setzero_ps(), poison);
+      }
+      __m512i q = _mm512_cvtps_epi32(steps);  // half to even; NaN gives INT_MIN, so 0 below
+      q = _mm512_min_epi32(_mm512_max_epi32(_mm512_add_epi32(q, shift), none), top);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(q));
+    }
+  }
+  return !kFixed || _mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) == 0;
+}
+
+template <Type kType>
+void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, const Range& range, uint8_t* data,
+                  float* scale, int32_t* zero_point) {
+  const float inverse = 1.0f / range.scale;
+  const bool finite = quantize_by<kType, true>(x, begin, shape, amax, inverse, range.zero_point, data);
+  *scale = finite ? range.scale : __builtin_nanf("");
+  *zero_point = range.zero_point;
+  if (!finite) __builtin_memset(data, range.zero_point, static_cast<size_t>(shape.stride()));
+}
+
 template <Type kType>
 void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int amax, uint8_t* data, float* scale,
                   int32_t* zero_point) {
@@ -47,19 +82,17 @@ void quantize_row(const void* x, ptrdiff_t begin, ActivationShape shape, int ama
   }
   const int rounded = _mm_cvtss_si32(_mm_set_ss(finite ? -least * inverse : 0.0f));
   *zero_point = rounded < 0 ? 0 : rounded > amax ? amax : rounded;
+  quantize_by<kType, false>(x, begin, shape, amax, inverse, *zero_point, data);
+}
 
-  const __m512 factor = _mm512_set1_ps(inverse);
-  const __m512i shift = _mm512_set1_epi32(*zero_point), top = _mm512_set1_epi32(amax), none = _mm512_setzero_si512();
-  for (int block = 0; block < shape.blocks(); ++block) {
-    uint8_t* out = data + shape.offset(block);
-    const int length = shape.length(block), first = block * kBlockK;
-    for (int i = 0; i < length; i += kLanes) {
-      const int left = shape.k - first - i;
-      const __m512 v = load_values<kType>(x, begin + first + i, left > 0 ? up_to(left) : 0);
-      __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, factor));  // half to even; NaN gives INT_MIN, so 0 below
-      q = _mm512_min_epi32(_mm512_max_epi32(_mm512_add_epi32(q, shift), none), top);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtepi32_epi8(q));
-    }
+template <Type kType>
+void quantize_rows(const void* x, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, const Range* range,
+                   uint8_t* data, float* scale, int32_t* zero_point) {
+  for (int m = 0; m < rows; ++m, data += shape.stride()) {
+    if (range == nullptr)
+      quantize_row<kType>(x, m * ldx, shape, amax, data, scale + m, zero_point + m);
+    else
+      quantize_row<kType>(x, m * ldx, shape, amax, *range, data, scale + m, zero_point + m);
   }
 }
 
@@ -110,15 +143,12 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& 
 
 }  // namespace
 
-void quantize_avx512(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, uint8_t* data,
-                     float* scale, int32_t* zero_point) {
-  if (shape.versions != 1) return quantize_avx2(x, type, ldx, rows, shape, amax, data, scale, zero_point);
-  for (int m = 0; m < rows; ++m, data += shape.stride()) {
-    const ptrdiff_t begin = m * ldx;
-    if (type == Type::float32) quantize_row<Type::float32>(x, begin, shape, amax, data, scale + m, zero_point + m);
-    if (type == Type::bfloat16) quantize_row<Type::bfloat16>(x, begin, shape, amax, data, scale + m, zero_point + m);
-    if (type == Type::float16) quantize_row<Type::float16>(x, begin, shape, amax, data, scale + m, zero_point + m);
-  }
+void quantize_avx512(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax,
+                     const Range* range, uint8_t* data, float* scale, int32_t* zero_point) {
+  if (shape.versions != 1) return quantize_avx2(x, type, ldx, rows, shape, amax, range, data, scale, zero_point);
+  if (type == Type::float32) quantize_rows<Type::float32>(x, ldx, rows, shape, amax, range, data, scale, zero_point);
+  if (type == Type::bfloat16) quantize_rows<Type::bfloat16>(x, ldx, rows, shape, amax, range, data, scale, zero_point);
+  if (type == Type::float16) quantize_rows<Type::float16>(x, ldx, rows, shape, amax, range, data, scale, zero_point);
 }
 
 void finish_avx512(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {

@@ -47,7 +47,7 @@ const Kernel& kernel_for(const Header& header) {
 class Worker {
  public:
   Worker(const Problem& problem, const Header& header, const Kernel& kernel, int64_t max_rows, int64_t max_panels)
-      : p_(problem), header_(header), kernel_(kernel), shape_{header.k, header.versions} {
+      : p_(problem), header_(header), kernel_(kernel), shape_{header.k, header.versions}, range_(range_of(header)) {
     const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(kernel.nr);
     const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
     const size_t bytes = (static_cast<size_t>(shape_.stride()) * rows + 63) / 64 * 64;
@@ -68,7 +68,7 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    q_ = quantized_rows(p_, kernel_, shape_, header_.activation_bits, row, rows, room_);
+    q_ = quantized_rows(p_, kernel_, shape_, header_.activation_bits, row, rows, room_, range_.or_null());
   }
 
   // The thread that has the first panel of some rows hands out their scales.
@@ -136,6 +136,7 @@ class Worker {
   const Header& header_;
   const Kernel& kernel_;
   const ActivationShape shape_;
+  const Range range_;
   RowRoom room_;
   Quantized q_;  // in the room, or where the caller quantized them
   int32_t* sums_;
@@ -207,29 +208,30 @@ void linear(const Problem& p, const Kernel& kernel) {
 namespace {
 
 // A row may be a whole image: nothing is added up here.
-void check_rows(const char* op, int bits, int64_t k) {
+void check_rows(const char* op, int bits, int64_t k, const Range* range) {
   constexpr int64_t kMost = 1 << 30;
+  if (range != nullptr) check_range(op, *range, bits);
   check(bits == 7 || bits == 8, op, ": activation_bits is ", bits, ", expected 7 or 8");
   check(k >= 1 && k <= kMost, op, ": x has ", k, " columns, expected 1 to ", kMost);
 }
 
 }  // namespace
 
-void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,
-              float* scale, int32_t* zero_point) {
-  check_rows("int8_quantize", bits, k);
+void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits,
+              const Range* range, uint8_t* q, float* scale, int32_t* zero_point) {
+  check_rows("int8_quantize", bits, k, range);
   const ActivationShape shape{static_cast<int>(k), 1};
   uint8_t* row = scratch.reserve(static_cast<size_t>(shape.stride()));
   for (int64_t i = 0; i < m; ++i) {
     const auto* at = value_of(x, type, i * ldx);
-    kernel.quantize(at, type, ldx, 1, shape, (1 << bits) - 1, row, scale + i, zero_point + i);
+    kernel.quantize(at, type, ldx, 1, shape, (1 << bits) - 1, range, row, scale + i, zero_point + i);
     std::memcpy(q + i * k, row, static_cast<size_t>(k));
   }
 }
 
-void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, float* y,
-                int threads) {
-  check_rows("int8_round", bits, k);
+void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits,
+                const Range* range, float* y, int threads) {
+  check_rows("int8_round", bits, k, range);
   const ActivationShape shape{static_cast<int>(k), 1};
   const int used = m * k < kSerialRounding ? 1 : usable_threads(threads);
   parallel(used, [&](int thread, int count) {
@@ -238,7 +240,8 @@ void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64
     for (int64_t i = m * thread / count; i < m * (thread + 1) / count; ++i) {
       float scale = 0;
       int32_t zero_point = 0;
-      kernel.quantize(value_of(x, type, i * ldx), type, ldx, 1, shape, (1 << bits) - 1, row, &scale, &zero_point);
+      kernel.quantize(value_of(x, type, i * ldx), type, ldx, 1, shape, (1 << bits) - 1, range, row, &scale,
+                      &zero_point);
       for (int64_t j = 0; j < k; ++j) out[j] = static_cast<float>(row[j] - zero_point) * scale;
       out += k;
     }

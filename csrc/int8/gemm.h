@@ -8,7 +8,11 @@
 //       lo = min(0, min x), hi = max(0, max x), half = hi/2 - lo/2   (never overflows)
 //       sx = half / (amax/2), inv = (amax/2) / half                  (both 0 where half < 2^-100)
 //       zp = clamp(rint(-lo * inv)), q = clamp(rint(x * inv) + zp)   to [0, amax], half to even
-//   A row of x that holds NaN or Inf gives a row of NaN (q = zp = 0, sx = NaN).
+//   Or, for a weight that was packed with the range of its input ("static"), with the sx and zp that it has, the same
+//   for all rows, so that nobody looks for the ends of a row:
+//       inv = 1 / sx, q = clamp(rint(clamp(x * inv, -kBeyond, kBeyond)) + zp)
+//       what lies outside of the range gives its ends; the inner clamp only keeps what is far outside in an int
+//   A row of x that holds NaN or Inf gives a row of NaN: sx = NaN, q and zp are those of a row of zeros.
 //
 // The floor of the op: 2mnk operations at the machine's integer peak, or the packed bytes at its read bandwidth.
 // On AVX2 the peak depends on the lane budget, see pack.h.
@@ -22,7 +26,8 @@
 
 namespace pycompress::int8 {
 
-constexpr int kBlockK = 1024;  // positions of k whose panel stays in a 32 KiB L1 beside four rows of activations
+constexpr float kBeyond = 1024;  // in units of sx: far outside of every range
+constexpr int kBlockK = 1024;    // positions of k whose panel stays in a 32 KiB L1 beside four rows of activations
 
 // How the weights of one panel (nr output channels) lie in memory.
 //   rows:   int8 [nr][k]                     read by the scalar kernel
@@ -53,9 +58,17 @@ struct ActivationShape {
   }
 };
 
-// Quantizes `rows` rows of x [rows, shape.k] (row stride ldx elements) into `data`, with sx and zp per row.
+// A range of x that is known before x is: x is about (q - zero_point) * scale.
+struct Range {
+  float scale;  // normal, and so is 1 / scale; 0 where there is none and each row has its own
+  int32_t zero_point;
+  const Range* or_null() const { return scale == 0 ? nullptr : this; }
+};
+
+// Quantizes `rows` rows of x [rows, shape.k] (row stride ldx elements) into `data`, with sx and zp per row: those of
+// `range`, or each row's own where that is null.
 using Quantize = void (*)(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax,
-                          uint8_t* data, float* scale, int32_t* zero_point);
+                          const Range* range, uint8_t* data, float* scale, int32_t* zero_point);
 
 // c[rows, nr] (+)= activations . panel over one block of k; rows <= mr; `c` has row stride nr.
 // a: the rows' bytes of this block, row stride `lda`; panel: the packed block; length: positions in it.
@@ -113,14 +126,14 @@ struct RowRoom {
 };
 
 // Rows [row, row + rows) of a problem as an op multiplies them: those that the caller has, where they fit; else
-// quantized into the room.
+// quantized into the room. What the caller has was quantized row by row, which a weight with a range does not want.
 template <class Problem>
 Quantized quantized_rows(const Problem& p, const Kernel& kernel, ActivationShape shape, int bits, int64_t row, int rows,
-                         const RowRoom& room) {
-  if (p.quantized != nullptr && p.quantized->fits(shape, bits))
+                         const RowRoom& room, const Range* range = nullptr) {
+  if (range == nullptr && p.quantized != nullptr && p.quantized->fits(shape, bits))
     return {shape, bits, p.quantized->data + row * shape.stride(), p.quantized->scale + row,
             p.quantized->zero_point + row};
-  kernel.quantize(value_of(p.x, p.x_type, row * p.ldx), p.x_type, p.ldx, rows, shape, (1 << bits) - 1, room.data,
+  kernel.quantize(value_of(p.x, p.x_type, row * p.ldx), p.x_type, p.ldx, rows, shape, (1 << bits) - 1, range, room.data,
                   room.scale, room.zero_point);
   return {shape, bits, room.data, room.scale, room.zero_point};
 }
@@ -155,12 +168,12 @@ struct Problem {
 void linear(const Problem& problem);                        // by the best kernel that reads `packed`
 void linear(const Problem& problem, const Kernel& kernel);  // by this one, which must read its layout
 
-// The quantizer alone, in the order of k: q uint8 [m, k], scale [m], zero_point [m].
-void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, uint8_t* q,
-              float* scale, int32_t* zero_point);
+// The quantizer alone, in the order of k: q uint8 [m, k], scale [m], zero_point [m]. `range`: or null.
+void quantize(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits,
+              const Range* range, uint8_t* q, float* scale, int32_t* zero_point);
 
 // What a product makes of x: y float [m, k] = (q - zero_point) * scale, for training.
-void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits, float* y,
-                int threads);
+void round_rows(const Kernel& kernel, const void* x, Type type, int64_t m, int64_t k, int64_t ldx, int bits,
+                const Range* range, float* y, int threads);
 
 }  // namespace pycompress::int8

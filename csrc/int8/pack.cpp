@@ -5,13 +5,14 @@
 
 #include "../common/buffer.h"
 #include "../common/check.h"
+#include "../common/float16.h"
 #include "../common/parallel.h"
 #include "windows.h"
 
 namespace pycompress::int8 {
 namespace {
 
-constexpr PackedFormat kFormat{{'p', 'y', 'c', '.', 'i', 'n', 't', '8'}, 1, "packed int8 weight", "int8_pack"};
+constexpr PackedFormat kFormat{{'p', 'y', 'c', '.', 'i', 'n', 't', '8'}, 2, "packed int8 weight", "int8_pack"};
 constexpr int kNr = 16, kLanes = 2 * kNr;  // of the chains layout: two 16-bit lanes per channel
 
 // --- the chains layout --------------------------------------------------------------------------------------------
@@ -226,14 +227,25 @@ void pack_plain(Layout layout, int nr, const int8_t* values, int64_t n, int64_t 
 
 }  // namespace
 
+void check_range(const char* op, const Range& range, int activation_bits) {
+  const int amax = (1 << activation_bits) - 1;
+  check(range.scale >= 0x1p-126f && range.scale <= 0x1p126f, op, ": input_scale is ", range.scale,
+        ", expected 2^-126 to 2^126");
+  check(range.zero_point >= 0 && range.zero_point <= amax, op, ": input_zero_point is ", range.zero_point,
+        ", expected 0 to ", amax);
+}
+
+Range range_of(const Header& header) { return {to_float(header.input_scale), header.input_zero_point}; }
+
 std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n, int64_t k, int activation_bits,
-                          int threads) {
+                          int threads, const Range* range) {
   check(n >= 1 && n <= 1 << 24, "int8_pack: out_features is ", n, ", expected 1 to ", 1 << 24);
   check(k >= 1 && k <= kMaxK, "int8_pack: in_features is ", k, ", expected 1 to ", kMaxK);
   check(activation_bits == 7 || activation_bits == 8, "int8_pack: activation_bits is ", activation_bits,
         ", expected 7 or 8");
   check(std::find(values, values + n * k, int8_t{-128}) == values + n * k,
         "int8_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)");
+  if (range != nullptr) check_range("int8_pack", *range, activation_bits);
 
   Header header{};
   header.layout = kernel.layout;
@@ -241,6 +253,10 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
   header.k = static_cast<int32_t>(k);
   header.nr = kernel.nr;
   header.activation_bits = activation_bits;
+  if (range != nullptr) {
+    std::memcpy(&header.input_scale, &range->scale, sizeof(range->scale));
+    header.input_zero_point = range->zero_point;
+  }
   // 7-bit activations always fit alone and pair up as they lie, so they need one order only.
   header.versions = kernel.layout == Layout::chains && activation_bits == 8 ? kVersions : 1;
 
@@ -267,7 +283,7 @@ std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n,
     }
   });
 
-  header.column_sums = sizeof(Header);
+  header.column_sums = round_up<uint64_t>(sizeof(Header), 64);
   header.blocks = round_up<uint64_t>(header.column_sums + column_sums.size() * 4, 64);
   uint64_t at = round_up<uint64_t>(header.blocks + packed.size() * 8, 64);
   std::vector<uint64_t> offsets;

@@ -30,14 +30,22 @@ struct Header {
   int32_t n, k, nr, activation_bits;
   int32_t versions;      // reorderings of the activations that the offsets refer to: 1 or kVersions
   uint32_t checksum;     // of the other fields
+  uint32_t input_scale;  // the bits of the float; 0 where each row of x has its own range
+  int32_t input_zero_point;
   uint64_t column_sums;  // byte offset of int32 [panels * nr]
   uint64_t blocks;       // byte offset of uint64 [panels * blocks]: where each block of each panel begins
   uint64_t bytes;        // of the whole buffer
 };
-static_assert(sizeof(Header) == 64);
+static_assert(sizeof(Header) == 72);
 
+// `range`: that of the input where it is static, or null.
 std::vector<uint8_t> pack(const Kernel& kernel, const int8_t* values, int64_t n, int64_t k, int activation_bits,
-                          int threads);
+                          int threads, const Range* range = nullptr);
+
+// Throws std::invalid_argument where a range is none for activations of so many bits; `op`: who asks.
+void check_range(const char* op, const Range& range, int activation_bits);
+
+Range range_of(const Header& header);
 
 // Throws std::invalid_argument where the buffer is not one that pack() made.
 const Header& header_of(const uint8_t* packed, int64_t bytes);

@@ -9,12 +9,14 @@
 namespace pycompress::int8 {
 namespace {
 
+float clamp(float value, float bound) { return value < -bound ? -bound : value > bound ? bound : value; }
+
 float rint_even(float value) { return (value + 0x1.8p23f) - 0x1.8p23f; }  // |value| < 2^22
 
 int clamp(int value, int high) { return value < 0 ? 0 : value > high ? high : value; }
 
-void quantize(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, uint8_t* data,
-              float* scale, int32_t* zero_point) {
+void quantize(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax, const Range* range,
+              uint8_t* data, float* scale, int32_t* zero_point) {
   for (int m = 0; m < rows; ++m, data += shape.stride()) {
     float low = 0, high = 0;
     bool finite = true;
@@ -24,17 +26,17 @@ void quantize(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape
       low = value < low ? value : low;
       high = value > high ? value : high;
     }
-    std::memset(data, 0, static_cast<size_t>(shape.stride()));
-    zero_point[m] = 0;
+    zero_point[m] = range == nullptr ? 0 : range->zero_point;
+    std::memset(data, zero_point[m], static_cast<size_t>(shape.stride()));
     scale[m] = finite ? 0.0f : to_float(0x7fc00000);
     const float half = 0.5f * high - 0.5f * low, half_max = 0.5f * static_cast<float>(amax);
-    if (!finite || half < 0x1p-100f) continue;
-    const float inverse = half_max / half;
-    scale[m] = half / half_max;
-    const int zero = clamp(static_cast<int>(rint_even(-low * inverse)), amax);
-    zero_point[m] = zero;
+    if (!finite || (range == nullptr && half < 0x1p-100f)) continue;
+    const float inverse = range == nullptr ? half_max / half : 1.0f / range->scale;
+    scale[m] = range == nullptr ? half / half_max : range->scale;
+    if (range == nullptr) zero_point[m] = clamp(static_cast<int>(rint_even(-low * inverse)), amax);
     for (int k = 0; k < shape.k; ++k) {
-      const int q = clamp(static_cast<int>(rint_even(float_at(x, type, m * ldx + k) * inverse)) + zero, amax);
+      const float steps = clamp(float_at(x, type, m * ldx + k) * inverse, kBeyond);  // beyond it with a range only
+      const int q = clamp(static_cast<int>(rint_even(steps)) + zero_point[m], amax);
       data[k] = static_cast<uint8_t>(q);  // one version only: its blocks lie end to end
     }
   }

@@ -243,7 +243,7 @@ class Rows {
   // int8 factors: two int8 products, of which the first, and an int8 residual, share one quantization of x.
   void run_int8() {
     const int amax = (1 << h_.activation_bits) - 1;
-    int8::best_kernel().quantize(x_, p_.x_type, p_.ldx, rows_, shape_, amax, bytes_, scale_, zero_point_);
+    int8::best_kernel().quantize(x_, p_.x_type, p_.ldx, rows_, shape_, amax, nullptr, bytes_, scale_, zero_point_);
     const int8::Quantized quantized{shape_, h_.activation_bits, bytes_, scale_, zero_point_};
     int8::linear({x_, p_.x_type, rows_, h_.k, p_.ldx, f_.down, static_cast<int64_t>(h_.down.bytes), h_.rank,
                   f_.down_scale, nullptr, Activation::none, t_, Type::float32, nullptr, nullptr, threads_, &quantized});

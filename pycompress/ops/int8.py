@@ -13,7 +13,7 @@ OP = define("int8", cpu.int8, "pycompress.ops.cuda.int8")
 
 
 def int8_linear(x: Tensor, packed: Tensor, form: str, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """``act(x W^T + bias)`` with int8 weights, activations quantized per row inside the op.
+    """``act(x W^T + bias)`` with int8 weights, activations quantized inside the op: per row, or by the range of a static weight.
 
     The formula and its rounding are in ``csrc/int8/gemm.h``: exact integers, float32 steps in a fixed order, so the result
     has the same bits for every thread count and every kernel.
@@ -43,31 +43,35 @@ def int8_depths(packed: Tensor, form: str) -> dict[str, Any]:
 # --- the integers alone, for validation and tests ---------------------------------------------------------------------
 
 
-def int8_quantize(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def int8_quantize(
+    x: Tensor, activation_bits: int, input_range: tuple[float, int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The quantizer of :func:`int8_linear` alone.
 
     Args:
         x: float32, bfloat16 or float16, [m, k].
         activation_bits: 7 or 8.
+        input_range: scale and zero point of a static weight's input, the same for all rows (on the CPU); None: each row's own.
     Returns:
-        q uint8 [m, k], scale float32 [m], zero point int32 [m]; q = 0 and scale NaN for a row with NaN or Inf.
+        q uint8 [m, k], scale float32 [m], zero point int32 [m]; of a row with NaN or Inf scale NaN, and q as of zeros.
     """
-    q, scale, zero_point = OP.doors.of("int8_quantize", x.device, x).quantize(x, activation_bits)
+    door = OP.doors.of("int8_quantize", x.device, x)
+    q, scale, zero_point = door.quantize(x, activation_bits, *(() if input_range is None else (input_range,)))
     return q, scale, zero_point
 
 
-def int8_round(x: Tensor, activation_bits: int) -> Tensor:
+def int8_round(x: Tensor, activation_bits: int, input_range: tuple[float, int] | None = None) -> Tensor:
     """What the integers of :func:`int8_quantize` mean, ``(q - zero_point) * scale``: what a layer multiplies.
 
     Args:
         x: float32, bfloat16 or float16, [m, k].
-        activation_bits: 7 or 8.
+        activation_bits, input_range: as of :func:`int8_quantize`.
     Returns:
         float32 [m, k]; NaN in a row with NaN or Inf.
     """
     if x.device.type == "cpu":
-        return cpu.int8.rounded(x, activation_bits)
-    q, scale, zero_point = int8_quantize(x, activation_bits)
+        return cpu.int8.rounded(x, activation_bits, input_range)
+    q, scale, zero_point = int8_quantize(x, activation_bits, input_range)
     return (q.float() - zero_point[:, None]) * scale[:, None]
 
 

@@ -16,11 +16,12 @@ the package, a module for each weight:
     Of what ``unpack`` gives, in its order, for a form of any device; on the CPU's door alone.
 
 int8 and sparse also have ``accumulate(x, packed, form) -> (acc, scale, zero_point)``; int8 has ``quantize(x, activation_bits) ->
-(q, scale, zero_point)`` and on CUDA ``fused_linear(x, before, weight, shift, eps, gate, packed, form, bias, activation)``.
+(q, scale, zero_point)``, on the CPU with a range of the input besides, and on CUDA ``fused_linear(x, before, weight, shift, eps,
+gate, packed, form, bias, activation)``.
 
 Whatever the device, a form has all that ``Op.sizes`` needs, so that what ``unpack`` gives is known without looking into the
-packed weight: int8 no key, int4 ``group`` and ``symmetric``, sparse ``nnz`` and ``bits`` (of the canonical values: 32 or 8), low
-rank ``rank``, ``bits`` and ``residual``. ``activation_bits`` stands in all of them.
+packed weight: int8 ``static`` where it is, int4 ``group`` and ``symmetric``, sparse ``nnz`` and ``bits`` (of the canonical values:
+32 or 8), low rank ``rank``, ``bits`` and ``residual``. ``activation_bits`` stands in all of them.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ std::vector<float> products(const Problem& p, const Int4Weight& w) {
   std::vector<uint8_t> q(area(static_cast<int>(p.m), w.k));
   std::vector<float> scale(static_cast<size_t>(p.m)), offset, result;
   std::vector<int32_t> zero_point(scale.size());
-  int8::quantize(int8::kScalar, p.x, p.x_type, p.m, p.k, p.ldx, 8, q.data(), scale.data(), zero_point.data());
+  int8::quantize(int8::kScalar, p.x, p.x_type, p.m, p.k, p.ldx, 8, nullptr, q.data(), scale.data(), zero_point.data());
   for (int n = 0; n < w.n; ++n) offset.push_back(chain(w, n, nullptr));
   for (size_t row = 0; row < scale.size(); ++row)
     for (int n = 0; n < w.n; ++n) {
@@ -294,7 +294,7 @@ void check_addend(const Case& c, Problem problem, const std::vector<float>& prod
   Guarded<uint8_t> q(static_cast<size_t>(c.m * shape.stride()));
   Guarded<float> scale(static_cast<size_t>(c.m));
   Guarded<int32_t> zero_point(scale.size());
-  int8::best_kernel().quantize(problem.x, problem.x_type, problem.ldx, c.m, shape, 255, q.data(), scale.data(),
+  int8::best_kernel().quantize(problem.x, problem.x_type, problem.ldx, c.m, shape, 255, nullptr, q.data(), scale.data(),
                                zero_point.data());
   const Summand summand(c.m, c.n, kPanel, c.number % 3 != 0, random);
   const int8::Addend addend = summand.addend();

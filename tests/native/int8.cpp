@@ -92,7 +92,8 @@ void check_sums(const Case& c, const Guarded<uint8_t>& packed, const Guarded<flo
   Guarded<float> scale(rows);
   Guarded<int32_t> y(rows * channels), zero_point(rows);
   Guarded<uint8_t> q(x.size());
-  quantize(c.kernel, x.data(), Type::float32, c.m, c.k, c.k, c.bits, q.data(), scale.data(), zero_point.data());
+  quantize(c.kernel, x.data(), Type::float32, c.m, c.k, c.k, c.bits, nullptr, q.data(), scale.data(),
+           zero_point.data());
   std::vector<int64_t> expected;
   for (size_t i = 0; i < rows; ++i)
     for (size_t j = 0; j < channels; ++j) {
@@ -148,8 +149,8 @@ struct Rows {
         scale(static_cast<size_t>(c.m)),
         zero_point(static_cast<size_t>(c.m)),
         quantized{shape_of(c, packed), c.bits, bytes.data(), scale.data(), zero_point.data()} {
-    c.kernel.quantize(x.data(), Type::float32, c.k, c.m, quantized.shape, (1 << c.bits) - 1, bytes.data(), scale.data(),
-                      zero_point.data());
+    c.kernel.quantize(x.data(), Type::float32, c.k, c.m, quantized.shape, (1 << c.bits) - 1, nullptr, bytes.data(),
+                      scale.data(), zero_point.data());
   }
   static ActivationShape shape_of(const Case& c, const Guarded<uint8_t>& packed) {
     return {c.k, header_of(packed.data(), static_cast<int64_t>(packed.size())).versions};

@@ -91,8 +91,8 @@ struct Quantized {
       : q(static_cast<size_t>(c.m) * static_cast<size_t>(c.k)),
         scale(static_cast<size_t>(c.m)),
         zero_point(static_cast<size_t>(c.m)) {
-    int8::quantize(int8::kScalar, x.data(), x.type(), c.m, c.k, x.ldx(), c.activation_bits, q.data(), scale.data(),
-                   zero_point.data());
+    int8::quantize(int8::kScalar, x.data(), x.type(), c.m, c.k, x.ldx(), c.activation_bits, nullptr, q.data(),
+                   scale.data(), zero_point.data());
   }
 };
 
@@ -206,7 +206,7 @@ struct Rows {
         zero_point(static_cast<size_t>(c.m)),
         quantized{{c.k, 1}, c.activation_bits, bytes.data(), scale.data(), zero_point.data()},
         fits(!is_float(c.format) && (c.format != Format::chains || c.activation_bits == 7)) {
-    int8::kScalar.quantize(x.data(), c.x_type, x.ldx(), c.m, quantized.shape, (1 << c.activation_bits) - 1,
+    int8::kScalar.quantize(x.data(), c.x_type, x.ldx(), c.m, quantized.shape, (1 << c.activation_bits) - 1, nullptr,
                            bytes.data(), scale.data(), zero_point.data());
   }
 };

@@ -14,11 +14,16 @@ from pycompress.ops.cpu.native import channels, split
 from pycompress.ops.form import Form, Sizes, parse, written
 
 _CHECKED = ("n", "k", "activation_bits")
+Range = tuple[float, int]  # scale and zero point of an input that is quantized statically
+_NO_RANGE: Range = (0.0, 0)  # to the native module: each row has its own
 
 
 def sizes(form: Form) -> Sizes:
     """Shape and dtype of what :func:`unpack` gives, on any device."""
-    return {"values": ((form.n, form.k), torch.int8), "scale": ((form.n,), torch.float32)}
+    parts: Sizes = {"values": ((form.n, form.k), torch.int8), "scale": ((form.n,), torch.float32)}
+    if form.keys.get("static"):
+        parts |= {"input_scale": ((1,), torch.float32), "input_zero_point": ((1,), torch.uint8)}
+    return parts
 
 
 def pack(
@@ -27,9 +32,11 @@ def pack(
     """Canonical weight -> the layout of the best kernel here: a uint8 vector, for this process only.
 
     Args:
-        parts: values int8 [n, k], in [-127, 127]; scale float32 [n].
+        parts: values int8 [n, k], in [-127, 127]; scale float32 [n]; for a static weight input_scale float32 [1], from 2^-126 to
+            2^126, and input_zero_point uint8 [1].
         settings: activation_bits 7 or 8, the range of the activations that the packed weight will meet; 16: they stay floating
-            point. convolution (kernel height, kernel width, groups) where the rows are those of a convolution: for that alone.
+            point. static: whether they are quantized with the range that is given, not each row with its own. convolution (kernel height, kernel
+            width, groups) where the rows are those of a convolution: for that alone.
         layout: the name of a kernel (:func:`pycompress.ops.kernels`), to force it.
     Raises:
         ValueError: wrong dtype or shape, a -128, k > 65536, or a kernel that cannot run here.
@@ -41,28 +48,53 @@ def pack(
     check(bits in {7, 8, 16}, f"int8_pack: activation_bits is {bits}, expected 7, 8 or 16")
     values, scale = values.contiguous(), parts["scale"].detach().contiguous()
     channels("int8_pack", "scale", scale, shape[0])
+    given = _range_in(parts) if settings.get("static") else None
     if (convolution := settings.get("convolution")) is not None:
         return int8_conv.pack(values, scale, bits, convolution, layout)
-    data = native._C.int8_pack(values.data_ptr(), *shape, bits, layout, torch.get_num_threads())
+    data = native._C.int8_pack(values.data_ptr(), *shape, bits, layout, torch.get_num_threads(), *(given or _NO_RANGE))
     packed = vector(data, scale)
     own = native._C.int8_header(packed.data_ptr(), len(data))["layout"]
-    return packed, written(own, *shape, activation_bits=bits)
+    keys: dict[str, Any] = {"activation_bits": bits, **({"static": 1} if given else {})}
+    return packed, written(own, *shape, **keys)
+
+
+def _range_in(parts: Mapping[str, Tensor]) -> Range:
+    """The range of the input that stands among the parts of a static weight."""
+    found: list[Any] = []
+    for name, dtype in (("input_scale", torch.float32), ("input_zero_point", torch.uint8)):
+        tensor = parts[name]
+        check(
+            tensor.dtype == dtype and tensor.shape == (1,),
+            f"int8_pack: {name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} [1]",
+        )
+        found.append(tensor.item())
+    return found[0], found[1]
 
 
 def _checked(op: str, packed: Tensor, form: str) -> tuple[Form, int, dict[str, Any]]:
     """The form, the bytes before the scale, and the header, which says what the form says."""
     own = parse(form)
     n_bytes, _ = split(op, packed, own.n)
-    return own, n_bytes, native.header_of(op, "int8", packed, n_bytes, own, _CHECKED)
+    header = native.header_of(op, "int8", packed, n_bytes, own, _CHECKED)
+    static = header["input_scale"] != 0
+    check(
+        static == bool(own.keys.get("static")),
+        f"{op}: the packed weight is {'static' if static else 'dynamic'}, its form is {form!r}",
+    )
+    return own, n_bytes, header
 
 
 def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
     if int8_conv.is_packed(form):
         return int8_conv.unpack(packed, form)
-    own, n_bytes, _ = _checked("int8_unpack", packed, form)
+    own, n_bytes, header = _checked("int8_unpack", packed, form)
     values = packed.new_empty((own.n, own.k), dtype=torch.int8)
     native._C.int8_unpack(packed.data_ptr(), n_bytes, values.data_ptr())
-    return {"values": values, "scale": native.scale_of(packed, own.n)}
+    parts = {"values": values, "scale": native.scale_of(packed, own.n)}
+    if header["input_scale"]:
+        parts["input_scale"] = packed.new_full((1,), header["input_scale"], dtype=torch.float32)
+        parts["input_zero_point"] = packed.new_full((1,), header["input_zero_point"])
+    return parts
 
 
 def dense(packed: Tensor, form: str) -> Tensor:
@@ -107,24 +139,29 @@ def depths(packed: Tensor, form: str) -> dict[str, Any]:
 # --- the integers alone -----------------------------------------------------------------------------------------------
 
 
-def quantize(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, activation_bits: int, input_range: Range | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, ldx = matrix_of("int8_quantize", x)
     m, k = x.shape
     q, scale = x.new_empty((m, k), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
     zero_point = x.new_empty(m, dtype=torch.int32)
     native._C.int8_quantize(
-        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, q.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
+        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, *(input_range or _NO_RANGE),
+        q.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
     )  # fmt: skip
     return q, scale, zero_point
 
 
-def rounded(x: Tensor, activation_bits: int) -> Tensor:
+def rounded(x: Tensor, activation_bits: int, input_range: Range | None = None) -> Tensor:
     """float32 [m, k]: what the integers of :func:`quantize` mean."""
     x, ldx = matrix_of("int8_round", x)
     m, k = x.shape
     y = x.new_empty((m, k), dtype=torch.float32)
-    threads = torch.get_num_threads()
-    native._C.int8_round(x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, y.data_ptr(), threads)
+    native._C.int8_round(
+        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, *(input_range or _NO_RANGE), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 

@@ -113,6 +113,10 @@ def pack(
     )
     check(bits in (7, 8, 16), f"{op}: activation_bits is {bits}, expected 7, 8 or 16")
     check(
+        not settings.get("static"),
+        f"{op}: the weight is static, expected a dynamic one: static ranges have CPU kernels only",
+    )
+    check(
         values.dtype == torch.int8 and values.shape == shape,
         f"{op}: values is {values.dtype} {list(values.shape)}, expected int8 [{n}, {k}]",
     )

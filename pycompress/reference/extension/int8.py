@@ -1,4 +1,4 @@
-"""int8: a header, then the values [n, k]."""
+"""int8: a header, in which the range of a static weight's input stands, then the values [n, k]."""
 
 from __future__ import annotations
 
@@ -11,53 +11,91 @@ from pycompress.reference.activation import finish
 from pycompress.reference.extension import memory
 from pycompress.reference.extension.memory import Array
 
+Range = tuple[float, int]  # scale and zero point of an input
+
 LAYOUT = memory.Layout(
     "int8",
     b"pyc.ref1",
-    ("n", "k", "activation_bits"),
+    ("n", "k", "activation_bits", "input_scale", "input_zero_point"),
     lambda of: {"values": (np.int8, (of["n"], of["k"]))},
     lambda of: memory.has_shape(of) and of["activation_bits"] in (7, 8, 16),
 )
 int8_unpack = LAYOUT.unpack
 
 
+def _bits(value: float) -> int:
+    """Those of a float32: headers hold whole numbers."""
+    return int(np.float32(value).view(np.uint32))
+
+
+def _value(bits: int) -> float:
+    return float(np.uint32(bits).view(np.float32))
+
+
 def int8_header(packed: int, packed_bytes: int) -> dict[str, Any]:
-    header, _ = LAYOUT.read(packed, packed_bytes)
+    header: dict[str, Any] = LAYOUT.read(packed, packed_bytes)[0]
+    header["input_scale"] = _value(header["input_scale"])
     weight_only = header["activation_bits"] == 16
     groups = 0 if weight_only else header["n"] * header["k"] // 4
     return {**header, "layout": "weight_only" if weight_only else "rows", "groups": groups, "items": (0, 0, 0)}
 
 
-def int8_pack(values: int, n: int, k: int, activation_bits: int, kernel: str, _threads: int) -> bytes:
+def int8_pack(
+    values: int, n: int, k: int, activation_bits: int, kernel: str, _threads: int, input_scale: float, input_zero_point: int,
+) -> bytes:  # fmt: skip
     if n < 1 or not 1 <= k <= memory.MAX_IN_FEATURES:
         raise ValueError(f"int8_pack: the weight is [{n}, {k}], expected at least one row and 1 to 65536 columns")
     if kernel not in ("", "numba"):
         raise ValueError(f"no int8 kernel is named '{kernel}'")
     if (memory.view(values, np.int8, n, k) == -128).any():
         raise ValueError("int8_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)")
-    return LAYOUT.pack({"n": n, "k": k, "activation_bits": activation_bits}, values)
+    if input_scale:
+        _check_range("int8_pack", (input_scale, input_zero_point), activation_bits)
+    numbers = (n, k, activation_bits, _bits(input_scale), input_zero_point)
+    return LAYOUT.pack(dict(zip(LAYOUT.fields, numbers, strict=True)), values)
 
 
-def unpacked(packed: int, packed_bytes: int) -> tuple[Array, int]:
-    """The weights int8 [n, k] and the bits of their activations."""
+def _check_range(op: str, input_range: Range, activation_bits: int) -> None:
+    (scale, zero_point), amax = input_range, 2**activation_bits - 1
+    if activation_bits == 16:
+        raise ValueError(f"{op}: a range of the input was given, expected none where it stays in floating point")
+    if not 2.0**-126 <= scale <= 2.0**126:
+        raise ValueError(f"{op}: input_scale is {scale}, expected 2^-126 to 2^126")
+    if not 0 <= zero_point <= amax:
+        raise ValueError(f"{op}: input_zero_point is {zero_point}, expected 0 to {amax}")
+
+
+def unpacked(packed: int, packed_bytes: int) -> tuple[Array, int, Range | None]:
+    """The weights int8 [n, k], the bits of their activations, and the range of these where it is static."""
     header, parts = LAYOUT.read(packed, packed_bytes)
-    return parts["values"], header["activation_bits"]
+    static = (_value(header["input_scale"]), header["input_zero_point"]) if header["input_scale"] else None
+    return parts["values"], header["activation_bits"], static
 
 
 def int8_quantize(
-    x: int, x_type: int, m: int, k: int, ldx: int, bits: int, q: int, scale: int, zero_point: int
-) -> None:
-    if bits not in (7, 8):
-        raise ValueError(f"int8_quantize: activation_bits is {bits}, expected 7 or 8")
-    parts = int8.quantize(memory.load(x, x_type, m, k, ldx), 2**bits - 1)
+    x: int, x_type: int, m: int, k: int, ldx: int, bits: int, input_scale: float, input_zero_point: int, q: int, scale: int,
+    zero_point: int,
+) -> None:  # fmt: skip
+    parts = _quantized("int8_quantize", memory.load(x, x_type, m, k, ldx), bits, (input_scale, input_zero_point))
     for address, part in zip((q, scale, zero_point), parts, strict=True):
         memory.view(address, part.dtype, *part.shape)[:] = part
 
 
-def int8_round(x: int, x_type: int, m: int, k: int, ldx: int, bits: int, y: int, _threads: int) -> None:
+def _quantized(op: str, x: Array, bits: int, input_range: Range) -> tuple[Array, Array, Array]:
+    """A scale of 0 stands for each row's own range."""
     if bits not in (7, 8):
-        raise ValueError(f"int8_round: activation_bits is {bits}, expected 7 or 8")
-    q, scale, zero_point = int8.quantize(memory.load(x, x_type, m, k, ldx), 2**bits - 1)
+        raise ValueError(f"{op}: activation_bits is {bits}, expected 7 or 8")
+    if input_range[0]:
+        _check_range(op, input_range, bits)
+    return int8.quantized(x, bits, input_range if input_range[0] else None)
+
+
+def int8_round(
+    x: int, x_type: int, m: int, k: int, ldx: int, bits: int, input_scale: float, input_zero_point: int, y: int,
+    _threads: int,
+) -> None:  # fmt: skip
+    rows, static = memory.load(x, x_type, m, k, ldx), (input_scale, input_zero_point)
+    q, scale, zero_point = _quantized("int8_round", rows, bits, static)
     memory.view(y, np.float32, m, k)[:] = (q.astype(np.float32) - zero_point[:, None]) * scale[:, None]
 
 
@@ -65,14 +103,14 @@ def int8_linear(
     x: int, x_type: int, m: int, k: int, ldx: int, packed: int, packed_bytes: int, n: int, weight_scale: int,
     bias: int, activation: int, y: int, y_type: int, row_scale: int, zero_point: int, _threads: int,
 ) -> None:  # fmt: skip
-    weights, bits = unpacked(packed, packed_bytes)
+    weights, bits, static = unpacked(packed, packed_bytes)
     if k != weights.shape[1]:
         raise ValueError(f"int8_linear: x is [{m}, {k}], the packed weight expects k = {weights.shape[1]}")
     if n != weights.shape[0]:
         raise ValueError(f"int8_linear: the scale has {n} channels, the packed weight {weights.shape[0]}")
     rows = memory.load(x, x_type, m, k, ldx)
     if bits != 16:
-        return integers(rows, weights, bits, weight_scale, bias, activation, y, y_type, row_scale, zero_point)
+        return integers(rows, weights, bits, weight_scale, bias, activation, y, y_type, row_scale, zero_point, static)
     if y_type == memory.INT32:
         raise ValueError("int8_linear: the packed weight leaves activations in floating point: there are no integers")
     scale, offset = memory.vector(weight_scale, n), memory.vector(bias, n)
@@ -83,11 +121,11 @@ def int8_linear(
 
 def integers(
     x: Array, weights: Array, bits: int, weight_scale: int, bias: int, activation: int, y: int, y_type: int,
-    row_scale: int, zero_point: int,
+    row_scale: int, zero_point: int, input_range: Range | None = None,
 ) -> None:  # fmt: skip
     """x float32 [m, k] times int8 [n, k], into the addresses y, row_scale and zero_point (these two may be 0)."""
     m, n = len(x), len(weights)
-    q, rows, zeros = int8.quantize(x, 2**bits - 1)
+    q, rows, zeros = int8.quantized(x, bits, input_range)
     acc = int8.accumulate(q, zeros, np.ascontiguousarray(weights))
     if row_scale:
         memory.view(row_scale, np.float32, m)[:] = rows

@@ -136,8 +136,8 @@ def _residual_sums(x: Array, kind: int, packed: Array, scale: Array) -> Array:
     if kind == 4:
         return int4.linear(x, *int4_parts(address, packed_bytes))
     if kind == 2:
-        weights, bits = unpacked(address, packed_bytes)
-        return int8.linear(x, weights, scale, activation_bits=bits)
+        weights, bits, static = unpacked(address, packed_bytes)
+        return int8.linear(x, weights, scale, activation_bits=bits, input_range=static)
     header, mask, values = parts_of(address, packed_bytes)
     if header["bits"] == 32:
         return sparse.accumulate(x, mask, values)

@@ -119,8 +119,8 @@ void test_quantize(Type type, int64_t m, int64_t k, int64_t gap, int bits) {
   std::vector<uint8_t> row(Int8Case::size(shape.stride()));
   for (int64_t i = 0; i < m; ++i) {
     const auto* from = static_cast<const uint8_t*>(first) + Int8Case::size(i * (k + gap)) * size_of(type);
-    int8::kScalar.quantize(from, type, k + gap, 1, shape, (1 << bits) - 1, row.data(), expected_scale.data() + i,
-                           expected_zero_point.data() + i);
+    int8::kScalar.quantize(from, type, k + gap, 1, shape, (1 << bits) - 1, nullptr, row.data(),
+                           expected_scale.data() + i, expected_zero_point.data() + i);
     std::copy_n(row.data(), k, q.data() + i * k);
   }
 
