@@ -157,7 +157,8 @@ def calibrate(
         plan: the plan that will be given to ``compress``: of each layer, what its method makes use of is gathered, and no more;
             where that is nothing for all of them, the model is not run.
         gather: instead of a plan, for all layers: ``moments`` (default), k^2 numbers for a layer of k features; ``diagonals``,
-            their mean squares alone; ``ranges``, the lowest and highest values; or several of them.
+            their mean squares alone; ``ranges``, the lowest and highest values; ``histograms``, how often each value came, and
+            ``extremes``, the ends of the last 1,024 calls, both with the ranges; or several of them.
         mask: which positions count: the name of an argument of the model, or of modules in it, a tensor [batch, length] that is
             not 0 there; or a function that makes such a tensor, or None, of all arguments of the model by name. Others are left
             out in each layer whose input is [batch, length, ...] or [batch * length, ...]; other inputs (pooled, images) count

@@ -87,7 +87,7 @@ def _described(names: tuple[str, ...], own: InputStatistics) -> LayerDescription
     if own.counts is not None:
         dead = int((own.counts == 0).sum())
         return LayerDescription(names, ("counts",), own.rows, k, None, dead, None, ())
-    if own.gathered != ("ranges",):
+    if own.second_moment is not None or own.mean_square is not None:
         squares = own.squares("describe", k)
         dead, total = int((squares == 0).sum()), float(squares.sum())
         dominant = float(squares.topk(max(1, k // _SHARE)).values.sum()) / total if total else None

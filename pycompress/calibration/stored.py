@@ -17,8 +17,11 @@ from pycompress.replacing import FilePath, replacing
 VERSION = 1
 KEY = "pycompress.calibration"  # in the metadata of the file
 _DTYPES = {
-    "second_moment": ("F64", "F32"), "counts": ("I64",), **dict.fromkeys(("mean", "mean_square", "low", "high"), ("F64",))
+    "second_moment": ("F64", "F32"), "counts": ("I64",), "histogram": ("I64",),
+    **dict.fromkeys(("mean", "mean_square", "low", "high", "limit", "extremes"), ("F64",)),
 }  # fmt: skip
+_MATRICES = ("second_moment", "extremes")
+_OF_ALL_FEATURES = ("histogram", "limit", "extremes")  # whose sizes are others
 
 
 def save(path: FilePath, statistics: Mapping[str, InputStatistics], facts: Mapping[str, Any]) -> None:
@@ -93,10 +96,10 @@ def _kinds(path: FilePath, file: Any, count: int) -> list[list[str]]:
             raise _fail(path, f"the tensor {name!r} is none of a calibration")
         piece, i = file.get_slice(name), int(number)
         shape, dtype = piece.get_shape(), piece.get_dtype()
-        if dtype not in _DTYPES[kind] or len(shape) != (2 if kind == "second_moment" else 1) or not all(shape):
+        if dtype not in _DTYPES[kind] or len(shape) != (2 if kind in _MATRICES else 1) or not all(shape):
             raise _fail(path, f"{name} is {dtype} {shape}, expected {' or '.join(_DTYPES[kind])}")
         kinds[i].append(kind)
-        sizes[i].update(shape)
+        sizes[i].update(() if kind in _OF_ALL_FEATURES else shape)
         if len(sizes[i]) > 1:
             raise _fail(path, f"{name} is {shape}, the other tensors of its input are not of this size")
     return kinds

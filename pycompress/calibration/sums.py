@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pycompress.calibration.products import BLOCK, BLOCKS, add_products, fits_float32, mirror
-from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.histogram import Histogram
+from pycompress.methods.inputs import LAST_CALLS, InputStatistics, kept
 
 Room = Callable[[int], Tensor]  # zeros [k, k], for a second moment
 
@@ -31,13 +32,23 @@ class Sums:
         self.rows = 0
         width = max(k, 2)  # a single column would be a dot product, which threads split
         zeros = torch.zeros(width, dtype=torch.float64, device="cpu")
-        self.first = None if parts == {"ranges"} else zeros
+        self.first = zeros if parts & {"moments", "diagonals"} else None
         self.square = zeros.clone() if "diagonals" in parts and "moments" not in parts else None
         self.second = room(width) if "moments" in parts else None
-        self.low = zeros + torch.inf if "ranges" in parts else None
-        self.high = zeros - torch.inf if "ranges" in parts else None
+        ranges = bool(parts & {"ranges", "histograms", "extremes"})
+        self.low = zeros + torch.inf if ranges else None
+        self.high = zeros - torch.inf if ranges else None
+        self.values = Histogram.empty() if "histograms" in parts else None
+        self.extremes = zeros.new_empty(LAST_CALLS, 2) if "extremes" in parts else None  # in turns
+        self.calls = 0
         self._waiting = torch.empty(0, width, dtype=torch.float32, device="cpu")
         self._count, self._largest = 0, 0.0  # of the rows that wait
+
+    def called(self, low: float, high: float) -> None:
+        """The layers have met one input more, which lies between these ends; its rows follow."""
+        if self.extremes is not None:
+            self.extremes[self.calls % LAST_CALLS] = self.extremes.new_tensor([low, high])
+        self.calls += 1
 
     def add(self, rows: Tensor, largest: float) -> None:
         """rows: floating point [r, k], on any device, finite; ``largest``: no magnitude is larger."""
@@ -61,7 +72,7 @@ class Sums:
         """What these have met, by themselves from now on; the others go on here."""
         own = copy(self)
         own.users, self.users = users, self.users - users
-        for name in ("first", "square", "low", "high", "_waiting"):
+        for name in ("first", "square", "low", "high", "extremes", "_waiting"):
             value = getattr(self, name)
             setattr(own, name, None if value is None else value.clone())
         if self.second is not None:
@@ -78,7 +89,15 @@ class Sums:
             moment /= self.rows
         mean, square = (None if sums is None else sums[:k] / self.rows for sums in (self.first, self.square))
         low, high = (None if ends is None else ends[:k] for ends in (self.low, self.high))
-        return InputStatistics(self.rows, moment, mean, mean_square=square, low=low, high=high)
+        values = {} if self.values is None else kept(self.values)
+        return InputStatistics(
+            self.rows, moment, mean, mean_square=square, low=low, high=high, **values, extremes=self._last_extremes()
+        )
+
+    def _last_extremes(self) -> Tensor | None:
+        if self.extremes is None or self.calls <= LAST_CALLS:
+            return None if self.extremes is None else self.extremes[: self.calls]
+        return self.extremes.roll(-(self.calls % LAST_CALLS), 0)
 
     def _widened(self, rows: Tensor) -> Tensor:
         return torch.nn.functional.pad(rows, (0, 1)) if self.k == 1 else rows
@@ -104,6 +123,8 @@ class Sums:
         if self.low is not None and self.high is not None:
             torch.minimum(self.low, rows.amin(dim=0), out=self.low)
             torch.maximum(self.high, rows.amax(dim=0), out=self.high)
+        if self.values is not None:
+            self.values = self.values.with_values(rows[:, : self.k], largest)
         if not (exact or fits_float32(largest)):
             rows = rows.double()
         for block in rows.split(BLOCK):

@@ -158,13 +158,13 @@ class Watch:
         chosen = counting(x, mask, kind.dims)
         if chosen.numel() == 0:
             return
-        largest = self._largest(module, chosen)
+        ends = self._ends(module, chosen)
         if sums is not None and sums.users != {key}:  # who else of them meets it has to be known first
             rows = chosen.clone() if chosen is x else chosen
-            self._latest = _Met.of(x, how, sums, sums, key, lambda own: _add(own, rows, largest, kind, geometry))
+            self._latest = _Met.of(x, how, sums, sums, key, lambda own: _add(own, rows, ends, kind, geometry))
             return
         known, sums = sums, sums or Sums({key}, kind.shape(module)[1], parts, self.room)
-        _add(sums, chosen, largest, kind, geometry)
+        _add(sums, chosen, ends, kind, geometry)
         if known is None:
             self._sums[key] = sums
             self._latest = _Met.of(x, how, sums, None, key, None)
@@ -179,11 +179,12 @@ class Watch:
             self._sums.update(dict.fromkeys(met.users, own))
         met.add(own)
 
-    def _largest(self, module: nn.Module, x: Tensor) -> float:
-        """The largest magnitude. Raises ValueError where there is none, or its square is no number."""
-        largest = max(abs(float(end)) for end in torch.aminmax(x))  # (NaN in x is both)
+    def _ends(self, module: nn.Module, x: Tensor) -> tuple[float, float]:
+        """The lowest and the highest value. Raises ValueError where there are none, or their squares are no numbers."""
+        low, high = map(float, torch.aminmax(x))  # (NaN in x is both)
+        largest = max(abs(low), abs(high))
         if largest < _LARGEST:
-            return largest
+            return low, high
         name = self._names[module][0] or "the model"
         holds = f"{largest:.3g}, whose square is too large for" if math.isfinite(largest) else "NaN or Inf, expected"
         values = "float64" if math.isfinite(largest) else "finite values"
@@ -195,8 +196,10 @@ def _dense(x: Tensor) -> Tensor:
     return torch.cat([item.reshape(-1, *item.shape[-1:]) for item in x.unbind()]) if x.is_nested else x
 
 
-def _add(sums: Sums, x: Tensor, largest: float, kind: Kind, geometry: Any) -> None:
-    """All rows that the matrix of a layer meets when its input is x."""
+def _add(sums: Sums, x: Tensor, ends: tuple[float, float], kind: Kind, geometry: Any) -> None:
+    """All rows that the matrix of a layer meets when its input is x, which lies between these ends."""
+    sums.called(*ends)
+    largest = max(map(abs, ends))
     items = kind.items(x)
     spread = kind.spread(geometry)
     for part in items.split(max(1, _CHUNK // (items[0].numel() * spread))) if spread > 1 else (items,):

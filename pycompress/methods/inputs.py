@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycompress.methods.histogram import BINS, Histogram
 from pycompress.weights.weight import described
 
 # Added to the diagonal of the second moment, as a share of its mean: enough for directions that calibration never showed to count.
@@ -17,8 +21,10 @@ DAMPING = 1e-2
 _FLOATS = "float64 or float32"
 
 
-# What may be gathered of a layer's inputs: second moments, which include the mean squares; mean squares; lowest and highest values.
-PARTS = ("moments", "diagonals", "ranges")
+# What may be gathered of a layer's inputs: second moments, which include the mean squares; mean squares; lowest and highest values;
+# how often each value came, and the ends of each call, both with the lowest and highest values.
+PARTS = ("moments", "diagonals", "ranges", "histograms", "extremes")
+LAST_CALLS = 1024  # of which the ends are kept
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,6 +40,9 @@ class InputStatistics:
         counts: int64 [num_embeddings], how often each token came; of an embedding, which has nothing else.
         mean_square: float64 [k], the mean of x^2; None beside a second moment, whose diagonal it is.
         low, high: float64 [k], the lowest and the highest value of each feature.
+        histogram, limit: int64 [BINS] and float64 [1]: how many values fell into each of the bins between -limit and limit, a power
+            of two; see :class:`pycompress.methods.histogram.Histogram`.
+        extremes: float64 [calls, 2], the lowest and the highest value of each of the last calls of the layer, the latest last.
     Raises:
         ValueError: anything else, NaN or Inf.
     """
@@ -45,6 +54,9 @@ class InputStatistics:
     mean_square: Tensor | None = field(default=None, kw_only=True)
     low: Tensor | None = field(default=None, kw_only=True)
     high: Tensor | None = field(default=None, kw_only=True)
+    histogram: Tensor | None = field(default=None, kw_only=True)
+    limit: Tensor | None = field(default=None, kw_only=True)
+    extremes: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if type(self.rows) is not int or self.rows < 1:
@@ -57,6 +69,7 @@ class InputStatistics:
                 f"InputStatistics: second_moment is None, expected {_FLOATS} [k, k], mean_square or low and high"
             )
         self._check_shapes(self.features)
+        self._check_values()
         for name, tensor in self.tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"InputStatistics: {name} holds NaN or Inf, expected finite values")
@@ -78,10 +91,32 @@ class InputStatistics:
                     f"InputStatistics: {name} is {described(tensor)}, expected {f'float64 [{k}]' if present else None}"
                 )
 
+    def _check_values(self) -> None:
+        """What there is of all values, whatever feature they are of; beside the lowest and highest ones."""
+        forms: dict[str, Any] = {"histogram": (torch.int64, (BINS,)), "limit": (torch.float64, (1,))}
+        if self.extremes is not None:
+            calls = len(self.extremes) if self.extremes.dim() else 0
+            forms["extremes"] = (torch.float64, (min(max(calls, 1), LAST_CALLS), 2))
+        for name, (dtype, shape) in forms.items():
+            tensor, present = getattr(self, name), name == "extremes" or self.histogram is not None
+            if (tensor is not None) != present or (present and (tensor.dtype, tensor.shape) != (dtype, shape)):
+                expected = f"{dtype} {list(shape)}" if present else "None"
+                raise ValueError(f"InputStatistics: {name} is {described(tensor)}, expected {expected}")
+            if present and self.low is None:
+                raise ValueError(f"InputStatistics: there is {name} without low and high, expected them besides")
+        if self.histogram is not None and self.limit is not None:
+            reach = float(self.limit)
+            if not (reach > 0 and math.isfinite(reach) and math.frexp(reach)[0] == 0.5):
+                raise ValueError(f"InputStatistics: limit is {reach}, expected a power of two")
+            if bool((self.histogram < 0).any()) or not bool(self.histogram.any()):
+                raise ValueError("InputStatistics: histogram has no values or fewer, expected numbers from 0")
+
     @property
     def features(self) -> int:
         """k; of an embedding how many tokens there are."""
-        return max(len(tensor) if tensor.dim() else 0 for tensor in self.tensors().values())
+        others = ("histogram", "limit", "extremes")
+        sizes = (len(t) if t.dim() else 0 for name, t in self.tensors().items() if name not in others)
+        return max(sizes, default=0)
 
     def tensors(self) -> dict[str, Tensor]:
         """What was gathered, by name."""
@@ -91,7 +126,10 @@ class InputStatistics:
     @property
     def gathered(self) -> tuple[str, ...]:
         """Those of ``PARTS`` that there are; nothing of an embedding."""
-        parts = ("moments", self.second_moment), ("diagonals", self.mean_square), ("ranges", self.low)
+        parts = (
+            ("moments", self.second_moment), ("diagonals", self.mean_square), ("ranges", self.low),
+            ("histograms", self.histogram), ("extremes", self.extremes),
+        )  # fmt: skip
         return tuple(name for name, tensor in parts if tensor is not None)
 
     @classmethod
@@ -119,11 +157,16 @@ class InputStatistics:
         if moment is None and all("moments" in part.gathered or "diagonals" in part.gathered for part in parts):
             squares = mean_of([part.squares("InputStatistics", part.features) for part in parts])
         mean = None if moment is None and squares is None else mean_of(all_of("mean"))
-        low, high = all_of("low"), all_of("high")
+        low, high, extremes = all_of("low"), all_of("high"), all_of("extremes")
+        values = None
+        if all_of("histogram"):
+            values = reduce(Histogram.merged, [part.distribution("InputStatistics") for part in parts])
         return cls(
             rows, moment, mean, mean_square=squares,
             low=None if low is None else torch.stack(low).amin(dim=0),
             high=None if high is None else torch.stack(high).amax(dim=0),
+            **({} if values is None else kept(values)),
+            extremes=None if extremes is None else torch.cat(extremes)[-LAST_CALLS:],
         )  # fmt: skip
 
     def moment(self, kind: str, k: int) -> Tensor:
@@ -152,6 +195,18 @@ class InputStatistics:
         self._check_width(kind, k)
         return self.low, self.high
 
+    def distribution(self, kind: str) -> Histogram:
+        """How often each value came. Raises as :meth:`moment` does."""
+        if self.histogram is None or self.limit is None:
+            raise self._lacking(kind, "histograms", "histograms")
+        return Histogram(self.histogram, math.frexp(float(self.limit))[1] - 1)
+
+    def extremes_of(self, kind: str) -> Tensor:
+        """The ends of the last calls, float64 [calls, 2]. Raises as :meth:`moment` does."""
+        if self.extremes is None:
+            raise self._lacking(kind, "the ends of calls", "extremes")
+        return self.extremes
+
     def _lacking(self, kind: str, what: str, part: str) -> ValueError:
         if self.counts is not None:
             return ValueError(f"{kind}: inputs are those of an embedding, expected {what}")
@@ -179,6 +234,12 @@ class InputStatistics:
             raise ValueError(
                 f"InputStatistics: counts add up to {int(counts.sum())}, expected numbers from 0 that make {self.rows} rows"
             )
+
+
+def kept(values: Histogram) -> dict[str, Tensor]:
+    """The fields that hold a histogram."""
+    limit = torch.tensor([math.ldexp(1.0, values.exponent)], dtype=torch.float64, device="cpu")
+    return {"histogram": values.counts, "limit": limit}
 
 
 def damped(moment: Tensor) -> Tensor | None:
