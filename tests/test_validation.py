@@ -212,8 +212,8 @@ def test_a_scale_far_off_is_found_behind_a_smooth_activation(activation: str, mo
 def test_a_wrong_quantizer_is_found(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize = ops.int8_quantize
 
-    def wrong(x: Tensor, activation_bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, scale, zero_point = quantize(x, activation_bits)
+    def wrong(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, scale, zero_point = quantize(x, *rest)
         q[2, 3] ^= 1
         return q, scale, zero_point
 

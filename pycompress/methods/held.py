@@ -14,6 +14,7 @@ from pycompress.methods.groups import Grid, Rounded
 from pycompress.methods.method import Method
 from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight, Weight
 from pycompress.weights.int4 import pack_nibbles
+from pycompress.weights.int8 import range_tensors
 
 
 class Held(Protocol):
@@ -22,6 +23,7 @@ class Held(Protocol):
     Attributes:
         name, compress: as those of :class:`Method`.
         activation_bits: 7 or 8 where the layer quantizes its input, 16 where it does not.
+        input_range: scale and zero point where it does so with one range for all rows; None where each has its own.
     """
 
     @property
@@ -29,6 +31,9 @@ class Held(Protocol):
 
     @property
     def activation_bits(self) -> int: ...
+
+    @property
+    def input_range(self) -> tuple[float, int] | None: ...
 
     def compress(self, weight: Tensor) -> Weight: ...
 
@@ -77,6 +82,7 @@ class Projected:
         # A sparse or a low-rank weight has them for 8 bits only.
         rounds = getattr(method, "bits", 8) == 8
         self.activation_bits: int = getattr(method, "activation_bits", 16) if rounds else 16
+        self.input_range: tuple[float, int] | None = getattr(method, "input_range", None)
 
     @property
     def name(self) -> str:
@@ -102,7 +108,7 @@ class HeldMask:
     name: ClassVar[str] = "sparse"
 
     def __init__(self, weight: SparseWeight) -> None:
-        self.activation_bits = 16
+        self.activation_bits, self.input_range = 16, None
         self.mask = (weight.decompress() != 0).view(torch.uint8)
 
     def compress(self, weight: Tensor) -> SparseWeight:
@@ -130,6 +136,7 @@ class HeldInt8:
         self.name = weight.name
         self.mask = (dense != 0).view(torch.uint8) if isinstance(weight, SparseWeight) else None
         self.scale, self.activation_bits = weight.scale, weight.activation_bits
+        self.input_range: tuple[float, int] | None = getattr(weight, "input_range", None)
         self.weight_bits: int = getattr(weight, "weight_bits", 8)
         self.top = 2 ** (self.weight_bits - 1) - 1
         steps = _rms(dense) / self.scale
@@ -138,7 +145,8 @@ class HeldInt8:
     def compress(self, weight: Tensor) -> Weight:
         steps, scale = self._rounded(weight.detach() if self.mask is None else weight.detach() * self.mask)
         if self.mask is None:
-            return Int8Weight(steps.to(torch.int8), scale, self.activation_bits, self.weight_bits)
+            values, fixed = steps.to(torch.int8), range_tensors(self.input_range)
+            return Int8Weight(values, scale, self.activation_bits, self.weight_bits, *fixed)
         return SparseWeight.from_dense(steps.to(torch.int8), scale, self.activation_bits)
 
     def image(self, weight: Tensor) -> Tensor:
@@ -148,6 +156,8 @@ class HeldInt8:
 
     def state(self) -> dict[str, Tensor]:
         own = {"scale": self.scale}
+        if self.input_range is not None:
+            own |= dict(zip(("input_scale", "input_zero_point"), range_tensors(self.input_range), strict=True))
         if self.mask is not None:
             own["mask"] = self.mask
         if self.largest_rms is not None:
@@ -157,6 +167,8 @@ class HeldInt8:
     def load(self, state: dict[str, Tensor]) -> None:
         self.scale, self.mask = state["scale"], state.get("mask")
         self.largest_rms = float(state["largest_rms"]) if "largest_rms" in state else None
+        if "input_scale" in state:
+            self.input_range = float(state["input_scale"]), int(state["input_zero_point"])
 
     def _rounded(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Integers as float32 [n, k], and the scale of each row."""
@@ -176,7 +188,7 @@ class HeldInt4:
     def __init__(self, weight: Int4Weight) -> None:
         self.grid = Grid(weight.scale.float().view(-1, 1), weight.zero_points().float().view(-1, 1))
         self.shape, self.group, self.symmetric = weight.shape, weight.group, weight.symmetric
-        self.activation_bits = weight.activation_bits
+        self.activation_bits, self.input_range = weight.activation_bits, None
 
     def compress(self, weight: Tensor) -> Int4Weight:
         rounded = Rounded.joined(self.grid, self._steps(weight.detach()), self.shape)

@@ -51,7 +51,8 @@ class Int8:
 
     def __post_init__(self) -> None:
         for option in Int8Weight.options:
-            option.check("Int8", getattr(self, option.name))
+            if option.name != "static":  # which stands in `activation`
+                option.check("Int8", getattr(self, option.name))
         profile("Int8", "fit", self.fit)
         if self.inputs is not None and not isinstance(self.inputs, InputStatistics):
             raise TypeError(f"Int8: inputs is {type(self.inputs).__name__}, expected InputStatistics or None")

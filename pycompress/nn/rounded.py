@@ -1,5 +1,5 @@
-"""The rounding of activations that the int8 and int4 kernels do, row by row, in torch: for training. Integers, scales and zero
-points equal those of ``csrc/int8`` (and of :mod:`pycompress.reference.int8`).
+"""The rounding of activations that the int8 and int4 kernels do, row by row or with one range for all, in torch: for training.
+Integers, scales and zero points equal those of ``csrc/int8`` (and of :mod:`pycompress.reference.int8`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pycompress import ops
 from pycompress.methods.held import through
 
 _TINY = 2.0**-100
+_BEYOND = 1024.0  # in units of a scale: far outside of every range
+Range = tuple[float, int]  # scale and zero point
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,19 +30,31 @@ def quantized_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return (x * inverse).round_().add_(zero_point).clamp_(0, top), scale, zero_point
 
 
-def rounded_rows(x: Tensor, bits: int) -> Tensor:
+def quantized_statically(x: Tensor, bits: int, input_range: Range) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`quantized_rows`, with one range for all rows. Rows with NaN or Inf have a scale of NaN."""
+    scale, zero_point = (x.new_full((*x.shape[:-1], 1), value) for value in input_range)
+    steps = (x * (1 / x.new_tensor(input_range[0]))).clamp_(-_BEYOND, _BEYOND).round_()
+    scale.masked_fill_(~x.isfinite().all(-1, keepdim=True), torch.nan)
+    return steps.add_(zero_point).clamp_(0, float(2**bits - 1)), scale, zero_point
+
+
+def rounded_rows(x: Tensor, bits: int, input_range: Range | None = None) -> Tensor:
     """What a kernel that quantizes its input makes of x [..., k] in any floating-point dtype; the gradient goes through.
 
     Args:
         bits: 7 or 8; 16 where it does not quantize.
+        input_range: scale and zero point where all rows have one range.
     """
     if bits == 16 or x.numel() == 0:
         return x
     with torch.no_grad():
         if _has_kernel(x):
-            image = ops.int8_round(x.detach().reshape(-1, x.shape[-1]), bits).view(x.shape)
+            image = ops.int8_round(x.detach().reshape(-1, x.shape[-1]), bits, input_range).view(x.shape)
         else:
-            q, scale, zero_point = quantized_rows(x.float(), bits)
+            wide = x.float()
+            q, scale, zero_point = (
+                quantized_rows(wide, bits) if input_range is None else quantized_statically(wide, bits, input_range)
+            )
             image = q.sub_(zero_point).mul_(scale)
         image = image.to(x.dtype)
     return through(x, image)

@@ -143,7 +143,8 @@ def _call(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) ->
     if isinstance(state.held, HeldFactors):
         return (_with_factors(module, state, state.held, x),)
     if state.held.activation_bits != 16:
-        x = rounded_rows(state.kind.quantized_together(x), state.held.activation_bits).view(x.shape)
+        together = state.kind.quantized_together(x)
+        x = rounded_rows(together, state.held.activation_bits, state.held.input_range).view(x.shape)
     image = state.held.image(state.kind.matrix(module))
     vars(module)["weight"] = state.kind.as_weight(image, state.kind.geometry(module))  # found before the parameter is
     try:

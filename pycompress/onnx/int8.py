@@ -26,6 +26,9 @@ def lower_int8_linear(graph: Graph, x: str, layer: Int8Linear | SparseLinear) ->
     acc, and y after the activations none and relu, are the layer's own to the bit. A row of x with NaN or
     Inf gives zeros in q and acc and NaN in y.
 
+    Of a static layer scale and zero point of x are constants. x is multiplied by the inverse of the scale, as the kernels do it; a
+    QuantizeLinear would divide, and now and then round another way.
+
     The weight is stored once, as int8 [k, n]. With 8-bit activations and 8-bit weights a runtime that adds
     two u8 * s8 products in 16 bits saturates, and :func:`session` sets ONNX Runtime not to. With 7 bits on
     either side nothing can saturate.
@@ -36,7 +39,8 @@ def lower_int8_linear(graph: Graph, x: str, layer: Int8Linear | SparseLinear) ->
     if layer.settings["activation_bits"] == 16:
         v = graph.node("MatMul", x, _dequantized(graph, layer.canonical()))
         return graph.activation(graph.bias(v, layer), layer)
-    v, broken = int8_product(graph, x, *integers(layer.canonical()))
+    weight = layer.canonical()
+    v, broken = int8_product(graph, x, *integers(weight), input_range=getattr(weight, "input_range", None))
     return poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken)
 
 
@@ -76,19 +80,24 @@ def int8_product(
     weight_scale: npt.NDArray[np.float32],
     amax: int,
     prefix: str = "",
+    input_range: tuple[float, int] | None = None,
 ) -> tuple[str, str]:
-    """x, quantized by rows, times int8 weights.
+    """x, quantized by rows or by one range, times int8 weights.
 
     Args:
         x: float32 [m, k].
         values, weight_scale, amax: int8 [n, k], float32 [n] and the largest activation.
         prefix: of the names under which the graph shows q and acc, and has the weight's constants.
+        input_range: scale and zero point of a static weight's input.
     Returns:
         (float(acc) * scale of x) * weight_scale, float32 [m, n]; and bool [m, 1]: where x holds NaN or Inf. These rows go on
         as zeros: NaN has no place in a Cast to uint8.
     """
     clean, broken = without_broken(graph, x)
-    q, scale, zero_point = quantized(graph, clean, amax, prefix + "q")
+    if input_range is None:
+        q, scale, zero_point = quantized(graph, clean, amax, prefix + "q")
+    else:
+        q, scale, zero_point = quantized_statically(graph, clean, amax, prefix, input_range)
     values_t = graph.weight(prefix + "weight", values.T)
     column_sum = graph.constant(prefix + "column_sum", values.sum(axis=1, dtype=np.int32)[None, :], np.int32)
     shift = graph.node("Mul", graph.node("Cast", zero_point, to=TensorProto.INT32), column_sum)
@@ -133,3 +142,15 @@ def quantized(graph: Graph, x: str, amax: int, output: str, axes: Sequence[int] 
     q = graph.node("Add", graph.node("Round", graph.node("Mul", x, inverse)), zero_point)
     q = graph.node("Cast", graph.node("Clip", q, zero, high_q), to=TensorProto.UINT8, output=output)
     return q, scale, zero_point
+
+
+def quantized_statically(
+    graph: Graph, x: str, amax: int, prefix: str, input_range: tuple[float, int]
+) -> tuple[str, str, str]:
+    """As :func:`quantized`, with one range for all rows, whose scale and zero point are constants [1, 1]."""
+    scale = graph.constant(f"{prefix}input_scale", [[input_range[0]]])
+    zero_point = graph.constant(f"{prefix}input_zero_point", [[input_range[1]]])
+    inverse = graph.constant(f"{prefix}input_inverse", np.float32(1) / np.float32(input_range[0]))
+    q = graph.node("Add", graph.node("Round", graph.node("Mul", x, inverse)), zero_point)
+    q = graph.node("Clip", q, graph.constant("zero", 0.0), graph.constant(f"amax_{amax}", amax))
+    return graph.node("Cast", q, to=TensorProto.UINT8, output=f"{prefix}q"), scale, zero_point

@@ -53,6 +53,10 @@ class Choice:
     def activation_bits(self) -> int:
         return self.now.activation_bits
 
+    @property
+    def input_range(self) -> tuple[float, int] | None:
+        return self.now.input_range
+
     def choose(self, weight: Tensor, strength: float) -> Tensor | None:
         """Chooses anew for a weight, float32 [n, k]; returns what a method that looks at inputs has made of it, if one did."""
         method = at(self.method, strength, (weight.shape[0], weight.shape[1]))

@@ -257,7 +257,10 @@ class ConvolutionCheck(Check):
 def _native_steps(x: Tensor, layer: CompressedLayer) -> dict[str, Tensor]:
     """What the kernels show of what lies between x and y: not the accumulators of the factors, for which t and y stand."""
     if not isinstance(layer, LowRankLinear):
-        return _native_product(x, layer.weight_type.name, layer.settings, lambda: (layer.packed, layer.form))
+        fixed = getattr(layer.canonical(), "input_range", None)
+        return _native_product(
+            x, layer.weight_type.name, layer.settings, lambda: (layer.packed, layer.form), input_range=fixed
+        )
     found: dict[str, Tensor] = {}
     if (bits := layer.activation_bits) is not None:
         t = ops.low_rank_intermediate(x, layer.packed, layer.form)
@@ -269,13 +272,14 @@ def _native_steps(x: Tensor, layer: CompressedLayer) -> dict[str, Tensor]:
 
 
 def _native_product(
-    x: Tensor, weight: str, settings: Mapping[str, Any], packed: Callable[[], tuple[Tensor, str]], prefix: str = ""
-) -> dict[str, Tensor]:
+    x: Tensor, weight: str, settings: Mapping[str, Any], packed: Callable[[], tuple[Tensor, str]], prefix: str = "",
+    input_range: tuple[float, int] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """q, and of int8 values acc, of a weight of this name; nothing where x stays in floating point."""
     accumulate = {"int8": ops.int8_accumulate, "sparse": ops.sparse_accumulate, "int4": None}
     if weight not in accumulate or (bits := settings.get("activation_bits")) is None:
         return {}
-    found, sums = {prefix + "q": ops.int8_quantize(x, bits)[0]}, accumulate[weight]
+    found, sums = {prefix + "q": ops.int8_quantize(x, bits, input_range)[0]}, accumulate[weight]
     return found if sums is None else {**found, prefix + "acc": sums(x, *packed())[0]}
 
 

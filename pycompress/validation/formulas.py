@@ -81,7 +81,7 @@ class _Rows:
     Attributes:
         q: float32 [m, k], integers.
         scale, zero_point: float32 [m, 1].
-        finite: bool [m, 1], False where x holds NaN or Inf; q is zeros there.
+        finite: bool [m, 1], False where x holds NaN or Inf; q is that of zeros there.
     """
 
     q: Array
@@ -107,9 +107,25 @@ def _quantized_rows(x: Array, activation_bits: int) -> _Rows:
     return _Rows(q, scale, zero_point, finite)
 
 
-def int8_product(x: Array, values: Tensor, scale: Tensor, activation_bits: int) -> Product:
-    """The int8 formula in NumPy, for x float32 [m, k] and a weight int8 [n, k] with its scale [n]."""
-    rows = _quantized_rows(x, activation_bits)
+def _statically_quantized_rows(x: Array, activation_bits: int, input_range: tuple[float, int]) -> _Rows:
+    """As :func:`_quantized_rows`, with one scale and zero point for all rows."""
+    scale, zero_point = (np.full((len(x), 1), value, np.float32) for value in input_range)
+    finite = np.asarray(np.isfinite(x).all(axis=1, keepdims=True))
+    with np.errstate(all="ignore"):
+        steps = np.where(finite, x, np.float32(0)) * (np.float32(1) / scale)
+        q = np.clip(np.rint(steps) + zero_point, 0, np.float32(2**activation_bits - 1))
+    return _Rows(q, scale, zero_point, finite)
+
+
+def int8_product(
+    x: Array, values: Tensor, scale: Tensor, activation_bits: int, input_range: tuple[float, int] | None = None
+) -> Product:
+    """The int8 formula in NumPy, for x float32 [m, k] and a weight int8 [n, k] with its scale [n]; ``input_range``: scale and zero
+    point of a static weight's input."""
+    if input_range is None:
+        rows = _quantized_rows(x, activation_bits)
+    else:
+        rows = _statically_quantized_rows(x, activation_bits, input_range)
     acc = ((rows.q - rows.zero_point).astype(np.float64) @ float64(values).T).astype(np.int64)
     with np.errstate(all="ignore"):
         v = (acc.astype(np.float32) * rows.scale) * float32(scale)
@@ -150,7 +166,8 @@ def _weight_product(x: Array, weight: Int8Weight | SparseWeight) -> Product:
     assert weight.scale is not None
     assert weight.activation_bits is not None
     values = replace(weight, scale=torch.ones_like(weight.scale)).decompress()
-    return int8_product(x, values, weight.scale, weight.activation_bits)
+    fixed = weight.input_range if isinstance(weight, Int8Weight) else None
+    return int8_product(x, values, weight.scale, weight.activation_bits, fixed)
 
 
 @dataclass(frozen=True)

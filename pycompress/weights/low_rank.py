@@ -73,6 +73,8 @@ class LowRankWeight(Weight):
         expected = unshared_bits(self.residual)
         if expected:
             raise ValueError(f"LowRankWeight: the residual's activation_bits is 16, expected {expected}")
+        if getattr(self.residual, "static", None):
+            raise ValueError("LowRankWeight: the residual is static, expected a dynamic one: it shares quantized rows")
 
     @property
     def shape(self) -> tuple[int, int]:

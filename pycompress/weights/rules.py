@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126  # of an input: it and its inverse are normal in float32
 MAX_IN_FEATURES = 65536  # int32 sums of products of int8 cannot overflow up to here
 # A value, the shape (n, k), the settings that stand before it -> what was expected, or '' where the value is good.
 Allowed = Callable[[object, tuple[int, int], Mapping[str, Any]], str]
@@ -60,6 +61,12 @@ def finite(name: str, tensor: Tensor, _weight: object = None) -> str:
 def positive(name: str, tensor: Tensor, _weight: object = None) -> str:
     good = bool(((tensor > 0) & torch.isfinite(tensor)).all())
     return "" if good else f"a {name} is not a positive finite number"
+
+
+def invertible(name: str, tensor: Tensor, _weight: object = None) -> str:
+    """Scales that are normal in float32, as what they are the inverse of is."""
+    good = bool(((tensor >= SMALLEST_SCALE) & (tensor <= LARGEST_SCALE)).all())
+    return "" if good else f"{name} is not between {SMALLEST_SCALE:g} and {LARGEST_SCALE:g}, as expected"
 
 
 def symmetric(name: str, tensor: Tensor, top: int = 127) -> str:

@@ -23,6 +23,15 @@ def step(rows: Tensor, bits: int | None) -> Tensor:
     return (span / (2**bits - 1)).double()[:, None]
 
 
+def clipped(weight: Weight, rows: Tensor) -> Tensor:
+    """The rows within the range of a static weight: float64 [m, k]."""
+    found = getattr(weight, "input_range", None)
+    if found is None:
+        return rows.double()
+    (scale, zero_point), top = found, 2 ** weight.settings()["activation_bits"] - 1
+    return rows.double().clamp(-scale * zero_point, scale * (top - zero_point))
+
+
 def slack(weight: Weight, rows: Tensor) -> Tensor:
     """How far ``rows W^T`` may lie from what it is in exact numbers: float64 [m, n]."""
     size, bits = rows.double().abs(), weight.settings().get("activation_bits")
@@ -38,7 +47,9 @@ def slack(weight: Weight, rows: Tensor) -> Tensor:
         return found if weight.residual is None else found + slack(weight.residual, rows)
     values = weight.decompress().double().abs()
     count = values.count_nonzero(1).double() + 8
-    return EPS * count * (size @ values.T) + step(rows, bits) * values.sum(1)
+    found = getattr(weight, "input_range", None)
+    steps = step(rows, bits) if found is None else torch.tensor(found[0], dtype=torch.float64)
+    return EPS * count * (size @ values.T) + steps * values.sum(1)
 
 
 def within(case: Case, layer: Any, x: Tensor, y: Tensor) -> bool:
@@ -52,7 +63,7 @@ def within(case: Case, layer: Any, x: Tensor, y: Tensor) -> bool:
         exact = (up @ down)[rows]
         bound = EPS * (len(down) + 2) * (up.abs() @ down.abs())[rows]
     else:
-        exact, bound = rows.double() @ weight.decompress().double().T, slack(weight, rows)
+        exact, bound = clipped(weight, rows) @ weight.decompress().double().T, slack(weight, rows)
         if case.kind.dims > 1:  # not the rows are quantized, but what lies together in an item
             items = case.kind.quantized_together(case.kind.items(x))
             own = step(items, weight.settings().get("activation_bits")).repeat_interleave(

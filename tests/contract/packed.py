@@ -20,6 +20,7 @@ from pycompress import ops
 from pycompress.nn import LAYERS
 from pycompress.weights import DenseWeight, Int4Weight, Int8Weight, LowRankWeight, SparseWeight, Weight
 from pycompress.weights.int4 import pack_nibbles
+from pycompress.weights.int8 import range_tensors
 
 Make = Callable[[int, int], Weight]  # (n, k)
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,8 +37,8 @@ def integers(*shape: int, top: int = 127) -> Tensor:
     return torch.randint(-top, top + 1, shape, dtype=torch.int8)
 
 
-def int8(n: int, k: int, bits: int = 8) -> Int8Weight:
-    return Int8Weight(integers(n, k), scales(n), bits, 8)
+def int8(n: int, k: int, bits: int = 8, input_range: tuple[float, int] | None = None) -> Int8Weight:
+    return Int8Weight(integers(n, k), scales(n), bits, 8, *range_tensors(input_range))
 
 
 def int4(n: int, k: int, group: int = 32, symmetric: bool = False, bits: int = 8) -> Int4Weight:
@@ -103,7 +104,10 @@ def low_rank(n: int, k: int, bits: int = 32, residual: str = "", activation_bits
 # --- the cases ----------------------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, dict[str, Make]] = {
-    "int8": {str(bits): partial(int8, bits=bits) for bits in (8, 7, 16)},
+    "int8": {
+        **{str(bits): partial(int8, bits=bits) for bits in (8, 7, 16)},
+        **{f"{bits} static": partial(int8, bits=bits, input_range=(0.03, 60)) for bits in (8, 7)},
+    },
     "int4": {
         f"{group} {'symmetric ' * symmetric}a{bits}": partial(int4, group=group, symmetric=symmetric, bits=bits)
         for group, symmetric, bits in ((32, False, 8), (64, True, 8), (32, False, 16), (128, False, 16))
@@ -117,7 +121,7 @@ VARIANTS: dict[str, dict[str, Make]] = {
 }  # fmt: skip
 # Those on which a promise is shown that the registry keeps for all in the same way.
 SOME = {
-    "int8": ["8", "16"],
+    "int8": ["8", "16", "8 static"],
     "int4": ["32 a8", "64 symmetric a8", "128 a16"],
     "sparse": ["rows", "quads"],
     "low_rank": ["32", "32 + dense", "32 + rows", "32 + int4", "8 + int8", "8 + quads", "8 + int4 symmetric"],

@@ -244,13 +244,15 @@ def neighbours(layer: CompressedLayer) -> Iterator[tuple[str, CompressedLayer]]:
                 other = type(weight).from_tensors(weight.shape, {**own, name: changed}, weight.settings())
             except ValueError:
                 continue  # a value that is zero now, or a mask of another number of weights
-            if not torch.equal(other.decompress(), weight.decompress()):
+            if "_input_" in name or not torch.equal(other.decompress(), weight.decompress()):
                 yield name, type(layer).build(other, layer.geometry, layer.bias, layer.activation)
                 break
 
 
 def matters(weight: Weight, name: str, tensor: Tensor) -> bool:
     """Whether other numbers in a tensor of the weight make other products: not the scales of no integers."""
+    if "_input_" in name:
+        return True
     if not tensor.is_floating_point():
         return tensor.numel() > 0 and "mask" not in name
     other = type(weight).from_tensors(weight.shape, {**weight.tensors(), name: tensor * 2}, weight.settings())

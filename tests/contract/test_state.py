@@ -306,13 +306,14 @@ def bad_tensors(name: str, tensor: Tensor, field: Field) -> Iterator[tuple[objec
                 yield filled(tensor, value), "not a positive finite number|is not between"
     elif tensor.dtype == torch.int8:
         yield filled(tensor, -128), r"holds -128, expected \[-"
-    elif tensor.dtype == torch.uint8:
+    elif tensor.dtype == torch.uint8 and "_input_" not in name:  # of which 255 is a good one
         yield torch.full_like(tensor, 255), "bits set behind|the mask has"
 
 
 # What the table of fields does not say: of a weight's name and, where there is one, its settings' bits.
 OWN: dict[str, list[tuple[str, Callable[[Tensor], Tensor], str]]] = {
     "linear int8: 7": [("int8_values", lambda t: torch.full_like(t, 64), r"\[-63, 63\]")],
+    "linear int8: static a7": [("int8_input_zero_point", lambda t: filled(t, 128), "is 128, expected 0 to 127")],
     "linear int4: g32": [
         ("int4_values", lambda t: t.repeat(1, 2)[:, : 2 * t.shape[1] - 1], "int4_values is"),  # one value a byte
         ("int4_values", lambda t: t | 0xF0, "values has bits set behind"),
@@ -403,6 +404,8 @@ def test_a_state_dict_of_version_1_is_loaded(case: Case, same: Same) -> None:
     older = case.layer_type.weight_type.of_version(1)
     if older is case.layer_type.weight_type:
         pytest.skip("its first version is the present one")
+    if made.settings.get("static"):
+        pytest.skip("its first version knew no static weights")
     parts, x = made.canonical().parts(), case.x()
     found = {stored: parts[part] for part, stored in older.names(made._settings_of(older)).items()}
     assert not found.keys() & made._expected().keys()

@@ -333,7 +333,9 @@ def test_hostile_settings(case: Case, path: Path, snapshot: Snapshot) -> None:
         for keys, option, value in tables(layer.weight_type, layer.settings):
             at, name = (*here, *keys), option.name
             gone = (
-                "the model has no tensor 'layer.low_rank_residual_" if option.default is OPTIONAL else f"{name} is None"
+                "the model has no tensor 'layer.(low_rank_residual|int8_input)_"
+                if option.default is OPTIONAL
+                else f"{name} is None"
             )
             yield f"{keys} missing", drop(*at), f"layer layer: .*{gone}" if option.default is not OPTIONAL else gone
             for bad in wrong(value):

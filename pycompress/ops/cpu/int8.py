@@ -49,6 +49,10 @@ def pack(
     values, scale = values.contiguous(), parts["scale"].detach().contiguous()
     channels("int8_pack", "scale", scale, shape[0])
     given = _range_in(parts) if settings.get("static") else None
+    check(
+        given is not None or "input_scale" not in parts,
+        "int8_pack: there is an input_scale, expected none without static",
+    )
     if (convolution := settings.get("convolution")) is not None:
         return int8_conv.pack(values, scale, bits, convolution, layout)
     data = native._C.int8_pack(values.data_ptr(), *shape, bits, layout, torch.get_num_threads(), *(given or _NO_RANGE))

@@ -150,6 +150,10 @@ def _checked_residual(kind: str, residual: Tensor | None, form: str) -> tuple[in
         bits != 16,
         f"low_rank_pack: the residual's activation_bits is {bits}, expected {expected}: it shares quantized rows",
     )
+    check(
+        "static" not in own.keys,
+        "low_rank_pack: the residual is static, expected a dynamic one: it shares quantized rows",
+    )
     n_bytes = residual.shape[0] - _scale_bytes(kind, own)
     return n_bytes, residual.data_ptr() + n_bytes if n_bytes < residual.shape[0] else 0
 

@@ -105,6 +105,10 @@ def pack(
 ) -> tuple[Tensor, str]:
     """``ops.pack`` of tensors on a CUDA device: one layout for each of 7 or 8 and 16 bits. Waits for the device."""
     op, values, (n, k), bits = "int8_pack", parts["values"], shape, settings["activation_bits"]
+    check(
+        not settings.get("static"),
+        f"{op}: the weight is static, expected a dynamic one on CUDA: the kernels there know no range before they look for it",
+    )
     module, device = native(op, values.device), values.device.index
     wanted = weight_only.LAYOUT if bits == 16 else LAYOUT
     check(
@@ -112,10 +116,6 @@ def pack(
         f"{op}: layout is {layout!r}, expected none or {wanted!r}: all CUDA kernels read one layout",
     )
     check(bits in (7, 8, 16), f"{op}: activation_bits is {bits}, expected 7, 8 or 16")
-    check(
-        not settings.get("static"),
-        f"{op}: the weight is static, expected a dynamic one: static ranges have CPU kernels only",
-    )
     check(
         values.dtype == torch.int8 and values.shape == shape,
         f"{op}: values is {values.dtype} {list(values.shape)}, expected int8 [{n}, {k}]",
