@@ -1,7 +1,18 @@
 """Compressed layers for PyTorch: native int8, int4, sparse and low-rank kernels, put into a model, proved against ONNX Runtime."""
 
 from pycompress.calibration import calibrate
-from pycompress.methods import Int4, Int8, LowRank, Sparse
+from pycompress.methods import (
+    Entropy,
+    Int4,
+    Int8,
+    Known,
+    LowRank,
+    MeanSquaredError,
+    MinMax,
+    MovingAverage,
+    Percentile,
+    Sparse,
+)
 from pycompress.model import compress, summary
 from pycompress.nn import SparseConv2d, SparseLinear
 from pycompress.passes.equalize import equalize
@@ -14,9 +25,15 @@ from pycompress.validation import validate
 __all__ = [
     "Cut",
     "Distillation",
+    "Entropy",
     "Int4",
     "Int8",
+    "Known",
     "LowRank",
+    "MeanSquaredError",
+    "MinMax",
+    "MovingAverage",
+    "Percentile",
     "Ramp",
     "Sparse",
     "SparseConv2d",

@@ -16,6 +16,7 @@ from pycompress.kinds import Kind, alteration, folded, folded_into, kind_of, mar
 from pycompress.measure import interleaved_us
 from pycompress.methods.inputs import InputStatistics
 from pycompress.methods.method import (
+    NEEDS_CALIBRATION,
     CalibratedMethod,
     LayersMethod,
     MeasuredMethod,
@@ -150,6 +151,13 @@ def settle_methods(targets: list[Target], calibration: Mapping[str, InputStatist
     chosen = [target for target in chosen if target.method is not None]
     if calibration is not None:
         _give_inputs(chosen, calibration)
+    for target in chosen:
+        assert target.method is not None
+        method = target.kind.fitted(target.method, target.module)
+        if getattr(method, "lacks_inputs", False):
+            raise ValueError(
+                f"compress: {target.name}: {method!r} goes by what the layer's inputs are, {NEEDS_CALIBRATION}"
+            )
 
 
 def _candidates(model: nn.Module, methods: list[Method]) -> list[Target]:

@@ -42,7 +42,7 @@ TABLE = {
 }
 # What a layer says of its weight.
 ATTRIBUTES = {
-    Int8Linear: ("activation_bits", "weight_bits"),
+    Int8Linear: ("activation_bits", "weight_bits", "static"),
     Int8Embedding: ("weight_bits",),
     Int4Linear: ("group", "symmetric", "activation_bits"),
     SparseLinear: ("bits", "nnz", "density", "activation_bits"),
@@ -56,6 +56,7 @@ INT8_LOW_RANK = [*LOW_RANK, "low_rank_down_scale", "low_rank_up_scale"]
 NAMES = {
     "linear int8: 8": ["int8_values", "int8_scale"],
     "linear int8: a16": ["int8_values", "int8_scale"],
+    "linear int8: static": ["int8_values", "int8_scale", "int8_input_scale", "int8_input_zero_point"],
     "linear int4: g32": ["int4_values", "int4_scale", "int4_zero_point"],
     "linear int4: g64 symmetric": ["int4_values", "int4_scale"],
     "linear sparse: float32": ["sparse_mask", "sparse_values"],
@@ -80,7 +81,7 @@ NAMES = {
     "embedding int8: 8": ["int8_values", "int8_scale"],
 }  # fmt: skip
 LABELS = {
-    "linear int8: 8": "int8", "linear int8: a16": "int8 a16",
+    "linear int8: 8": "int8", "linear int8: a16": "int8 a16", "linear int8: static": "int8 static",
     "linear int4: g32": "int4 g32", "linear int4: g64 symmetric": "int4 g64 symmetric", "linear int4: g128": "int4 g128",
     "linear int4: g32 a16": "int4 g32 a16", "linear int4: g128 symmetric a16": "int4 g128 symmetric a16",
     "linear sparse: float32": "sparse 25 %", "linear sparse: int8": "sparse 25 % int8", "linear sparse: density 1": "sparse 100 %",
@@ -97,6 +98,10 @@ REPRS = {  # without an activation, and with another one and no bias
     "linear int8: 8": (
         f"Int8Linear({LINEAR}, bias=True, activation_bits=8, weight_bits=8)",
         f"Int8Linear({LINEAR}, bias=False, activation_bits=8, weight_bits=8, activation=silu)",
+    ),
+    "linear int8: static": (
+        f"Int8Linear({LINEAR}, bias=True, activation_bits=8, weight_bits=8, static=True)",
+        f"Int8Linear({LINEAR}, bias=False, activation_bits=8, weight_bits=8, static=True, activation=silu)",
     ),
     "linear int4: g64 symmetric": (
         f"Int4Linear({LINEAR}, bias=True, group=64, symmetric=True, activation_bits=8)",

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pycompress import Int4, Int8, LowRank, Ramp, Sparse, compress, prepare, save, summary
+from pycompress import Int4, Int8, Known, LowRank, Ramp, Sparse, compress, prepare, save, summary
 from pycompress.model import compressed_layers
 from pycompress.nn import CompressedLayer
 from pycompress.nn.trained import canonical, holder, is_trained
 from pycompress.train import Training
 
 PLANS: list[Any] = [
-    Int8(), Int8(7), Int8(7, weight_bits=7), Int4(), Int4(64, symmetric=True), Sparse(0.3), Sparse(pattern="2:4"),
-    Sparse(pattern="4:16", bits=8), Sparse(0.4, pattern="1x4"), LowRank(6, rank_guard=False), LowRank(6, bits=8, rank_guard=False),
+    Int8(), Int8(7), Int8(7, weight_bits=7), Int8(activation="static", observer=Known(-2.0, 3.0)), Int4(),
+    Int4(64, symmetric=True), Sparse(0.3), Sparse(pattern="2:4"), Sparse(pattern="4:16", bits=8), Sparse(0.4, pattern="1x4"),
+    LowRank(6, rank_guard=False), LowRank(6, bits=8, rank_guard=False),
     {"0": Sparse(0.5, bits=8), "2": Int4()},
 ]  # fmt: skip
 OPTIMIZERS: list[Any] = [

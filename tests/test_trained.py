@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pycompress import Int4, Int8, LowRank, Sparse, compress
+from pycompress import Int4, Int8, Known, LowRank, Sparse, compress
 from pycompress.methods.held import HeldFactors, Projected, held
 from pycompress.nn import CompressedLayer
 from pycompress.nn.rounded import quantized_rows, rounded_rows
@@ -19,7 +19,8 @@ from pycompress.nn.trained import as_dense, can_train, canonical, is_trained, tr
 from pycompress.reference import int8 as reference
 
 METHODS = [
-    Int8(), Int8(7), Int8(16), Int8(7, weight_bits=7), Int4(), Int4(64, symmetric=True, activation_bits=16), Sparse(0.4),
+    Int8(), Int8(7), Int8(activation="static", observer=Known(-2.0, 3.0)), Int8(16), Int8(7, weight_bits=7), Int4(),
+    Int4(64, symmetric=True, activation_bits=16), Sparse(0.4),
     Sparse(pattern="2:4", bits=8), Sparse(0.3, bits=8, activation_bits=8), LowRank(8, rank_guard=False),
     LowRank(8, bits=8, rank_guard=False), LowRank(4, residual=Int4(), rank_guard=False),
 ]  # fmt: skip

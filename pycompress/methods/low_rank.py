@@ -142,6 +142,8 @@ class LowRank:
             raise ValueError(f"LowRank: residual is {residual!r}, expected one that makes weights of {known}")
         if expected := unshared_bits(residual):
             raise ValueError(f"LowRank: residual is {residual!r}, expected activation_bits {expected}")
+        if getattr(residual, "activation", "dynamic") != "dynamic":
+            raise ValueError(f"LowRank: residual is {residual!r}, expected a dynamic one: it shares quantized rows")
         if residual is not None and self.rank == BREAK_EVEN:
             raise ValueError(
                 f"LowRank: rank is {BREAK_EVEN!r} beside a residual, expected a number: it is measured without"

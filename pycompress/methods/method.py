@@ -12,6 +12,7 @@ from pycompress.methods.inputs import PARTS, InputStatistics
 from pycompress.weights import Weight
 from pycompress.weights.rules import matrix_shape
 
+NEEDS_CALIBRATION = "expected calibration=pc.calibrate(model, batches, plan=plan)"
 Timing = Callable[
     [Weight], tuple[float, float]
 ]  # microseconds of a dense layer, and of the one with this weight instead
@@ -44,7 +45,8 @@ class LayersMethod(Protocol):
 
 @runtime_checkable
 class CalibratedMethod(Protocol):
-    """A method that makes use of what a layer's inputs look like; of which part of it, ``needs`` may say (see :func:`needs_of`)."""
+    """A method that makes use of what a layer's inputs look like; of which part of it, ``needs`` may say (see :func:`needs_of`).
+    One with a true ``lacks_inputs`` cannot go without."""
 
     def with_inputs(self, statistics: InputStatistics) -> Method:
         """The method for the layer that met these inputs."""

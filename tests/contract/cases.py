@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from contract.kinds import DENSE, LEADS, SIZES, K, N
 from pycompress import ops
 from pycompress.kinds import Kind
-from pycompress.methods import Dense, Int4, Int8, LowRank, Sparse
+from pycompress.methods import Dense, Int4, Int8, Known, LowRank, Sparse
 from pycompress.methods.method import Method
 from pycompress.nn import LAYERS, CompressedLayer
 from pycompress.nn.factors import FactorsLayer
@@ -34,7 +34,14 @@ def low_rank(rank: int = 6, bits: int = 32, residual: Method | None = None, **op
 
 
 VARIANTS: dict[tuple[str, str], dict[str, Method]] = {
-    ("linear", "int8"): {"8": Int8(), "7": Int8(7, 7), "a7": Int8(7), "a16": Int8(16)},
+    ("linear", "int8"): {
+        "8": Int8(),
+        "7": Int8(7, 7),
+        "a7": Int8(7),
+        "a16": Int8(16),
+        "static": Int8(activation="static", observer=Known(-3.0, 2.5)),
+        "static a7": Int8(7, activation="static", observer=Known(-0.25, 1.0)),
+    },
     ("linear", "int4"): {
         "g32": Int4(),
         "g64 symmetric": Int4(64, symmetric=True),
