@@ -352,12 +352,22 @@ def test_reconstructed_it_keeps_its_range() -> None:
 
 
 def test_blocks_multiply_static_layers() -> None:
-    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation="gelu").eval()
-    x = torch.randn(3, 11, 32)
-    plan = {"linear1": KNOWN, "linear2": Int8(activation="static", observer=Known(-0.5, 3.0))}
-    block, layers = pc.compress(encoder, plan), pc.compress(encoder, plan, blocks=False)
-    with torch.no_grad():
-        torch.testing.assert_close(block(x), layers(x), rtol=1e-5, atol=1e-5)
+    """Query, key and value of one range share their quantized rows, those of others have their own."""
+    config = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 1}
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **config)).eval()
+    tokens = torch.randint(50, (3, 11))
+    static = Int8(activation="static")
+    seen = pc.calibrate(model, [{"input_ids": tokens}], plan=static)
+    plans: list[Any] = [static, {"*.value": KNOWN, "*": static}, {"*.key": Int8(), "*": static}]
+    for plan in plans:
+        blocks, layers = (pc.compress(model, plan, calibration=seen, blocks=blocks) for blocks in (True, False))
+        assert [block.reason for block in pc.summary(blocks).blocks if "Layer" in block.kind] == [""]
+        with torch.no_grad():
+            found, expected = blocks(tokens)[0], layers(tokens)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    query, value = (blocks.get_submodule(f"encoder.layer.0.attention.self.{name}") for name in ("query", "value"))
+    assert query.canonical().input_range == value.canonical().input_range, "what they meet is the same"
 
 
 def test_summary_warns_of_outlier_features() -> None:

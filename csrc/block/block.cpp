@@ -148,9 +148,7 @@ class Call {
   ptrdiff_t widest_stride() const {
     ptrdiff_t widest = 0;
     for (const Product& product : products_) {
-      int8::ActivationShape shape;
-      int bits;
-      if (quantizes(product, &shape, &bits)) widest = std::max(widest, shape.stride());
+      if (const auto own = quantization_of(product)) widest = std::max(widest, own->shape.stride());
     }
     return widest;
   }
@@ -217,20 +215,18 @@ class Call {
   // The rows as two or more of the products quantize them, once.
   std::optional<int8::Quantized> quantized(const Room& room, std::initializer_list<int> roles, const float* h,
                                            int64_t rows) const {
-    int8::ActivationShape shape{}, other;
-    int bits = 0, other_bits, alike = 0;
+    std::optional<Quantization> first;
+    int alike = 0;
     for (const int role : roles) {
-      if (!quantizes(products_[role], &other, &other_bits)) continue;
-      if (alike == 0) {
-        shape = other;
-        bits = other_bits;
-      }
-      alike += shape.k == other.k && shape.versions == other.versions && bits == other_bits;
+      const std::optional<Quantization> own = quantization_of(products_[role]);
+      if (!first) first = own;
+      alike += own && *own == *first;
     }
     if (alike < 2) return std::nullopt;
-    int8::best_kernel().quantize(h, Type::float32, p_.d, static_cast<int>(rows), shape, (1 << bits) - 1, nullptr,
-                                 room.bytes, room.scale, room.zero_point);
-    return int8::Quantized{shape, bits, room.bytes, room.scale, room.zero_point};
+    const auto& [shape, bits, range] = *first;
+    int8::best_kernel().quantize(h, Type::float32, p_.d, static_cast<int>(rows), shape, (1 << bits) - 1,
+                                 range.or_null(), room.bytes, room.scale, room.zero_point);
+    return int8::Quantized{shape, bits, room.bytes, room.scale, room.zero_point, range};
   }
 
   void product(int role, const float* x, int64_t rows, Activation activation, float* y, int threads,

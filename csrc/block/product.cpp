@@ -78,22 +78,21 @@ void check_product(const Product& p) { multiply(p, nullptr, 0, p.k, Activation::
 
 int row_unit(const Product& p) { return !p.is_there() || is_exact(p) ? 1 : kRowUnit; }
 
-bool quantizes(const Product& p, int8::ActivationShape* shape, int* bits) {
-  if (!p.is_there() || !is_exact(p)) return false;
-  *shape = {static_cast<int>(p.k), 1};
-  *bits = 8;
+std::optional<Quantization> quantization_of(const Product& p) {
+  if (!p.is_there() || !is_exact(p)) return std::nullopt;
+  Quantization found{{static_cast<int>(p.k), 1}, 8, {0, 0}};
   if (p.weight == Weight::int8) {
     const int8::Header& header = int8::header_of(p.packed, p.packed_bytes);
-    if (int8::range_of(header).or_null() != nullptr) return false;  // not as the rows' own ranges have it
-    shape->versions = header.versions;
-    *bits = header.activation_bits;
+    found.shape.versions = header.versions;
+    found.bits = header.activation_bits;
+    found.range = int8::range_of(header);
   }
   if (p.weight == Weight::sparse) {
     const sparse::Header& header = sparse::header_of(p.packed, p.packed_bytes);
-    if (sparse::is_delegated(header.format)) return false;
-    *bits = header.activation_bits;
+    if (sparse::is_delegated(header.format)) return std::nullopt;
+    found.bits = header.activation_bits;
   }
-  return true;
+  return found;
 }
 
 void multiply(const Product& p, const float* x, int64_t m, int64_t ldx, Activation activation, float* y, int threads,

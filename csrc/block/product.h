@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "../common/types.h"
 #include "../int8/gemm.h"
@@ -37,10 +38,19 @@ void check_product(const Product& product);
 constexpr int kRowUnit = 8;
 int row_unit(const Product& product);
 
-// Whether the product quantizes its rows, and into what: rows that are quantized so need not be quantized again.
-bool quantizes(const Product& product, int8::ActivationShape* shape, int* bits);
+// Into what a product quantizes its rows: those that are quantized so need not be quantized again.
+struct Quantization {
+  int8::ActivationShape shape;
+  int bits;
+  int8::Range range;
+  bool operator==(const Quantization& other) const {
+    return shape.k == other.shape.k && shape.versions == other.shape.versions && bits == other.bits &&
+           range == other.range;
+  }
+};
+std::optional<Quantization> quantization_of(const Product& product);  // or none, where it leaves them as they are
 
-// x, y: row strides ldx, n. `quantized`: the rows again, where quantizes() said how, or null.
+// x, y: row strides ldx, n. `quantized`: the rows again, where quantization_of() said how, or null.
 void multiply(const Product& product, const float* x, int64_t m, int64_t ldx, Activation activation, float* y,
               int threads, const int8::Quantized* quantized = nullptr);
 

@@ -68,7 +68,7 @@ class Worker {
     if (row == row_) return;
     row_ = row;
     rows_ = rows;
-    q_ = quantized_rows(p_, kernel_, shape_, header_.activation_bits, row, rows, room_, range_.or_null());
+    q_ = quantized_rows(p_, kernel_, shape_, header_.activation_bits, row, rows, room_, range_);
   }
 
   // The thread that has the first panel of some rows hands out their scales.

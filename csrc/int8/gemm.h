@@ -63,6 +63,7 @@ struct Range {
   float scale;  // normal, and so is 1 / scale; 0 where there is none and each row has its own
   int32_t zero_point;
   const Range* or_null() const { return scale == 0 ? nullptr : this; }
+  bool operator==(const Range& other) const { return scale == other.scale && zero_point == other.zero_point; }
 };
 
 // Quantizes `rows` rows of x [rows, shape.k] (row stride ldx elements) into `data`, with sx and zp per row: those of
@@ -113,8 +114,9 @@ struct Quantized {
   const uint8_t* data;
   const float* scale;
   const int32_t* zero_point;
-  bool fits(ActivationShape wanted, int bits) const {
-    return shape.k == wanted.k && shape.versions == wanted.versions && activation_bits == bits;
+  Range range{0, 0};
+  bool fits(ActivationShape wanted, int bits, const Range& of) const {
+    return shape.k == wanted.k && shape.versions == wanted.versions && activation_bits == bits && range == of;
   }
 };
 
@@ -126,15 +128,15 @@ struct RowRoom {
 };
 
 // Rows [row, row + rows) of a problem as an op multiplies them: those that the caller has, where they fit; else
-// quantized into the room. What the caller has was quantized row by row, which a weight with a range does not want.
+// quantized into the room.
 template <class Problem>
 Quantized quantized_rows(const Problem& p, const Kernel& kernel, ActivationShape shape, int bits, int64_t row, int rows,
-                         const RowRoom& room, const Range* range = nullptr) {
-  if (range == nullptr && p.quantized != nullptr && p.quantized->fits(shape, bits))
+                         const RowRoom& room, const Range& range = {0, 0}) {
+  if (p.quantized != nullptr && p.quantized->fits(shape, bits, range))
     return {shape, bits, p.quantized->data + row * shape.stride(), p.quantized->scale + row,
             p.quantized->zero_point + row};
-  kernel.quantize(value_of(p.x, p.x_type, row * p.ldx), p.x_type, p.ldx, rows, shape, (1 << bits) - 1, range, room.data,
-                  room.scale, room.zero_point);
+  kernel.quantize(value_of(p.x, p.x_type, row * p.ldx), p.x_type, p.ldx, rows, shape, (1 << bits) - 1, range.or_null(),
+                  room.data, room.scale, room.zero_point);
   return {shape, bits, room.data, room.scale, room.zero_point};
 }
 

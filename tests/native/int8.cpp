@@ -87,6 +87,28 @@ Problem problem_of(const Case& c, const Guarded<uint8_t>& packed) {
   return problem;
 }
 
+// A range that is given: as the specification has it, and nothing read or written beyond the rows.
+void check_range(const Case& c, const Guarded<float>& x) {
+  const ActivationShape shape{c.k, 1};
+  const Range range{0.01f, 1 << (c.bits - 1)};
+  const auto rows = static_cast<size_t>(c.m);
+  Guarded<uint8_t> found(rows * static_cast<size_t>(shape.stride())), expected(found.size());
+  Guarded<float> scale(rows);
+  Guarded<int32_t> zero_point(rows);
+  const Kernel* both[] = {&c.kernel, &kScalar};
+  for (int i = 0; i < 2; ++i)
+    both[i]->quantize(x.data(), Type::float32, c.k, c.m, shape, (1 << c.bits) - 1, &range,
+                      i == 0 ? found.data() : expected.data(), scale.data(), zero_point.data());
+  bool same = found.intact() && scale.intact() && zero_point.intact();
+  for (size_t row = 0; row < rows; ++row)
+    for (int b = 0; b < shape.blocks(); ++b) {
+      const ptrdiff_t at = static_cast<ptrdiff_t>(row) * shape.stride() + shape.offset(b);
+      const int length = std::min(kBlockK, c.k - b * kBlockK);
+      same = same && std::equal(found.data() + at, found.data() + at + length, expected.data() + at);
+    }
+  expect(same, "rows with a given range");
+}
+
 void check_sums(const Case& c, const Guarded<uint8_t>& packed, const Guarded<float>& x, const Guarded<int8_t>& w) {
   const auto rows = static_cast<size_t>(c.m), channels = static_cast<size_t>(c.n), k = static_cast<size_t>(c.k);
   Guarded<float> scale(rows);
@@ -212,6 +234,7 @@ void run(const Case& c, std::mt19937& random) {
   std::memcpy(packed.data(), buffer.data(), buffer.size());
   unpack(packed.data(), static_cast<int64_t>(packed.size()), unpacked.data());
   expect(std::memcmp(unpacked.data(), w.data(), w.size()) == 0, "unpack");
+  check_range(c, x);
   check_sums(c, packed, x, w);
   check_epilogue(c, packed);
   if (cases % 2 == 0 || c.m > 12) check_addend(c, packed, x, random);
