@@ -46,8 +46,8 @@ class Int8:
             all-MiniLM-L6-v2 over 512 sentences have a mean cosine to the float32 ones of 0.99896 with ``avx2`` (least 0.9978) and
             of 0.99898 with ``none`` (least 0.9979), whose products take up to 1.4 times as long on AVX2: hence the default.
         activation: ``dynamic`` (default): each row of the input has its own range, which the kernel looks for. ``static``: all rows
-            have the one that ``observer`` chose from a calibration, and nobody looks: faster, and inexact where rows differ, as in
-            transformers with outlier channels, where it can cost most of the accuracy. The guide "Static" has both sides.
+            have the one that ``observer`` chose from a calibration, which saves that pass over the input, and is inexact where rows
+            differ: in transformers with outlier channels it can cost nearly all accuracy. The guide "Static ranges" has both sides.
         observer: which range that is: ``MinMax()`` (default), ``MovingAverage()``, ``Percentile()``, ``MeanSquaredError()``,
             ``Entropy()``, or ``Known(low, high)``, which needs no calibration.
         embeddings: take embeddings too, with a scale for each row; no activations are quantized there.
