@@ -32,7 +32,7 @@ def int8_conv2d(
 ) -> None: ...  # fmt: skip
 def int8_conv2d_pack(
     values: int, n: int, channels: int, groups: int, kernel_h: int, kernel_w: int, activation_bits: int, kernel: str,
-    threads: int, /,
+    threads: int, input_scale: float, input_zero_point: int, /,
 ) -> bytes: ...  # fmt: skip
 def int8_conv2d_unpack(packed: int, packed_bytes: int, values: int, /) -> None: ...
 def int8_conv2d_header(packed: int, packed_bytes: int, /) -> dict[str, Any]: ...

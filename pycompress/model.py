@@ -69,6 +69,8 @@ def _compressed(
 def _correct_bias(layer: CompressedLayer, target: Target, weight: Weight, seen: Mapping[str, InputStatistics]) -> None:
     """Has a bias make up for what the outputs' mean has lost, where the inputs of the layer were seen."""
     found = next((seen[name] for name in target.names if name in seen), None)
+    if not target.kind.has_rows(target.module):  # means of all groups' rows together are none's
+        return
     if layer.bias32 is not None and found is not None and found.mean is not None:
         layer.bias32.add_(correction(target.dense.detach(), weight.decompress(), found.mean).float())
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from pycompress import ops
 from pycompress.kinds import Kind, alteration, folded, folded_into, kind_of, mark_folded, without_pruning
 from pycompress.measure import interleaved_us
-from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.inputs import OF_VALUES, InputStatistics
 from pycompress.methods.method import (
     NEEDS_CALIBRATION,
     CalibratedMethod,
@@ -369,11 +369,15 @@ def _times(target: Target, weight: Weight) -> tuple[float, float]:
 def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistics]) -> None:
     """Tells the methods that ask for it what their layer's inputs look like; layers that share a weight are told of all of theirs,
     so that they go on sharing it. A layer of which no rows are gathered is compressed without, and its record says so."""
-    told_of = [target for target in targets if target.method is not None and _is_told(target.method)]
-    for target in told_of:
-        if not target.kind.has_rows(target.module):
+    told_of: list[Target] = []
+    for target in targets:
+        if target.method is None or not _is_told(target.method):
+            continue
+        if target.kind.has_rows(target.module) or needs_of(target.method) & OF_VALUES:
+            told_of.append(target)
+        else:
             target.record.note = "not calibrated: in groups each meets rows of its own"
-    for group in _users([target for target in told_of if target.kind.has_rows(target.module)]).values():
+    for group in _users(told_of).values():
         inputs = _joined_inputs(group, calibration)
         told: list[tuple[Method, Method]] = []  # what is the same method stays the same
         for target in group:

@@ -29,19 +29,20 @@ KERNELS = [row["name"] for row in ops.kernels() if row["op"] == "int8_conv2d" an
 
 
 def random_layer(
-    n: int, channels: int, kernel: Pair, groups: int = 1, bits: int = 8, **walk: Any
+    n: int, channels: int, kernel: Pair, groups: int = 1, bits: int = 8, static: bool = False, **walk: Any
 ) -> tuple[Int8Conv2d, npt.NDArray[np.int64]]:
     """A layer, and its integers [n, channels / groups, *kernel]; those at the ends of int8 among them."""
     values = torch.randint(-127, 128, (n, channels // groups * kernel[0] * kernel[1]), dtype=torch.int8)
     values = torch.where(torch.rand(values.shape) < 0.2, torch.tensor(127, dtype=torch.int8), values)
-    weight = Int8Weight(values, torch.rand(n) + 0.1, bits, 8)
+    fixed = (torch.tensor([0.02]), torch.tensor([40], dtype=torch.uint8)) if static else (None, None)
+    weight = Int8Weight(values, torch.rand(n) + 0.1, bits, 8, *fixed)
     layer = Int8Conv2d.from_weight(weight, Conv2dGeometry(channels, kernel, groups=groups, **walk), torch.randn(n))
     return layer, values.view(n, -1, *kernel).numpy().astype(np.int64)
 
 
 def exact(x: Tensor, w: npt.NDArray[np.int64], layer: Int8Conv2d) -> tuple[npt.NDArray[np.int64], Tensor, Tensor]:
     """The sums int64 [N, n, ...], by NumPy from integers of the quantizer; scale and zero point [N]."""
-    q, scale, zero = ops.int8_quantize(x.flatten(1).contiguous(), layer.activation_bits)
+    q, scale, zero = ops.int8_quantize(x.flatten(1).contiguous(), layer.activation_bits, layer.canonical().input_range)
     to = layer.geometry
     top, bottom, left, right = to.sides
     inside = q.view(x.shape).numpy().astype(np.int64) - zero.numpy().astype(np.int64)[:, None, None, None]
@@ -118,7 +119,7 @@ def test_the_integers_are_exact(kernels: str, kernel: Pair) -> None:
         n, bits = (3, 40, 33)[i % 3], 8 if i % 4 else 7
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, walk.get("dilation", (1, 1)), strict=True)]
         x = torch.randn(1 + i % 2, c, reach[0] + i % 5, reach[1] + 6 - i % 7)
-        check(*random_layer(n, c, kernel, bits=bits, **walk), x)
+        check(*random_layer(n, c, kernel, bits=bits, static=i % 5 == 2, **walk), x)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 8, 15, 16, 17, 33])
@@ -126,7 +127,7 @@ def test_depthwise_integers_are_exact(kernels: str, channels: int) -> None:
     for i, (kernel, stride) in enumerate(product(((1, 1), (3, 3), (5, 2), (7, 7)), ((1, 1), (2, 2), (1, 3)))):
         walk = {"stride": stride, "padding": (i % 4, 2), "dilation": (1 + i % 2, 1)}
         x = torch.randn(2, channels, 14 + i, 19 - i % 6)
-        check(*random_layer(channels, channels, kernel, channels, **walk), x)
+        check(*random_layer(channels, channels, kernel, channels, static=i % 3 == 1, **walk), x)
 
 
 @pytest.mark.parametrize(("channels", "n", "groups"), [(4, 8, 2), (6, 3, 3), (12, 48, 4), (5, 10, 5), (34, 2, 2)])
@@ -172,18 +173,23 @@ def test_thread_counts_change_nothing(threads: int, same: Same) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("groups", [1, 6])
-def test_an_image_with_nan_or_inf_gives_nan_and_no_other_one(bad: float, groups: int, same: Same) -> None:
-    layer, _ = random_layer(6, 6, (3, 3), groups)
-    x = torch.randn(3, 6, 7, 8)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, 5])
+def test_an_image_with_nan_or_inf_gives_nan_and_no_other_one(
+    bad: float, groups: int, static: bool, stride: int, same: Same
+) -> None:
+    """Also where it stands in a row that no position of the result reaches."""
+    layer, _ = random_layer(6, 6, (3, 3), groups, static=static, stride=(stride, stride))
+    x = torch.randn(3, 6, 8, 8)
     expected = layer(x)
-    x[1, 4, 5, 6] = bad
+    x[1, 4, 7, 7] = bad
     for given in (x, x.to(memory_format=LAST)):
         y = layer(given)
         assert bool(y[1].isnan().all())
         assert same(y[[0, 2]].contiguous(), expected[[0, 2]])
         acc, scale, zero = accumulated(layer, given)
         assert not acc[1].any()
-        assert bool(scale[1].isnan()) and not zero[1]
+        assert bool(scale[1].isnan()) and int(zero[1]) == (40 if static else 0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-38, 3.0, -3.0, 3.4e38])
@@ -321,3 +327,36 @@ def test_calibrated_groups_are_rounded_plainly() -> None:
     assert not torch.equal(calibrated[0].canonical().values, plain[0].canonical().values)
     for i in (2, 3):
         assert torch.equal(calibrated[i].canonical().values, plain[i].canonical().values)
+
+
+@pytest.mark.parametrize("observer", [pc.MinMax(), pc.Percentile(99.9), pc.MeanSquaredError()])
+def test_static_ranges_from_a_calibration(observer: Any) -> None:
+    """Of every layer, those in groups too; and ONNX Runtime agrees."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 1, groups=2)
+    ).eval()  # fmt: skip
+    plan, batches = pc.Int8(activation="static", observer=observer), [torch.randn(4, 3, 17, 19) for _ in range(3)]
+    made = pc.compress(model, plan, calibration=pc.calibrate(model, batches, plan=plan))
+    layers = [made[i] for i in (0, 2, 4)]
+    assert all(isinstance(layer, Int8Conv2d) and layer.static and layer.label == "int8 static" for layer in layers)
+    low, scale = min(float(x.min()) for x in batches), layers[0].canonical().input_range[0]
+    assert not isinstance(observer, pc.MinMax) or abs(layers[0].canonical().input_range[1] * scale + low) < scale
+    x = torch.randn(2, 3, 17, 19)
+    assert pc.validate(made, x).ok
+    error = (made(x) - model(x)).norm() / model(x).norm()
+    assert 1e-4 < float(error.detach()) < 0.1
+    with pytest.raises(ValueError, match=r"0: .*calibration"):
+        pc.compress(model, plan)
+
+
+def test_a_static_convolution_is_saved_and_trained(tmp_path: Any, same: Same) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)).eval()
+    plan, x = pc.Int8(activation="static", observer=pc.Known(-2.0, 3.0)), torch.randn(2, 3, 9, 9)
+    made = pc.compress(model, plan)
+    pc.save(made, tmp_path / "m.safetensors")
+    assert same(pc.load(copy.deepcopy(model), tmp_path / "m.safetensors")(x), made(x))
+    assert same(copy.deepcopy(made)(x), made(x))
+    prepared = copy.deepcopy(model)
+    pc.prepare(prepared, plan, steps=1)
+    assert same(prepared.eval()(x), made(x))
+    torch.testing.assert_close(prepared.train()(x), made(x), rtol=1e-4, atol=1e-5)

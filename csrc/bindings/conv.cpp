@@ -43,13 +43,15 @@ void int8_conv2d(uintptr_t x, int type, bool channels_last, int64_t images, int6
 }
 
 py::bytes int8_conv2d_pack(uintptr_t values, int64_t n, int64_t channels, int64_t groups, int64_t kernel_h,
-                           int64_t kernel_w, int activation_bits, const std::string& kernel, int threads) {
+                           int64_t kernel_w, int activation_bits, const std::string& kernel, int threads,
+                           float input_scale, int input_zero_point) {
+  const int8::Range range{input_scale, input_zero_point};
   const int8::Kernel& chosen = kernel.empty() ? int8::best_kernel() : int8::kernel_named(kernel.c_str());
   std::vector<uint8_t> packed;
   {
     py::gil_scoped_release release;
     packed = conv::pack(chosen, pointer<const int8_t>(values), n, channels, groups, kernel_h, kernel_w, activation_bits,
-                        threads);
+                        threads, range.or_null());
   }
   return py::bytes(reinterpret_cast<const char*>(packed.data()), packed.size());
 }
@@ -63,6 +65,9 @@ py::dict int8_conv2d_header(uintptr_t packed, int64_t bytes) {
   result["kernel_h"] = header.kernel_h;
   result["kernel_w"] = header.kernel_w;
   result["activation_bits"] = header.activation_bits;
+  const int8::Range range = conv::fixed_range(header);
+  result["input_scale"] = range.scale;
+  result["input_zero_point"] = range.zero_point;
   return result;
 }
 

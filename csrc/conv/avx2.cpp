@@ -85,25 +85,26 @@ Extremes extremes(const void* x, Type type, int64_t count) {
 
 // Eight integers q of eight values.
 template <Type kType>
-inline __m256i integers(const void* x, int64_t i, int64_t count, const Range& range, int amax) {
-  const Vector v = quantized(load_as<Vector, kType>(x, i, count), range, amax);
+inline __m256i integers(const void* x, int64_t i, int64_t count, const Range& range, int amax, Vector& poison) {
+  const Vector value = load_as<Vector, kType>(x, i, count), v = quantized(value, range, amax);
+  poison = fma(value, Vector::of(0.0f), poison);  // 0 where finite, NaN for ever after NaN or Inf
   return _mm256_add_epi32(_mm256_cvtps_epi32(v.value), _mm256_set1_epi32(range.zero_point));
 }
 
 template <Type kType>
-void quantize_line(const void* x, int64_t at, int64_t count, const Range& range, int amax, uint8_t* q) {
+void quantize_line(const void* x, int64_t at, int64_t count, const Range& range, int amax, Vector& poison, uint8_t* q) {
   const __m256i unlace = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the in-lane packs
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
     __m256i v[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) v[j] = integers<kType>(x, at + i + 8 * j, 8, range, amax);
+    for (int j = 0; j < 4; ++j) v[j] = integers<kType>(x, at + i + 8 * j, 8, range, amax, poison);
     const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(v[0], v[1]), _mm256_packus_epi32(v[2], v[3]));
     store256(q + i, _mm256_permutevar8x32_epi32(bytes, unlace));
   }
   for (; i < count; i += 8) {
     int32_t rest[8];
-    store256(rest, integers<kType>(x, at + i, count - i, range, amax));
+    store256(rest, integers<kType>(x, at + i, count - i, range, amax, poison));
     for (int64_t j = 0; j < 8 && i + j < count; ++j) q[i + j] = static_cast<uint8_t>(rest[j]);
   }
 }
@@ -111,14 +112,14 @@ void quantize_line(const void* x, int64_t at, int64_t count, const Range& range,
 // Eight positions of four channels make eight words of four bytes, one for each position.
 template <Type kType>
 void quantize_turned(const void* x, int64_t channels, int64_t positions, int64_t channel_stride, const Range& range,
-                     int amax, uint8_t* q, int64_t ldq) {
+                     int amax, Vector& poison, uint8_t* q, int64_t ldq) {
   for (int64_t i = 0; i < positions; i += 8) {
     const int64_t count = positions - i < 8 ? positions - i : 8;
     int64_t c = 0;
     for (; c + 4 <= channels; c += 4) {
       __m256i v[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) v[j] = integers<kType>(x, (c + j) * channel_stride + i, count, range, amax);
+      for (int j = 0; j < 4; ++j) v[j] = integers<kType>(x, (c + j) * channel_stride + i, count, range, amax, poison);
       const __m256i low = _mm256_or_si256(v[0], _mm256_slli_epi32(v[1], 8));
       const __m256i high = _mm256_or_si256(_mm256_slli_epi32(v[2], 16), _mm256_slli_epi32(v[3], 24));
       int32_t words[8];
@@ -127,7 +128,7 @@ void quantize_turned(const void* x, int64_t channels, int64_t positions, int64_t
     }
     for (; c < channels; ++c) {
       int32_t words[8];
-      store256(words, integers<kType>(x, c * channel_stride + i, count, range, amax));
+      store256(words, integers<kType>(x, c * channel_stride + i, count, range, amax, poison));
       for (int64_t j = 0; j < count; ++j) q[(i + j) * ldq + c] = static_cast<uint8_t>(words[j]);
     }
   }
@@ -135,23 +136,29 @@ void quantize_turned(const void* x, int64_t channels, int64_t positions, int64_t
 
 template <Type kType>
 void quantize_of(const void* x, int64_t channels, int64_t positions, int64_t channel_stride, int64_t position_stride,
-                 const Range& range, int amax, uint8_t* q, int64_t ldq) {
+                 const Range& range, int amax, Vector& poison, uint8_t* q, int64_t ldq) {
   if (channel_stride == 1 && position_stride == channels && ldq == channels)
-    return quantize_line<kType>(x, 0, channels * positions, range, amax, q);
+    return quantize_line<kType>(x, 0, channels * positions, range, amax, poison, q);
   if (channel_stride == 1) {
     for (int64_t i = 0; i < positions; ++i)
-      quantize_line<kType>(x, i * position_stride, channels, range, amax, q + i * ldq);
+      quantize_line<kType>(x, i * position_stride, channels, range, amax, poison, q + i * ldq);
     return;
   }
-  quantize_turned<kType>(x, channels, positions, channel_stride, range, amax, q, ldq);
+  quantize_turned<kType>(x, channels, positions, channel_stride, range, amax, poison, q, ldq);
 }
 
-void quantize(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
+bool quantize(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
               int64_t position_stride, const Range& range, int amax, uint8_t* q, int64_t ldq) {
   const auto run = type == Type::bfloat16  ? quantize_of<Type::bfloat16>
                    : type == Type::float16 ? quantize_of<Type::float16>
                                            : quantize_of<Type::float32>;
-  run(x, channels, positions, channel_stride, position_stride, range, amax, q, ldq);
+  Vector poison = Vector::of(0.0f);
+  run(x, channels, positions, channel_stride, position_stride, range, amax, poison, q, ldq);
+  float lanes[Vector::kWidth];
+  poison.store(lanes);
+  bool finite = true;
+  for (const float lane : lanes) finite = finite && lane == 0.0f;
+  return finite;
 }
 
 }  // namespace

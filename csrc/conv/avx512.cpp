@@ -94,27 +94,28 @@ Extremes extremes(const void* x, Type type, int64_t count) {
 
 // Sixteen integers q of sixteen values.
 template <Type kType>
-inline __m512i integers(const void* x, int64_t i, int64_t count, const Range& range, int amax) {
-  const Vector v = quantized(load_as<Vector, kType>(x, i, count), range, amax);
+inline __m512i integers(const void* x, int64_t i, int64_t count, const Range& range, int amax, Vector& poison) {
+  const Vector value = load_as<Vector, kType>(x, i, count), v = quantized(value, range, amax);
+  poison = fma(value, Vector::of(0.0f), poison);  // 0 where finite, NaN for ever after NaN or Inf
   return _mm512_add_epi32(_mm512_cvtps_epi32(v.value), _mm512_set1_epi32(range.zero_point));
 }
 
 template <Type kType>
-void quantize_line(const void* x, int64_t at, int64_t count, const Range& range, int amax, uint8_t* q) {
+void quantize_line(const void* x, int64_t at, int64_t count, const Range& range, int amax, Vector& poison, uint8_t* q) {
   for (int64_t i = 0; i < count; i += kLanes)
     _mm_mask_storeu_epi8(q + i, up_to(count - i),
-                         _mm512_cvtepi32_epi8(integers<kType>(x, at + i, count - i, range, amax)));
+                         _mm512_cvtepi32_epi8(integers<kType>(x, at + i, count - i, range, amax, poison)));
 }
 
 // Sixteen positions of four channels make sixteen words of four bytes, one for each position; of sixteen channels four
 // vectors of them, which are turned: sixteen bytes for each position.
 template <Type kType>
 void quantize_turned(const void* x, int64_t channels, int64_t positions, int64_t channel_stride, const Range& range,
-                     int amax, uint8_t* q, int64_t ldq) {
+                     int amax, Vector& poison, uint8_t* q, int64_t ldq) {
   const auto words_of = [&](int64_t c, int64_t i, int64_t count) {
     __m512i v[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) v[j] = integers<kType>(x, (c + j) * channel_stride + i, count, range, amax);
+    for (int j = 0; j < 4; ++j) v[j] = integers<kType>(x, (c + j) * channel_stride + i, count, range, amax, poison);
     const __m512i low = _mm512_or_si512(v[0], _mm512_slli_epi32(v[1], 8));
     return _mm512_or_si512(low, _mm512_or_si512(_mm512_slli_epi32(v[2], 16), _mm512_slli_epi32(v[3], 24)));
   };
@@ -147,7 +148,7 @@ void quantize_turned(const void* x, int64_t channels, int64_t positions, int64_t
     }
     for (; c < channels; ++c) {
       int32_t words[kLanes];
-      _mm512_storeu_si512(words, integers<kType>(x, c * channel_stride + i, count, range, amax));
+      _mm512_storeu_si512(words, integers<kType>(x, c * channel_stride + i, count, range, amax, poison));
       for (int64_t j = 0; j < count; ++j) q[(i + j) * ldq + c] = static_cast<uint8_t>(words[j]);
     }
   }
@@ -155,23 +156,29 @@ void quantize_turned(const void* x, int64_t channels, int64_t positions, int64_t
 
 template <Type kType>
 void quantize_of(const void* x, int64_t channels, int64_t positions, int64_t channel_stride, int64_t position_stride,
-                 const Range& range, int amax, uint8_t* q, int64_t ldq) {
+                 const Range& range, int amax, Vector& poison, uint8_t* q, int64_t ldq) {
   if (channel_stride == 1 && position_stride == channels && ldq == channels)
-    return quantize_line<kType>(x, 0, channels * positions, range, amax, q);
+    return quantize_line<kType>(x, 0, channels * positions, range, amax, poison, q);
   if (channel_stride == 1) {
     for (int64_t i = 0; i < positions; ++i)
-      quantize_line<kType>(x, i * position_stride, channels, range, amax, q + i * ldq);
+      quantize_line<kType>(x, i * position_stride, channels, range, amax, poison, q + i * ldq);
     return;
   }
-  quantize_turned<kType>(x, channels, positions, channel_stride, range, amax, q, ldq);
+  quantize_turned<kType>(x, channels, positions, channel_stride, range, amax, poison, q, ldq);
 }
 
-void quantize(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
+bool quantize(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
               int64_t position_stride, const Range& range, int amax, uint8_t* q, int64_t ldq) {
   const auto run = type == Type::bfloat16  ? quantize_of<Type::bfloat16>
                    : type == Type::float16 ? quantize_of<Type::float16>
                                            : quantize_of<Type::float32>;
-  run(x, channels, positions, channel_stride, position_stride, range, amax, q, ldq);
+  Vector poison = Vector::of(0.0f);
+  run(x, channels, positions, channel_stride, position_stride, range, amax, poison, q, ldq);
+  float lanes[Vector::kWidth];
+  poison.store(lanes);
+  bool finite = true;
+  for (const float lane : lanes) finite = finite && lane == 0.0f;
+  return finite;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/check.h"
+#include "../common/float16.h"
 #include "../common/kernels.h"
 #include "../common/parallel.h"
 #include "../common/round.h"
@@ -50,7 +51,22 @@ void each(int64_t tasks, int threads, F&& f) {
   });
 }
 
-std::vector<Range> ranges_of(const Convolution& p, const Kernel& kernel, int amax, int threads) {
+// What the images are quantized by, and which of them are found to hold NaN or Inf while they are.
+struct Ranges {
+  std::vector<Range> of;
+  std::vector<std::atomic<bool>> broken;
+  explicit Ranges(int64_t images, Range all = {})
+      : of(static_cast<size_t>(images), all), broken(static_cast<size_t>(images)) {
+    for (auto& one : broken) one.store(false, std::memory_order_relaxed);
+  }
+  bool settle(int64_t image) {  // whether it was broken
+    const bool was = broken[static_cast<size_t>(image)];
+    if (was) of[static_cast<size_t>(image)].scale = NAN;
+    return was;
+  }
+};
+
+std::vector<Extremes> extremes_of(const Convolution& p, const Kernel& kernel, int threads) {
   const int64_t count = p.channels * p.height * p.width, chunks = divide_up(count, kChunk);
   std::vector<Extremes> found(static_cast<size_t>(p.images * chunks));
   each(p.images * chunks, threads, [&](int64_t t) {
@@ -58,22 +74,55 @@ std::vector<Range> ranges_of(const Convolution& p, const Kernel& kernel, int ama
     found[static_cast<size_t>(t)] =
         kernel.extremes(value_of(p.x, p.type, t / chunks * count + at), p.type, std::min(kChunk, count - at));
   });
-  std::vector<Range> ranges(static_cast<size_t>(p.images));
-  for (int64_t i = 0; i < p.images; ++i) {
-    Extremes all{0, 0, true};
-    for (int64_t j = 0; j < chunks; ++j) {
-      const Extremes& one = found[static_cast<size_t>(i * chunks + j)];
-      all = {std::min(all.low, one.low), std::max(all.high, one.high), all.finite && one.finite};
-    }
-    ranges[static_cast<size_t>(i)] = range_of(all, amax);
+  std::vector<Extremes> images(static_cast<size_t>(p.images), Extremes{0, 0, true});
+  for (size_t t = 0; t < found.size(); ++t) {
+    Extremes& all = images[t / static_cast<size_t>(chunks)];
+    all = {std::min(all.low, found[t].low), std::max(all.high, found[t].high), all.finite && found[t].finite};
   }
+  return images;
+}
+
+// Bytes of an image that the positions of y reach, its zeros around it included.
+struct Reach {
+  int64_t height, width;
+};
+Reach reach_of(const Convolution& p, const Header& header) {
+  return {(p.out_h - 1) * p.stride_h + (header.kernel_h - 1) * p.dilation_h + 1,
+          (p.out_w - 1) * p.stride_w + (header.kernel_w - 1) * p.dilation_w + 1};
+}
+
+// The ends of each image; with the range of a static weight nobody looks for them, unless rows or columns of an image
+// lie beyond the reach of y, where only this look finds a NaN.
+Ranges ranges_of(const Convolution& p, const Header& header, const Kernel& kernel, int amax, int threads) {
+  const int8::Range fixed = fixed_range(header);
+  Ranges ranges = fixed.or_null() == nullptr ? Ranges(p.images)
+                                             : Ranges(p.images, {fixed.scale, 1.0f / fixed.scale, fixed.zero_point});
+  const Reach reach = reach_of(p, header);
+  const bool all_met = reach.height >= p.pad_top + p.height && reach.width >= p.pad_left + p.width;
+  if (fixed.or_null() != nullptr && all_met) return ranges;
+  const std::vector<Extremes> extremes = extremes_of(p, kernel, threads);
+  for (size_t i = 0; i < extremes.size(); ++i)
+    if (fixed.or_null() == nullptr)
+      ranges.of[i] = range_of(extremes[i], amax);
+    else
+      ranges.broken[i] = !extremes[i].finite;
   return ranges;
 }
 
 // --- depthwise ----------------------------------------------------------------------------------------------------
 
-void convolve_alone(const Convolution& p, const Header& header, const Kernel& kernel, int amax,
-                    const std::vector<Range>& ranges, int threads) {
+// A broken image, as it is where its range is not finite.
+void fill_broken(const Convolution& p, int64_t image) {
+  const int64_t count = p.n * p.out_h * p.out_w;
+  for (int64_t i = image * count; i < (image + 1) * count; ++i)
+    if (p.y_type == Type::int32)
+      static_cast<int32_t*>(p.y)[i] = 0;
+    else
+      put_float(p.y, p.y_type, i, NAN);
+}
+
+void convolve_alone(const Convolution& p, const Header& header, const Kernel& kernel, int amax, Ranges& ranges,
+                    int threads) {
   const int64_t own = p.channels_last ? kChannels : 1, blocks = divide_up(p.channels, own);
   int64_t rows = p.out_h;  // of y in a task: as many as its room has space for, and enough tasks for all threads
   while (rows > 1 && depthwise_room(p, header.kernel_h, header.kernel_w, rows) > kRoomFloats) rows = divide_up(rows, 2);
@@ -83,11 +132,14 @@ void convolve_alone(const Convolution& p, const Header& header, const Kernel& ke
   const size_t room = static_cast<size_t>(depthwise_room(p, header.kernel_h, header.kernel_w, rows)) * sizeof(float);
   each(p.images * blocks * bands, threads, [&](int64_t t) {
     const int64_t image = t / (blocks * bands), channel = t / bands % blocks * own, row = t % bands * rows;
-    kernel.depthwise({&p, header.kernel_h, header.kernel_w, amax, ranges[static_cast<size_t>(image)], image, channel,
-                      std::min(own, p.channels - channel), row, std::min(rows, p.out_h - row),
-                      reinterpret_cast<const int8_t*>(p.packed + header.parts),
-                      reinterpret_cast<float*>(scratch.reserve(room))});
+    const bool finite = kernel.depthwise(
+        {&p, header.kernel_h, header.kernel_w, amax, ranges.of[static_cast<size_t>(image)], image, channel,
+         std::min(own, p.channels - channel), row, std::min(rows, p.out_h - row),
+         reinterpret_cast<const int8_t*>(p.packed + header.parts), reinterpret_cast<float*>(scratch.reserve(room))});
+    if (!finite) ranges.broken[static_cast<size_t>(image)] = true;
   });
+  for (int64_t i = 0; i < p.images; ++i)
+    if (ranges.settle(i)) fill_broken(p, i);
 }
 
 // --- by the int8 product ------------------------------------------------------------------------------------------
@@ -99,12 +151,13 @@ struct Bytes {
   int64_t size() const { return height * width * channels; }
 };
 
-// Rows [row, row + rows) of an image with its zeros.
-void quantize_rows(const Convolution& p, const Kernel& kernel, int amax, const Range& range, int64_t image, int64_t row,
+// Rows [row, row + rows) of an image with its zeros; whether all are finite.
+bool quantize_rows(const Convolution& p, const Kernel& kernel, int amax, const Range& range, int64_t image, int64_t row,
                    int64_t rows, const Bytes& bytes, uint8_t* to) {
   const auto zero = static_cast<uint8_t>(range.zero_point);
   const int64_t line = bytes.width * bytes.channels, before = std::min(p.pad_left, bytes.width);
   const int64_t left = before * p.channels, inside = std::min(p.width, bytes.width - before);
+  bool finite = true;
   for (int64_t i = row; i < row + rows; ++i) {
     uint8_t* out = to + i * line;
     const int64_t y = i - p.pad_top;
@@ -115,12 +168,13 @@ void quantize_rows(const Convolution& p, const Kernel& kernel, int amax, const R
     std::memset(out, zero, static_cast<size_t>(left));
     std::memset(out + left + inside * p.channels, zero, static_cast<size_t>(line - left - inside * p.channels));
     if (p.channels_last)
-      kernel.quantize(value_of(p.x, p.type, (image * p.height + y) * p.width * p.channels), p.type, p.channels, inside,
-                      1, p.channels, range, amax, out + left, p.channels);
+      finite &= kernel.quantize(value_of(p.x, p.type, (image * p.height + y) * p.width * p.channels), p.type,
+                                p.channels, inside, 1, p.channels, range, amax, out + left, p.channels);
     else
-      kernel.quantize(value_of(p.x, p.type, (image * p.channels * p.height + y) * p.width), p.type, p.channels, inside,
-                      p.height * p.width, 1, range, amax, out + left, p.channels);
+      finite &= kernel.quantize(value_of(p.x, p.type, (image * p.channels * p.height + y) * p.width), p.type,
+                                p.channels, inside, p.height * p.width, 1, range, amax, out + left, p.channels);
   }
+  return finite;
 }
 
 // Copies in steps of 16 bytes: up to 15 behind the end are written, and read.
@@ -313,6 +367,32 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
   });
 }
 
+// As many images at once as stay in the cache: quantized, then multiplied.
+void convolve_all(const Convolution& p, const Header& header, const Kernel& kernel, int amax, Ranges& ranges,
+                  int threads) {
+  const Reach reach = reach_of(p, header);
+  Bytes bytes{reach.height, reach.width, p.channels, nullptr};
+  const int64_t together = std::clamp<int64_t>(kTogether / bytes.size(), 1, p.images);
+  bytes.data = images_room.reserve(static_cast<size_t>(together * bytes.size() + kBehind));
+  const int64_t band = std::max<int64_t>(1, kChunk / (bytes.width * bytes.channels)),
+                bands = divide_up(bytes.height, band);
+  for (int64_t first = 0; first < p.images; first += together) {
+    const int64_t images = std::min(together, p.images - first);
+    each(images * bands, threads, [&](int64_t t) {
+      const int64_t i = t / bands, row = t % bands * band;
+      const auto image = static_cast<size_t>(first + i);
+      if (!quantize_rows(p, kernel, amax, ranges.of[image], first + i, row, std::min(band, bytes.height - row), bytes,
+                         bytes.data + i * bytes.size()))
+        ranges.broken[image] = true;
+    });
+    for (int64_t i = 0; i < images; ++i)
+      if (ranges.settle(first + i))
+        std::memset(bytes.data + i * bytes.size(), ranges.of[static_cast<size_t>(first + i)].zero_point,
+                    static_cast<size_t>(bytes.size()));
+    convolve(p, header, kernel, bytes, ranges.of.data() + first, first, images, threads);
+  }
+}
+
 }  // namespace
 
 int64_t depthwise_room(const Convolution& problem, int kernel_h, int kernel_w, int64_t rows) {
@@ -341,27 +421,14 @@ void conv2d(const Convolution& p) {
   const double operations =
       2.0 * static_cast<double>(p.images * p.out_h * p.out_w) * static_cast<double>(p.n * header.k());
   if (operations < kSerialOperations) threads = 1;
-  const std::vector<Range> ranges = ranges_of(p, kernel, amax, threads);
+  Ranges ranges = ranges_of(p, header, kernel, amax, threads);
+  if (header.depthwise())
+    convolve_alone(p, header, kernel, amax, ranges, threads);
+  else
+    convolve_all(p, header, kernel, amax, ranges, threads);
   for (int64_t i = 0; i < p.images; ++i) {
-    if (p.scale != nullptr) p.scale[i] = ranges[static_cast<size_t>(i)].scale;
-    if (p.zero_point != nullptr) p.zero_point[i] = ranges[static_cast<size_t>(i)].zero_point;
-  }
-  if (header.depthwise()) return convolve_alone(p, header, kernel, amax, ranges, threads);
-
-  Bytes bytes{(p.out_h - 1) * p.stride_h + (header.kernel_h - 1) * p.dilation_h + 1,
-              (p.out_w - 1) * p.stride_w + (header.kernel_w - 1) * p.dilation_w + 1, p.channels, nullptr};
-  const int64_t together = std::clamp<int64_t>(kTogether / bytes.size(), 1, p.images);
-  bytes.data = images_room.reserve(static_cast<size_t>(together * bytes.size() + kBehind));
-  for (int64_t first = 0; first < p.images; first += together) {
-    const int64_t images = std::min(together, p.images - first);
-    const int64_t band = std::max<int64_t>(1, kChunk / (bytes.width * bytes.channels)),
-                  bands = divide_up(bytes.height, band);
-    each(images * bands, threads, [&](int64_t t) {
-      const int64_t i = t / bands, row = t % bands * band;
-      quantize_rows(p, kernel, amax, ranges[static_cast<size_t>(first + i)], first + i, row,
-                    std::min(band, bytes.height - row), bytes, bytes.data + i * bytes.size());
-    });
-    convolve(p, header, kernel, bytes, ranges.data() + first, first, images, threads);
+    if (p.scale != nullptr) p.scale[i] = ranges.of[static_cast<size_t>(i)].scale;
+    if (p.zero_point != nullptr) p.zero_point[i] = ranges.of[static_cast<size_t>(i)].zero_point;
   }
 }
 

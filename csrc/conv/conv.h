@@ -6,9 +6,10 @@
 //   w   int8  [n, k]      weights in [-127, 127], one scale sw per output channel; k = channels / groups * taps
 //   q   uint8 [i, c, ...] activations in [0, amax], quantized per image inside the op by the formula of int8/gemm.h,
 //   with
-//       the lowest and highest of all its values; or by a range that is given, in which case values outside of it take
-//       its ends. Around an image lie zeros: q = zp there.
-//   An image that holds NaN or Inf gives an image of NaN (q = zp = 0, sx = NaN).
+//       the lowest and highest of all its values; or, for a weight that was packed with the range of its input, by
+//       that, so that nobody looks for the ends of an image: values outside of the range take its ends. Around an image
+//       lie zeros: q = zp there.
+//   An image that holds NaN or Inf gives an image of NaN: sx = NaN, q and zp are those of an image of zeros.
 //
 // Two ways. Where every group has one channel in and one out (depthwise), a tap is a product of two vectors: the
 // activations of some rows are quantized to whole numbers in float32, whose chains of fma are exact below 2^24, so that
@@ -76,15 +77,15 @@ struct Kernel {
   Isa isa;
   int mr, nr, kr;  // of depthwise: pixels and channels at a time, or vectors of a line and numbers of a vector
   Extremes (*extremes)(const void* x, Type type, int64_t count);
-  // q[position * ldq + channel], of values at x + channel * channel_stride + position * position_stride, of which one
-  // stride is 1.
-  void (*quantize)(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
+  // Returns whether all are finite. q[position * ldq + channel], of values at x + channel * channel_stride + position *
+  // position_stride, of which one stride is 1.
+  bool (*quantize)(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
                    int64_t position_stride, const Range& range, int amax, uint8_t* q, int64_t ldq);
   // One row of activations in the order of k -> the reorderings that int8::ActivationShape has of it.
   void (*reorder)(const uint8_t* row, int8::ActivationShape shape, uint8_t* data);
   // to[column * stride + row] = from[row * ld + column], numbers of 2 or 4 bytes.
   void (*transpose)(const void* from, int64_t ld, int rows, int columns, size_t size, void* to, int64_t stride);
-  void (*depthwise)(const Depthwise& task);
+  bool (*depthwise)(const Depthwise& task);  // returns whether all x that it met are finite
 };
 
 Kernels<Kernel>& kernels();

@@ -25,9 +25,12 @@ V quantized(V x, const Range& range, int amax) {
   return smaller(larger(rounded(x * V::of(range.inverse)), low), high);  // of NaN the low end
 }
 
+// Whether all are finite.
 template <class V, Type kType>
-void load_rows(const Depthwise& t, const Phases& phases) {
+bool load_rows(const Depthwise& t, const Phases& phases) {
   const Convolution& p = *t.problem;
+  V poison = V::of(0.0f);  // 0 where finite, NaN for ever after NaN or Inf
+  Scalar scalar_poison{0.0f};
   const int64_t lanes = phases.lanes, step = p.channels_last ? p.channels : 1;
   const int64_t origin = p.channels_last ? t.image * p.height * p.width * p.channels + t.channel
                                          : (t.image * p.channels + t.channel) * p.height * p.width;
@@ -52,11 +55,13 @@ void load_rows(const Depthwise& t, const Phases& phases) {
             for (int64_t c = 0; c < kChannels; c += V::kWidth) {
               const int64_t count = t.channels - c;
               const V v = count <= 0 ? V::of(0.0f) : load_as<V, kType>(p.x, at + j * p.stride_w * step + c, count);
+              poison = fma(v, V::of(0.0f), poison);
               quantized(v, t.range, t.amax).store(out + j * lanes + c);
             }
         } else if (p.stride_w == 1) {
           for (int64_t j = first; j < end; j += V::kWidth) {
-            const V v = quantized(load_as<V, kType>(p.x, at + j, end - j), t.range, t.amax);
+            const V x = load_as<V, kType>(p.x, at + j, end - j), v = quantized(x, t.range, t.amax);
+            poison = fma(x, V::of(0.0f), poison);
             if (end - j >= V::kWidth) {
               v.store(out + j);
             } else {
@@ -66,13 +71,21 @@ void load_rows(const Depthwise& t, const Phases& phases) {
             }
           }
         } else {
-          for (int64_t j = first; j < end; ++j)
-            out[j] = quantized(Scalar{float_at(p.x, kType, at + j * p.stride_w)}, t.range, t.amax).value;
+          for (int64_t j = first; j < end; ++j) {
+            const Scalar x{float_at(p.x, kType, at + j * p.stride_w)};
+            scalar_poison = fma(x, Scalar{0.0f}, scalar_poison);
+            out[j] = quantized(x, t.range, t.amax).value;
+          }
         }
         for (int64_t j = end * lanes; j < phases.pitch * lanes; ++j) out[j] = 0.0f;
       }
       for (int64_t j = 0; j < Phases::kSlack * lanes; ++j) phase[phases.height * phases.pitch * lanes + j] = 0.0f;
     }
+  float lanes_of[V::kWidth];
+  poison.store(lanes_of);
+  bool finite = scalar_poison.value == 0.0f;
+  for (const float lane : lanes_of) finite = finite && lane == 0.0f;
+  return finite;
 }
 
 template <class V>
@@ -178,9 +191,9 @@ void channels_first(const Depthwise& t, const Phases& phases) {
 }
 
 template <class V, Type kX>
-void depthwise_of(const Depthwise& t) {
+bool depthwise_of(const Depthwise& t) {
   const Phases phases(*t.problem, t.kernel_h, t.kernel_w, t.rows);
-  load_rows<V, kX>(t, phases);
+  const bool finite = load_rows<V, kX>(t, phases);
   const auto run = [&](auto y_type) {
     constexpr Type kType = decltype(y_type)::value;
     if (t.problem->channels_last)
@@ -188,15 +201,18 @@ void depthwise_of(const Depthwise& t) {
     else
       channels_first<V, kType>(t, phases);
   };
-  if (t.problem->y_type == Type::int32) return run(OfType<Type::int32>{});
-  run(OfType<kX>{});
+  if (t.problem->y_type == Type::int32)
+    run(OfType<Type::int32>{});
+  else
+    run(OfType<kX>{});
+  return finite;
 }
 
 template <class V>
-void depthwise(const Depthwise& t) {
-  if (t.problem->type == Type::float32) depthwise_of<V, Type::float32>(t);
-  if (t.problem->type == Type::bfloat16) depthwise_of<V, Type::bfloat16>(t);
-  if (t.problem->type == Type::float16) depthwise_of<V, Type::float16>(t);
+bool depthwise(const Depthwise& t) {
+  if (t.problem->type == Type::bfloat16) return depthwise_of<V, Type::bfloat16>(t);
+  if (t.problem->type == Type::float16) return depthwise_of<V, Type::float16>(t);
+  return depthwise_of<V, Type::float32>(t);
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ void turned(const int8_t* from, int64_t n, int64_t rows, int64_t columns, int8_t
 }  // namespace
 
 std::vector<uint8_t> pack(const int8::Kernel& kernel, const int8_t* values, int64_t n, int64_t channels, int64_t groups,
-                          int64_t kernel_h, int64_t kernel_w, int activation_bits, int threads) {
+                          int64_t kernel_h, int64_t kernel_w, int activation_bits, int threads,
+                          const int8::Range* range) {
   constexpr int64_t kMost = 1 << 24;
   check(n >= 1 && n <= kMost, "int8_conv2d_pack: out_channels is ", n, ", expected 1 to ", kMost);
   check(channels >= 1 && channels <= kMost, "int8_conv2d_pack: in_channels is ", channels, ", expected 1 to ", kMost);
@@ -44,7 +45,12 @@ std::vector<uint8_t> pack(const int8::Kernel& kernel, const int8_t* values, int6
   header.kernel_h = static_cast<int32_t>(kernel_h);
   header.kernel_w = static_cast<int32_t>(kernel_w);
   header.activation_bits = activation_bits;
-  header.parts = 64;
+  if (range != nullptr) {
+    int8::check_range("int8_conv2d_pack", *range, activation_bits);
+    std::memcpy(&header.input_scale, &range->scale, sizeof(range->scale));
+    header.input_zero_point = range->zero_point;
+  }
+  header.parts = sizeof(Header);
   std::vector<uint8_t> result(header.parts, 0);
   std::vector<int8_t> order(static_cast<size_t>(n * k));
   if (header.depthwise()) {
@@ -72,6 +78,12 @@ std::vector<uint8_t> pack(const int8::Kernel& kernel, const int8_t* values, int6
 }
 
 const Header& header_of(const uint8_t* packed, int64_t bytes) { return kFormat.header_of<Header>(packed, bytes); }
+
+int8::Range fixed_range(const Header& header) {
+  int8::Range range{0, header.input_zero_point};
+  std::memcpy(&range.scale, &header.input_scale, sizeof(range.scale));
+  return range;
+}
 
 Part part_of(const uint8_t* packed, const Header& header, int64_t group) {
   const auto* offsets = reinterpret_cast<const uint64_t*>(packed + header.parts);

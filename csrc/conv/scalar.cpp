@@ -49,13 +49,16 @@ Extremes extremes(const void* x, Type type, int64_t count) {
   return found;
 }
 
-void quantize(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
+bool quantize(const void* x, Type type, int64_t channels, int64_t positions, int64_t channel_stride,
               int64_t position_stride, const Range& range, int amax, uint8_t* q, int64_t ldq) {
+  bool finite = true;
   for (int64_t i = 0; i < positions; ++i)
     for (int64_t c = 0; c < channels; ++c) {
       const Scalar value{float_at(x, type, c * channel_stride + i * position_stride)};
+      finite = finite && std::isfinite(value.value);
       q[i * ldq + c] = static_cast<uint8_t>(static_cast<int>(quantized(value, range, amax).value) + range.zero_point);
     }
+  return finite;
 }
 
 void reorder(const uint8_t* row, int8::ActivationShape shape, uint8_t* data) {

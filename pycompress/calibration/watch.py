@@ -15,7 +15,7 @@ from pycompress.calibration.positions import Positions, counting
 from pycompress.calibration.sums import Room, Sums
 from pycompress.calls import layer_by_layer
 from pycompress.kinds import Kind, kind_of
-from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.inputs import OF_VALUES, InputStatistics
 from pycompress.state import unwatched
 from pycompress.surgery import names_of
 
@@ -82,14 +82,16 @@ class Watch:
     def __init__(self, model: nn.Module, positions: Positions, needs: Needs, room: Room) -> None:
         self.model, self.positions, self.room = model, positions, room
         names = names_of(model)
-        kinds = {module: kind for module in names if (kind := kind_of(module)) is not None and kind.has_rows(module)}
-        if not kinds:
+        kinds = {module: kind for module in names if (kind := kind_of(module)) is not None and not kind.misfit(module)}
+        told = {module for module, kind in kinds.items() if kind.has_rows(module)}
+        if not told:
             raise ValueError(
                 f"calibrate: the model is {type(model).__name__}, in which no layer can be watched; expected one with "
                 "nn.Linear, Conv1D, nn.Conv2d or nn.Embedding (of one that was scripted, the module that it was made of)"
             )
         self._names = {module: names[module] for module in kinds}
-        self._parts = {module: parts for module, parts in needs(self._names).items() if parts}
+        wanted = {m: parts if m in told else parts & OF_VALUES for m, parts in needs(self._names).items()}
+        self._parts = {module: parts for module, parts in wanted.items() if parts}
         self._kinds = {module: kinds[module] for module in self._parts}
         self.calls, self.running = 0, False  # of the model
         self._context = ExitStack()  # for as long as the layers are watched

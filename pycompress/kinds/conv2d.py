@@ -158,7 +158,8 @@ class Conv2d(Kind):
         return {**own, "out_channels": n, "padding_mode": "zeros", "transposed": False, "output_padding": (0, 0)}
 
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
-        return x.dim() in (3, 4) and x.shape[-3] == self.dense_shape(module)[1]
+        assert isinstance(module, nn.Conv2d)
+        return x.dim() in (3, 4) and x.shape[-3] == self.dense_shape(module)[1] * module.groups
 
     def quantized_together(self, x: Tensor) -> Tensor:
         return x.flatten(-3)

@@ -24,6 +24,7 @@ _FLOATS = "float64 or float32"
 # What may be gathered of a layer's inputs: second moments, which include the mean squares; mean squares; lowest and highest values;
 # how often each value came, and the ends of each call, both with the lowest and highest values.
 PARTS = ("moments", "diagonals", "ranges", "histograms", "extremes")
+OF_VALUES = frozenset({"ranges", "histograms", "extremes"})  # those to which it is all one in which row a value stands
 LAST_CALLS = 1024  # of which the ends are kept
 
 

@@ -17,11 +17,13 @@ from pycompress.weights import Int8Weight
 
 
 class Int8Conv2d(CompressedConv2d):
-    """``act(conv2d(x, W) + b)`` with int8 weights; activations are quantized per image as they come. Any groups.
+    """``act(conv2d(x, W) + b)`` with int8 weights; activations are quantized per image as they come ("dynamic"), or all with one
+    range that was known before ("static"). Any groups.
 
     An image with NaN or Inf gives an image of NaN. The result lies channels last where the input does.
 
-    State: ``int8_values`` [out_channels, in_channels / groups * height * width], ``int8_scale`` float32 [out_channels].
+    State: ``int8_values`` [out_channels, in_channels / groups * height * width], ``int8_scale`` float32 [out_channels]; of
+    a static one ``int8_input_scale`` float32 [1] and ``int8_input_zero_point`` uint8 [1].
     """
 
     weight_type = Int8Weight
@@ -30,6 +32,12 @@ class Int8Conv2d(CompressedConv2d):
 
     activation_bits: int = setting("activation_bits", "8 or 7.")
     weight_bits: int = setting("weight_bits", "8 or 7.")
+    static: bool | None = setting("static", "True where the range of the input is fixed, else None.")
+
+    @property
+    def label(self) -> str:
+        """What a table calls the method: ``int8`` or ``int8 static``."""
+        return "int8 static" if self.static else "int8"
 
     @classmethod
     def misfit(cls, geometry: Conv2dGeometry, settings: Mapping[str, Any] | None = None) -> str:  # noqa: ARG003

@@ -145,11 +145,11 @@ def quantized(graph: Graph, x: str, amax: int, output: str, axes: Sequence[int] 
 
 
 def quantized_statically(
-    graph: Graph, x: str, amax: int, prefix: str, input_range: tuple[float, int]
+    graph: Graph, x: str, amax: int, prefix: str, input_range: tuple[float, int], dims: int = 2
 ) -> tuple[str, str, str]:
-    """As :func:`quantized`, with one range for all rows, whose scale and zero point are constants [1, 1]."""
-    scale = graph.constant(f"{prefix}input_scale", [[input_range[0]]])
-    zero_point = graph.constant(f"{prefix}input_zero_point", [[input_range[1]]])
+    """As :func:`quantized`, with one range for all rows, whose scale and zero point are constants [1, 1], or of more ``dims``."""
+    scale = graph.constant(f"{prefix}input_scale", np.full((1,) * dims, input_range[0]))
+    zero_point = graph.constant(f"{prefix}input_zero_point", np.full((1,) * dims, input_range[1]))
     inverse = graph.constant(f"{prefix}input_inverse", np.float32(1) / np.float32(input_range[0]))
     q = graph.node("Add", graph.node("Round", graph.node("Mul", x, inverse)), zero_point)
     q = graph.node("Clip", q, graph.constant("zero", 0.0), graph.constant(f"amax_{amax}", amax))

@@ -7,7 +7,7 @@ from onnx import TensorProto
 
 from pycompress.nn.int8_conv import Int8Conv2d
 from pycompress.onnx.graph import Graph, array
-from pycompress.onnx.int8 import integers, poisoned, quantized, without_broken
+from pycompress.onnx.int8 import integers, poisoned, quantized, quantized_statically, without_broken
 
 AXES = [1, 2, 3]  # an image
 
@@ -22,19 +22,23 @@ def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
     A ConvInteger has one zero point for all images, so q goes without one: around it lie its own zero points, which an image's
     zero is, and what they add to all sums, the zero point times the sum of the weights, is taken off behind it.
     """
-    values, weight_scale, amax = integers(layer.canonical())
+    weight = layer.canonical()
+    values, weight_scale, amax = integers(weight)
     geometry, n = layer.geometry, layer.n
     clean, broken = without_broken(graph, x, AXES)
-    q, scale, zero_point = quantized(graph, clean, amax, "q", AXES)
+    if weight.input_range is None:
+        q, scale, zero_point = quantized(graph, clean, amax, "q", AXES)
+    else:
+        q, scale, zero_point = quantized_statically(graph, clean, amax, "", weight.input_range, dims=4)
     top, bottom, left, right = geometry.sides
     # Pad takes one number for all images: zeros around q - zero point, as integers.
     zero = graph.node("Cast", zero_point, to=TensorProto.INT32)
     inside = graph.node("Sub", graph.node("Cast", q, to=TensorProto.INT32), zero)
     sides = graph.constant("sides", [0, 0, top, left, 0, 0, bottom, right], np.int64)
     wide = graph.node("Add", graph.node("Pad", inside, sides), zero)
-    weight = graph.weight("weight", values.reshape(n, -1, *geometry.kernel_size))
+    stored = graph.weight("weight", values.reshape(n, -1, *geometry.kernel_size))
     sums = graph.node(
-        "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), weight, kernel_shape=geometry.kernel_size,
+        "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), stored, kernel_shape=geometry.kernel_size,
         strides=geometry.stride, dilations=geometry.dilation, group=geometry.groups,
     )  # fmt: skip
     column_sum = graph.constant("column_sum", values.sum(axis=1, dtype=np.int32)[None, :, None, None], np.int32)

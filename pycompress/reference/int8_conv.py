@@ -15,9 +15,11 @@ Array = NDArray[Any]
 Pair = tuple[int, int]
 
 
-def quantize(x: Array, amax: int) -> tuple[Array, Array, Array]:
-    """x float32 [images, channels, height, width] -> q uint8 of its shape, scale float32 [images], zero point int32 [images]."""
-    q, scale, zero_point = int8.quantize(np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:])), amax)
+def quantize(x: Array, activation_bits: int, input_range: tuple[float, int] | None) -> tuple[Array, Array, Array]:
+    """x float32 [images, channels, height, width] -> q uint8 of its shape, scale float32 [images], zero point int32 [images].
+    ``input_range``: scale and zero point of a static weight's input."""
+    rows = np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:]))
+    q, scale, zero_point = int8.quantized(rows, activation_bits, input_range)
     return q.reshape(x.shape), scale, zero_point
 
 

@@ -237,7 +237,8 @@ class ConvolutionCheck(Check):
         walk, numpy = layer.geometry, formulas.int8_convolution(x, layer, chosen)
         names = [value.name for value in self.session.get_outputs()]
         runtime = dict(zip(names, self.session.run(None, {"x": formulas.array(x)}), strict=True))
-        q = ops.int8_quantize(x.flatten(1), layer.activation_bits)[0].view(x.shape)
+        fixed = layer.canonical().input_range
+        q = ops.int8_quantize(x.flatten(1), layer.activation_bits, fixed)[0].view(x.shape)
         acc = ops.int8_conv2d_accumulate(
             x, layer.packed, layer.form, walk.kernel_size, walk.stride, walk.sides, walk.dilation, walk.groups
         )[0]

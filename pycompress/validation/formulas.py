@@ -137,7 +137,8 @@ def int8_convolution(x: Tensor, layer: Int8Conv2d, chosen: Tensor) -> Product:
     chosen, int64 [m], counted through all images. q is that of whole images, acc and v are [m, n]."""
     weight, geometry = layer.canonical(), layer.geometry
     images = float32(x)
-    quantized = _quantized_rows(images.reshape(len(images), -1), weight.activation_bits)
+    flat, bits, fixed = images.reshape(len(images), -1), weight.activation_bits, weight.input_range
+    quantized = _quantized_rows(flat, bits) if fixed is None else _statically_quantized_rows(flat, bits, fixed)
     inside = torch.from_numpy((quantized.q - quantized.zero_point).reshape(images.shape))
     rows = float64(layer.kind.rows(inside, geometry, chosen)).reshape(len(chosen), geometry.groups, -1)
     values = float64(weight.values).reshape(geometry.groups, -1, layer.k)

@@ -87,7 +87,11 @@ VARIANTS: dict[tuple[str, str], dict[str, Method]] = {
         "int8 rank 2 + int8": low_rank(2, bits=8, residual=Int8(activation_bits=7)),
         "int8 rank 9 + nothing": low_rank(9, bits=8, residual=Sparse(0.0, bits=8)),
     },
-    ("conv2d", "int8"): {"8": Int8(), "7": Int8(7, 7)},
+    ("conv2d", "int8"): {
+        "8": Int8(),
+        "7": Int8(7, 7),
+        "static": Int8(activation="static", observer=Known(-3.0, 2.5)),
+    },
     ("conv2d", "sparse"): {"float32": Sparse(0.3), "16x1": Sparse(0.3, "16x1"), "density 0": Sparse(0.0)},
     ("conv2d", "low_rank"): {
         "channel": low_rank(4, decomposition="channel"),

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from pycompress.ops.checks import FLOATS, check, matrix_of, vector
 from pycompress.ops.cpu import int8_conv, native
+from pycompress.ops.cpu.int8_conv import NO_RANGE, Range, range_parts
 from pycompress.ops.cpu.native import channels, split
 from pycompress.ops.form import Form, Sizes, parse, written
 
 _CHECKED = ("n", "k", "activation_bits")
-Range = tuple[float, int]  # scale and zero point of an input that is quantized statically
-_NO_RANGE: Range = (0.0, 0)  # to the native module: each row has its own
 
 
 def sizes(form: Form) -> Sizes:
@@ -35,8 +34,8 @@ def pack(
         parts: values int8 [n, k], in [-127, 127]; scale float32 [n]; for a static weight input_scale float32 [1], from 2^-126 to
             2^126, and input_zero_point uint8 [1].
         settings: activation_bits 7 or 8, the range of the activations that the packed weight will meet; 16: they stay floating
-            point. static: whether they are quantized with the range that is given, not each row with its own. convolution (kernel height, kernel
-            width, groups) where the rows are those of a convolution: for that alone.
+            point. static: whether they are quantized with the range that is given, not each row with its own. convolution (kernel
+            height, kernel width, groups) where the rows are those of a convolution: for that alone.
         layout: the name of a kernel (:func:`pycompress.ops.kernels`), to force it.
     Raises:
         ValueError: wrong dtype or shape, a -128, k > 65536, or a kernel that cannot run here.
@@ -54,8 +53,8 @@ def pack(
         "int8_pack: there is an input_scale, expected none without static",
     )
     if (convolution := settings.get("convolution")) is not None:
-        return int8_conv.pack(values, scale, bits, convolution, layout)
-    data = native._C.int8_pack(values.data_ptr(), *shape, bits, layout, torch.get_num_threads(), *(given or _NO_RANGE))
+        return int8_conv.pack(values, scale, bits, given, convolution, layout)
+    data = native._C.int8_pack(values.data_ptr(), *shape, bits, layout, torch.get_num_threads(), *(given or NO_RANGE))
     packed = vector(data, scale)
     own = native._C.int8_header(packed.data_ptr(), len(data))["layout"]
     keys: dict[str, Any] = {"activation_bits": bits, **({"static": 1} if given else {})}
@@ -94,11 +93,7 @@ def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
     own, n_bytes, header = _checked("int8_unpack", packed, form)
     values = packed.new_empty((own.n, own.k), dtype=torch.int8)
     native._C.int8_unpack(packed.data_ptr(), n_bytes, values.data_ptr())
-    parts = {"values": values, "scale": native.scale_of(packed, own.n)}
-    if header["input_scale"]:
-        parts["input_scale"] = packed.new_full((1,), header["input_scale"], dtype=torch.float32)
-        parts["input_zero_point"] = packed.new_full((1,), header["input_zero_point"])
-    return parts
+    return {"values": values, "scale": native.scale_of(packed, own.n), **range_parts(packed, header)}
 
 
 def dense(packed: Tensor, form: str) -> Tensor:
@@ -151,7 +146,7 @@ def quantize(
     q, scale = x.new_empty((m, k), dtype=torch.uint8), x.new_empty(m, dtype=torch.float32)
     zero_point = x.new_empty(m, dtype=torch.int32)
     native._C.int8_quantize(
-        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, *(input_range or _NO_RANGE),
+        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, *(input_range or NO_RANGE),
         q.data_ptr(), scale.data_ptr(), zero_point.data_ptr(),
     )  # fmt: skip
     return q, scale, zero_point
@@ -163,7 +158,7 @@ def rounded(x: Tensor, activation_bits: int, input_range: Range | None = None) -
     m, k = x.shape
     y = x.new_empty((m, k), dtype=torch.float32)
     native._C.int8_round(
-        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, *(input_range or _NO_RANGE), y.data_ptr(),
+        x.data_ptr(), FLOATS[x.dtype], m, k, ldx, activation_bits, *(input_range or NO_RANGE), y.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y

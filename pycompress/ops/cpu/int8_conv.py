@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,14 +25,17 @@ from pycompress.ops.form import Form, parse, written
 
 LAYOUT = "convolution"
 _CHECKED = ("n", "k", "groups", "kernel_h", "kernel_w", "activation_bits")
+Range = tuple[float, int]  # scale and zero point of an input that is quantized statically
+NO_RANGE: Range = (0.0, 0)  # to the native module: each row, or image, has its own
 
 
 def pack(
-    values: Tensor, scale: Tensor, bits: int, convolution: tuple[int, int, int], kernel: str
-) -> tuple[Tensor, str]:
+    values: Tensor, scale: Tensor, bits: int, given: Range | None, convolution: tuple[int, int, int], kernel: str
+) -> tuple[Tensor, str]:  # fmt: skip
     """As :func:`pycompress.ops.cpu.int8.pack`, of a matrix with the rows (channel, kernel row, kernel column) of a convolution.
 
     Args:
+        given: the range of a static weight's input.
         convolution: kernel height, kernel width, groups.
     """
     (n, k), (height, width, groups) = values.shape, convolution
@@ -42,10 +46,19 @@ def pack(
     )
     in_channels = k // (height * width) * groups
     data = native._C.int8_conv2d_pack(
-        values.data_ptr(), n, in_channels, groups, height, width, bits, kernel, torch.get_num_threads()
+        values.data_ptr(),
+        n,
+        in_channels,
+        groups,
+        height,
+        width,
+        bits,
+        kernel,
+        torch.get_num_threads(),
+        *(given or NO_RANGE),
     )
-    form = written(LAYOUT, n, k, groups=groups, kernel_h=height, kernel_w=width, activation_bits=bits)
-    return vector(data, scale), form
+    keys: dict[str, Any] = {"groups": groups, "kernel_h": height, "kernel_w": width, "activation_bits": bits}
+    return vector(data, scale), written(LAYOUT, n, k, **keys, **({"static": 1} if given else {}))
 
 
 def is_packed(form: str) -> bool:
@@ -63,10 +76,25 @@ def _checked(op: str, packed: Tensor, form: str) -> tuple[Form, int, int]:
 
 def unpack(packed: Tensor, form: str) -> dict[str, Tensor]:
     own, n_bytes, _ = _checked("int8_unpack", packed, form)
-    native.header_of("int8_unpack", "int8_conv2d", packed, n_bytes, own, _CHECKED)
+    header = native.header_of("int8_unpack", "int8_conv2d", packed, n_bytes, own, _CHECKED)
+    static = header["input_scale"] != 0
+    check(
+        static == bool(own.keys.get("static")),
+        f"int8_unpack: the packed weight is {'static' if static else 'dynamic'}, its form is {form!r}",
+    )
     values = packed.new_empty((own.n, own.k), dtype=torch.int8)
     native._C.int8_conv2d_unpack(packed.data_ptr(), n_bytes, values.data_ptr())
-    return {"values": values, "scale": native.scale_of(packed, own.n)}
+    return {"values": values, "scale": native.scale_of(packed, own.n), **range_parts(packed, header)}
+
+
+def range_parts(packed: Tensor, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parts of a static weight that say the range of its input; of another one none."""
+    if not header["input_scale"]:
+        return {}
+    return {
+        "input_scale": packed.new_full((1,), header["input_scale"], dtype=torch.float32),
+        "input_zero_point": packed.new_full((1,), header["input_zero_point"]),
+    }
 
 
 def result(

@@ -23,18 +23,18 @@ LAYOUT = memory.Layout(
 int8_unpack = LAYOUT.unpack
 
 
-def _bits(value: float) -> int:
+def bits_of(value: float) -> int:
     """Those of a float32: headers hold whole numbers."""
     return int(np.float32(value).view(np.uint32))
 
 
-def _value(bits: int) -> float:
+def value_of(bits: int) -> float:
     return float(np.uint32(bits).view(np.float32))
 
 
 def int8_header(packed: int, packed_bytes: int) -> dict[str, Any]:
     header: dict[str, Any] = LAYOUT.read(packed, packed_bytes)[0]
-    header["input_scale"] = _value(header["input_scale"])
+    header["input_scale"] = value_of(header["input_scale"])
     weight_only = header["activation_bits"] == 16
     groups = 0 if weight_only else header["n"] * header["k"] // 4
     return {**header, "layout": "weight_only" if weight_only else "rows", "groups": groups, "items": (0, 0, 0)}
@@ -50,12 +50,12 @@ def int8_pack(
     if (memory.view(values, np.int8, n, k) == -128).any():
         raise ValueError("int8_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)")
     if input_scale:
-        _check_range("int8_pack", (input_scale, input_zero_point), activation_bits)
-    numbers = (n, k, activation_bits, _bits(input_scale), input_zero_point)
+        check_range("int8_pack", (input_scale, input_zero_point), activation_bits)
+    numbers = (n, k, activation_bits, bits_of(input_scale), input_zero_point)
     return LAYOUT.pack(dict(zip(LAYOUT.fields, numbers, strict=True)), values)
 
 
-def _check_range(op: str, input_range: Range, activation_bits: int) -> None:
+def check_range(op: str, input_range: Range, activation_bits: int) -> None:
     (scale, zero_point), amax = input_range, 2**activation_bits - 1
     if activation_bits == 16:
         raise ValueError(f"{op}: a range of the input was given, expected none where it stays in floating point")
@@ -68,7 +68,7 @@ def _check_range(op: str, input_range: Range, activation_bits: int) -> None:
 def unpacked(packed: int, packed_bytes: int) -> tuple[Array, int, Range | None]:
     """The weights int8 [n, k], the bits of their activations, and the range of these where it is static."""
     header, parts = LAYOUT.read(packed, packed_bytes)
-    static = (_value(header["input_scale"]), header["input_zero_point"]) if header["input_scale"] else None
+    static = (value_of(header["input_scale"]), header["input_zero_point"]) if header["input_scale"] else None
     return parts["values"], header["activation_bits"], static
 
 
@@ -86,7 +86,7 @@ def _quantized(op: str, x: Array, bits: int, input_range: Range) -> tuple[Array,
     if bits not in (7, 8):
         raise ValueError(f"{op}: activation_bits is {bits}, expected 7 or 8")
     if input_range[0]:
-        _check_range(op, input_range, bits)
+        check_range(op, input_range, bits)
     return int8.quantized(x, bits, input_range if input_range[0] else None)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from pycompress.reference import int8_conv
 from pycompress.reference.extension import memory
+from pycompress.reference.extension.int8 import bits_of, check_range, value_of
 
 
 def _is_valid(of: memory.Header) -> bool:
@@ -19,7 +20,7 @@ def _is_valid(of: memory.Header) -> bool:
 LAYOUT = memory.Layout(
     "int8_conv2d",
     b"pyc.con1",
-    ("n", "k", "groups", "kernel_h", "kernel_w", "activation_bits"),
+    ("n", "k", "groups", "kernel_h", "kernel_w", "activation_bits", "input_scale", "input_zero_point"),
     lambda of: {"values": (np.int8, (of["n"], of["k"]))},
     _is_valid,
 )
@@ -27,12 +28,13 @@ int8_conv2d_unpack = LAYOUT.unpack
 
 
 def int8_conv2d_header(packed: int, packed_bytes: int) -> dict[str, Any]:
-    return {**LAYOUT.read(packed, packed_bytes)[0]}
+    header: dict[str, Any] = LAYOUT.read(packed, packed_bytes)[0]
+    return {**header, "input_scale": value_of(header["input_scale"])}
 
 
 def int8_conv2d_pack(
     values: int, n: int, channels: int, groups: int, kernel_h: int, kernel_w: int, activation_bits: int, kernel: str,
-    _threads: int,
+    _threads: int, input_scale: float, input_zero_point: int,
 ) -> bytes:  # fmt: skip
     if n < 1 or channels < 1 or groups < 1 or channels % groups or n % groups:
         raise ValueError(
@@ -44,7 +46,9 @@ def int8_conv2d_pack(
         raise ValueError(f"no int8 kernel is named '{kernel}'")
     if (memory.view(values, np.int8, n, k) == -128).any():
         raise ValueError("int8_conv2d_pack: a weight is -128, expected -127 to 127 (the scale is symmetric)")
-    numbers = (n, k, groups, kernel_h, kernel_w, activation_bits)
+    if input_scale:
+        check_range("int8_conv2d_pack", (input_scale, input_zero_point), activation_bits)
+    numbers = (n, k, groups, kernel_h, kernel_w, activation_bits, bits_of(input_scale), input_zero_point)
     return LAYOUT.pack(dict(zip(LAYOUT.fields, numbers, strict=True)), values)
 
 
@@ -65,7 +69,8 @@ def int8_conv2d(
     shape = (images, height, width, channels) if channels_last else (images, channels, height, width)
     planes = planes.reshape(shape)
     planes = np.ascontiguousarray(np.moveaxis(planes, -1, 1)) if channels_last else planes
-    q, scales, zeros = int8_conv.quantize(planes, 2 ** header["activation_bits"] - 1)
+    fixed = (value_of(header["input_scale"]), header["input_zero_point"]) if header["input_scale"] else None
+    q, scales, zeros = int8_conv.quantize(planes, header["activation_bits"], fixed)
     if images:
         memory.view(scale, np.float32, images)[:] = scales
         memory.view(zero_point, np.int32, images)[:] = zeros
