@@ -17,6 +17,7 @@ from pycompress.methods.method import Method
 from pycompress.nn import (
     LAYERS,
     Int4Linear,
+    Int8Conv2d,
     Int8Embedding,
     Int8Linear,
     LowRankConv2d,
@@ -35,6 +36,7 @@ TABLE = {
     ("linear", "int4"): (Int4Linear, Int4Weight),
     ("linear", "sparse"): (SparseLinear, SparseWeight),
     ("linear", "low_rank"): (LowRankLinear, LowRankWeight),
+    ("conv2d", "int8"): (Int8Conv2d, Int8Weight),
     ("conv2d", "sparse"): (SparseConv2d, SparseWeight),
     ("conv2d", "low_rank"): (LowRankConv2d, LowRankConv2dWeight),
     ("embedding", "int8"): (Int8Embedding, Int8Weight),
@@ -43,6 +45,7 @@ TABLE = {
 # What a layer says of its weight.
 ATTRIBUTES = {
     Int8Linear: ("activation_bits", "weight_bits", "static"),
+    Int8Conv2d: ("activation_bits", "weight_bits", "static"),
     Int8Embedding: ("weight_bits",),
     Int4Linear: ("group", "symmetric", "activation_bits"),
     SparseLinear: ("bits", "nnz", "density", "activation_bits"),

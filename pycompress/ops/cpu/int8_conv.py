@@ -58,7 +58,9 @@ def pack(
         *(given or NO_RANGE),
     )
     keys: dict[str, Any] = {"groups": groups, "kernel_h": height, "kernel_w": width, "activation_bits": bits}
-    return vector(data, scale), written(LAYOUT, n, k, **keys, **({"static": 1} if given else {}))
+    if given:
+        keys["static"] = 1
+    return vector(data, scale), written(LAYOUT, n, k, **keys)
 
 
 def is_packed(form: str) -> bool:
