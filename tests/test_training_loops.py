@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,53 @@ def worker(rank: int, folder: str, selection: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def sharded_worker(rank: int, folder: str, selection: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    training = prepare(model, {"0": Sparse(0.3), "2": Int8()}, steps=20, ramp=Ramp(0, 15, every=4), selection=selection)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(20):
+        x = torch.randn(8, 16, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - x[:, :4]).square().mean().backward()
+        optimizer.step()
+        training.step()
+    whole = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        y = model.eval()(x)
+    torch.save((whole, training.state_dict(), x, y), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "movement"])
+def test_shards_of_two_processes_train_one_model(selection: str, tmp_path: Path) -> None:
+    """FSDP: what both have together, loaded into a model of one process, computes what each of them did."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(sharded_worker, (str(tmp_path), selection), nprocs=2)
+    (whole, state, x, y), (other, _, _, z) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(y, z) and all(torch.equal(whole[name], other[name]) for name in whole)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    training = prepare(model, {"0": Sparse(0.3), "2": Int8()}, steps=20, ramp=Ramp(0, 15, every=4), selection=selection)
+    model.load_state_dict(whole)
+    training.load_state_dict(state)
+    assert torch.equal(compress(model.eval())(x), y)
+    assert int((canonical(model[0]).decompress() != 0).sum()) == round(0.3 * 16 * 32)
+
+
 @pytest.mark.parametrize("selection", ["magnitude", "movement"])
 def test_two_processes_have_equal_masks_and_weights(selection: str, tmp_path: Path) -> None:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))

@@ -41,7 +41,8 @@ class _Layer:
 
     @property
     def matrix(self) -> Tensor:
-        return self.kind.matrix(self.modules[0])
+        """Whole, also where each process has a shard of it (FSDP): all of them ask for it then."""
+        return _whole(self.kind.matrix(self.modules[0]))
 
     @torch.no_grad()
     def write(self, refitted: Tensor | None) -> None:
@@ -49,7 +50,8 @@ class _Layer:
         if refitted is not None:
             module, matrix = self.modules[0], self.matrix
             values = torch.where(refitted != 0, refitted, matrix)
-            self.kind.stored(module).copy_(self.kind.as_weight(values, self.kind.geometry(module)))
+            value, stored = self.kind.as_weight(values, self.kind.geometry(module)), self.kind.stored(module)
+            stored.copy_(_sharded_as(value, stored))
 
 
 class Training:
@@ -193,6 +195,18 @@ class Training:
 
     def __repr__(self) -> str:
         return f"Training({len(self._layers)} layers, step {self.done} of {self.steps}, strength {self.strength:.2f})"
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    found: Tensor = matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix  # a DTensor
+    return found
+
+
+def _sharded_as(value: Tensor, stored: Any) -> Tensor:
+    if not hasattr(stored, "full_tensor"):
+        return value
+    sharded: Tensor = torch.distributed.tensor.distribute_tensor(value, stored.device_mesh, stored.placements)
+    return sharded
 
 
 def _group_norm(w: Tensor, block: tuple[int, int]) -> Tensor:
