@@ -129,7 +129,7 @@ def measure(layer: tuple[int, ...], images: int, rounds: int, threads: int) -> b
         "onnxruntime s8 alone": s8_alone,
     }  # fmt: skip
     with torch.inference_mode():
-        times = benchmark.interleave(runs, rounds=rounds, min_time_s=0.01, pause_s=0.005)
+        times = benchmark.interleave(runs, rounds=rounds, min_time_s=0.01, pause_s=0.02)
     shape = {
         "in_channels": channels,
         "out_channels": n,
