@@ -52,12 +52,12 @@ Convolution problem_of(const Shape& s, const Guarded<uint8_t>& packed) {
 }
 
 // q of an image that is one row to the quantizer, in the order of x.
-std::vector<int> integers_of(const Shape& s, const float* x, int bits) {
+std::vector<int> integers_of(const Shape& s, const float* x, int bits, const int8::Range* range) {
   const int64_t count = int64_t{1} * s.channels * s.height * s.width;
   std::vector<uint8_t> q(static_cast<size_t>(s.images * count));
   std::vector<float> scale(static_cast<size_t>(s.images));
   std::vector<int32_t> zero(static_cast<size_t>(s.images));
-  int8::quantize(int8::kernel_named("scalar_4x8"), x, Type::float32, s.images, count, count, bits, q.data(),
+  int8::quantize(int8::kernel_named("scalar_4x8"), x, Type::float32, s.images, count, count, bits, range, q.data(),
                  scale.data(), zero.data());
   std::vector<int> result(q.size());
   for (size_t i = 0; i < q.size(); ++i) result[i] = q[i] - zero[i / static_cast<size_t>(count)];
@@ -65,13 +65,16 @@ std::vector<int> integers_of(const Shape& s, const float* x, int bits) {
 }
 
 void run(const Shape& s, const int8::Kernel& product, int bits, bool last, int number) {
-  begin(text(s.name(), " product=", product.name, " bits=", bits, " last=", last, " case=", number));
+  begin(text(s.name(), " product=", product.name, " bits=", bits, " last=", last, " static=", number % 3 == 1,
+             " case=", number));
   std::mt19937 random(static_cast<unsigned>(number));
   const Edge edge = number % 2 ? Edge::begin : Edge::end;
   std::vector<int8_t> values(static_cast<size_t>(s.n * s.k()));
   for (int8_t& value : values) value = static_cast<int8_t>(std::uniform_int_distribution<int>(-127, 127)(random));
+  const int8::Range fixed{0.02f, 40};
+  const int8::Range* range = number % 3 == 1 ? &fixed : nullptr;
   const std::vector<uint8_t> buffer =
-      pack(product, values.data(), s.n, s.channels, s.groups, s.kernel_h, s.kernel_w, bits, 1);
+      pack(product, values.data(), s.n, s.channels, s.groups, s.kernel_h, s.kernel_w, bits, 1, range);
   Guarded<uint8_t> packed(buffer.size());
   std::copy(buffer.begin(), buffer.end(), packed.data());
   std::vector<int8_t> again(values.size());
@@ -80,7 +83,7 @@ void run(const Shape& s, const int8::Kernel& product, int bits, bool last, int n
 
   Guarded<float> x(s.pixels(), edge);
   for (size_t i = 0; i < x.size(); ++i) x[i] = std::normal_distribution<float>()(random);
-  const std::vector<int> q = integers_of(s, x.data(), bits);
+  const std::vector<int> q = integers_of(s, x.data(), bits, range);
   std::vector<int64_t> expected(s.results());
   for (int i = 0; i < s.images; ++i)
     for (int n = 0; n < s.n; ++n)

@@ -41,8 +41,8 @@ struct Suite {
 };
 int run(const std::vector<Suite>& suites);  // what main() returns: 0 when all agree
 
-void test_int8();
-void test_int8_conv();            // the kernels of int8_linear, end to end
+void test_int8();            // the kernels of int8_linear, end to end
+void test_int8_conv();       // int8_conv2d, end to end
 void test_sparse_kernels();  // load, tile and finish of each sparse kernel against the specification
 void test_sparse_linear();   // sparse_linear, end to end
 void test_sparse_conv();     // sparse_conv2d, end to end
