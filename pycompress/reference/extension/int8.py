@@ -13,15 +13,6 @@ from pycompress.reference.extension.memory import Array
 
 Range = tuple[float, int]  # scale and zero point of an input
 
-LAYOUT = memory.Layout(
-    "int8",
-    b"pyc.ref1",
-    ("n", "k", "activation_bits", "input_scale", "input_zero_point"),
-    lambda of: {"values": (np.int8, (of["n"], of["k"]))},
-    lambda of: memory.has_shape(of) and of["activation_bits"] in (7, 8, 16),
-)
-int8_unpack = LAYOUT.unpack
-
 
 def bits_of(value: float) -> int:
     """Those of a float32: headers hold whole numbers."""
@@ -30,6 +21,25 @@ def bits_of(value: float) -> int:
 
 def value_of(bits: int) -> float:
     return float(np.uint32(bits).view(np.float32))
+
+
+def has_range(header: memory.Header) -> bool:
+    """Whether what a header says of the range of the input is one, or that there is none."""
+    bits, zero_point = header["input_scale"], header["input_zero_point"]
+    if bits == 0:
+        return zero_point == 0
+    amax = 2 ** header["activation_bits"] - 1
+    return 0 < bits < 2**32 and 2.0**-126 <= value_of(bits) <= 2.0**126 and 0 <= zero_point <= amax
+
+
+LAYOUT = memory.Layout(
+    "int8",
+    b"pyc.ref1",
+    ("n", "k", "activation_bits", "input_scale", "input_zero_point"),
+    lambda of: {"values": (np.int8, (of["n"], of["k"]))},
+    lambda of: memory.has_shape(of) and of["activation_bits"] in (7, 8, 16) and has_range(of),
+)
+int8_unpack = LAYOUT.unpack
 
 
 def int8_header(packed: int, packed_bytes: int) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import numpy as np
 
 from pycompress.reference import int8_conv
 from pycompress.reference.extension import memory
-from pycompress.reference.extension.int8 import bits_of, check_range, value_of
+from pycompress.reference.extension.int8 import bits_of, check_range, has_range, value_of
 
 
 def _is_valid(of: memory.Header) -> bool:
     kernel = of["kernel_h"] * of["kernel_w"]
     fits = kernel > 0 and of["groups"] > 0 and of["k"] % kernel == 0 and of["n"] % of["groups"] == 0
-    return memory.has_shape(of) and fits and of["activation_bits"] in (7, 8)
+    return memory.has_shape(of) and fits and of["activation_bits"] in (7, 8) and has_range(of)
 
 
 LAYOUT = memory.Layout(
