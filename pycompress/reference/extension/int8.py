@@ -26,8 +26,8 @@ def value_of(bits: int) -> float:
 def has_range(header: memory.Header) -> bool:
     """Whether what a header says of the range of the input is one, or that there is none."""
     bits, zero_point = header["input_scale"], header["input_zero_point"]
-    if bits == 0:
-        return zero_point == 0
+    if bits == 0 or header["activation_bits"] == 16:
+        return bits == 0 and zero_point == 0
     amax = 2 ** header["activation_bits"] - 1
     return 0 < bits < 2**32 and 2.0**-126 <= value_of(bits) <= 2.0**126 and 0 <= zero_point <= amax
 
