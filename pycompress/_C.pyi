@@ -30,6 +30,12 @@ def int8_conv2d(
     pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, scale: int,
     zero_point: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def int8_conv2d_hand_on(
+    x: int, x_type: int, channels_last: bool, images: int, channels: int, height: int, width: int, packed: int,
+    packed_bytes: int, n: int, weight_scale: int, bias: int, activation: int, stride_h: int, stride_w: int, pad_top: int,
+    pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, y_channels_last: bool,
+    to_scale: float, to_zero_point: int, to_amax: int, behind: int, threads: int, /,
+) -> bool: ...  # fmt: skip
 def int8_conv2d_pack(
     values: int, n: int, channels: int, groups: int, kernel_h: int, kernel_w: int, activation_bits: int, kernel: str,
     threads: int, input_scale: float, input_zero_point: int, /,

@@ -73,6 +73,15 @@ inline auto converted(__m256i acc, __m256 value) {
   if constexpr (kType == Type::float16) return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
+// Eight bytes rint(clamp(v * inverse, low, high)) + zero_point; of NaN as of low.
+inline int64_t requantized(__m256 v, float inverse, float low, float high, int32_t zero_point) {
+  const __m256 steps = _mm256_max_ps(_mm256_mul_ps(v, _mm256_set1_ps(inverse)), _mm256_set1_ps(low));
+  const __m256i rounded = _mm256_cvtps_epi32(_mm256_min_ps(steps, _mm256_set1_ps(high)));
+  const __m256i q = _mm256_add_epi32(rounded, _mm256_set1_epi32(zero_point));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  return _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+}
+
 // y[count] = the floats, of which there are as many as fill the last eight, rounded to a float type.
 template <Type kType>
 inline void put_floats_as(const float* floats, int64_t count, void* y) {

@@ -33,6 +33,13 @@ inline Vector power_of_two(Vector n) {
       _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.value), _mm512_set1_epi32(127)), 23))};
 }
 
+// Sixteen bytes rint(clamp(v * inverse, low, high)) + zero_point; of NaN as of low.
+inline __m128i requantized(__m512 v, float inverse, float low, float high, int32_t zero_point) {
+  const __m512 steps = _mm512_max_ps(_mm512_mul_ps(v, _mm512_set1_ps(inverse)), _mm512_set1_ps(low));
+  const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(steps, _mm512_set1_ps(high)));
+  return _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(zero_point)));
+}
+
 inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Vector load_up_to(const float* p, int count) {
   return count >= 16 ? Vector::load(p) : Vector{_mm512_maskz_loadu_ps(first_lanes(count), p)};

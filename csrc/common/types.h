@@ -6,8 +6,11 @@
 
 namespace pycompress {
 
-enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3 };  // int32: the accumulators as they are
-constexpr size_t size_of(Type type) { return type == Type::float32 || type == Type::int32 ? 4 : 2; }
+// int32: the accumulators as they are; uint8: numbers that are quantized already.
+enum class Type : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3, uint8 = 4 };
+constexpr size_t size_of(Type type) {
+  return type == Type::uint8 ? 1 : type == Type::float32 || type == Type::int32 ? 4 : 2;
+}
 // Value `i` of a matrix.
 inline const uint8_t* value_of(const void* x, Type type, int64_t i) {
   return static_cast<const uint8_t*>(x) + static_cast<size_t>(i) * size_of(type);

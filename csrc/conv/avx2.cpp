@@ -20,7 +20,13 @@ using pycompress::larger;
 
 template <class V, Type kType>
 V load_as(const void* x, int64_t i, int64_t count) {
-  return {count >= 8 ? load_floats<kType>(x, i) : load_tail<kType>(x, i, static_cast<int>(count))};
+  if constexpr (kType == Type::uint8) {
+    int64_t bytes = 0;
+    __builtin_memcpy(&bytes, static_cast<const uint8_t*>(x) + i, count >= 8 ? 8 : static_cast<size_t>(count));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)))};
+  } else {
+    return {count >= 8 ? load_floats<kType>(x, i) : load_tail<kType>(x, i, static_cast<int>(count))};
+  }
 }
 template <Type kType>
 void store_as(void* y, int64_t i, Vector v, int64_t count) {
@@ -32,14 +38,9 @@ void store_as(void* y, int64_t i, Vector v, int64_t count) {
   else
     __builtin_memcpy(at, &result, static_cast<size_t>(count) * size);
 }
-template <class V>
-V of_int8(const int8_t* w, int64_t count) {
-  int64_t bytes = 0;
-  if (count >= 8)
-    __builtin_memcpy(&bytes, w, 8);
-  else if (count > 0)
-    __builtin_memcpy(&bytes, w, static_cast<size_t>(count));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)))};
+inline void store_bytes(uint8_t* y, Vector v, const int8::Requantize& to, int64_t count) {
+  const int64_t bytes = requantized(v.value, to.inverse, to.low, to.high, to.zero_point);
+  __builtin_memcpy(y, &bytes, count >= 8 ? 8 : static_cast<size_t>(count));
 }
 
 }  // namespace
@@ -86,7 +87,7 @@ Extremes extremes(const void* x, Type type, int64_t count) {
 // Eight integers q of eight values.
 template <Type kType>
 inline __m256i integers(const void* x, int64_t i, int64_t count, const Range& range, int amax, Vector& poison) {
-  const Vector value = load_as<Vector, kType>(x, i, count), v = quantized(value, range, amax);
+  const Vector value = load_as<Vector, kType>(x, i, count), v = Quantizer<Vector>(range, amax)(value);
   poison = fma(value, Vector::of(0.0f), poison);  // 0 where finite, NaN for ever after NaN or Inf
   return _mm256_add_epi32(_mm256_cvtps_epi32(v.value), _mm256_set1_epi32(range.zero_point));
 }

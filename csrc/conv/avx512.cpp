@@ -27,6 +27,8 @@ inline __mmask16 up_to(int64_t count) {
 template <class V, Type kType>
 V load_as(const void* x, int64_t i, int64_t count) {
   const __mmask16 lanes = up_to(count);
+  if constexpr (kType == Type::uint8)
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, static_cast<const uint8_t*>(x) + i)))};
   if constexpr (kType == Type::float32) return {_mm512_maskz_loadu_ps(lanes, static_cast<const float*>(x) + i)};
   const __m256i half = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(x) + i);
   if constexpr (kType == Type::bfloat16)
@@ -53,9 +55,12 @@ void store_as(void* y, int64_t i, Vector v, int64_t count) {
   else
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + i, lanes, _mm512_cvtps_ph(v.value, _MM_FROUND_TO_NEAREST_INT));
 }
-template <class V>
-V of_int8(const int8_t* w, int64_t count) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(up_to(count), w)))};
+inline void store_bytes(uint8_t* y, Vector v, const int8::Requantize& to, int64_t count) {
+  const __m128i bytes = requantized(v.value, to.inverse, to.low, to.high, to.zero_point);
+  if (count >= kLanes)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y), bytes);
+  else
+    _mm_mask_storeu_epi8(y, up_to(count), bytes);
 }
 
 }  // namespace
@@ -95,7 +100,7 @@ Extremes extremes(const void* x, Type type, int64_t count) {
 // Sixteen integers q of sixteen values.
 template <Type kType>
 inline __m512i integers(const void* x, int64_t i, int64_t count, const Range& range, int amax, Vector& poison) {
-  const Vector value = load_as<Vector, kType>(x, i, count), v = quantized(value, range, amax);
+  const Vector value = load_as<Vector, kType>(x, i, count), v = Quantizer<Vector>(range, amax)(value);
   poison = fma(value, Vector::of(0.0f), poison);  // 0 where finite, NaN for ever after NaN or Inf
   return _mm512_add_epi32(_mm512_cvtps_epi32(v.value), _mm512_set1_epi32(range.zero_point));
 }

@@ -25,7 +25,7 @@ constexpr double kSerialOperations = 1.5e6;  // as int8/gemm.cpp
 constexpr int64_t kTaskRows = 64, kFewRows = 16, kTasksPerThread = 4;
 constexpr int64_t kTogether = 1 << 20;      // bytes of quantized images that are computed at once: they stay in the L2
 constexpr int64_t kRoomFloats = 48 * 1024;  // of a depthwise task
-constexpr int64_t kBehind = 128;            // bytes behind the last image: tiles read in steps
+constexpr int64_t kTaskChannels = 64;       // of a depthwise task where they lie last: as bytes a cache line of a pixel
 constexpr int64_t kChunk = 1 << 15;         // values of an image whose extremes one thread finds at a time
 
 thread_local Scratch scratch, images_room;
@@ -98,6 +98,7 @@ Ranges ranges_of(const Convolution& p, const Header& header, const Kernel& kerne
   Ranges ranges = fixed.or_null() == nullptr ? Ranges(p.images)
                                              : Ranges(p.images, {fixed.scale, 1.0f / fixed.scale, fixed.zero_point});
   const Reach reach = reach_of(p, header);
+  if (p.type == Type::uint8) return ranges;
   const bool all_met = reach.height >= p.pad_top + p.height && reach.width >= p.pad_left + p.width;
   if (fixed.or_null() != nullptr && all_met) return ranges;
   const std::vector<Extremes> extremes = extremes_of(p, kernel, threads);
@@ -115,7 +116,9 @@ Ranges ranges_of(const Convolution& p, const Header& header, const Kernel& kerne
 void fill_broken(const Convolution& p, int64_t image) {
   const int64_t count = p.n * p.out_h * p.out_w;
   for (int64_t i = image * count; i < (image + 1) * count; ++i)
-    if (p.y_type == Type::int32)
+    if (p.y_type == Type::uint8)
+      static_cast<uint8_t*>(p.y)[i] = 0;
+    else if (p.y_type == Type::int32)
       static_cast<int32_t*>(p.y)[i] = 0;
     else
       put_float(p.y, p.y_type, i, NAN);
@@ -123,7 +126,9 @@ void fill_broken(const Convolution& p, int64_t image) {
 
 void convolve_alone(const Convolution& p, const Header& header, const Kernel& kernel, int amax, Ranges& ranges,
                     int threads) {
-  const int64_t own = p.channels_last ? kChannels : 1, blocks = divide_up(p.channels, own);
+  const int64_t all = divide_up(p.channels, kChannels);
+  const int64_t own = p.channels_last ? kChannels * divide_up(all, divide_up(all, kTaskChannels / kChannels)) : 1;
+  const int64_t blocks = divide_up(p.channels, own);
   int64_t rows = p.out_h;  // of y in a task: as many as its room has space for, and enough tasks for all threads
   while (rows > 1 && depthwise_room(p, header.kernel_h, header.kernel_w, rows) > kRoomFloats) rows = divide_up(rows, 2);
   while (rows > 4 && p.images * blocks * divide_up(p.out_h, rows) < kTasksPerThread * threads)
@@ -147,7 +152,7 @@ void convolve_alone(const Convolution& p, const Header& header, const Kernel& ke
 // The images as bytes, with the channels last and their zeros around them.
 struct Bytes {
   int64_t height, width, channels;
-  uint8_t* data;
+  const uint8_t* data;
   int64_t size() const { return height * width * channels; }
 };
 
@@ -167,7 +172,10 @@ bool quantize_rows(const Convolution& p, const Kernel& kernel, int amax, const R
     }
     std::memset(out, zero, static_cast<size_t>(left));
     std::memset(out + left + inside * p.channels, zero, static_cast<size_t>(line - left - inside * p.channels));
-    if (p.channels_last)
+    if (p.type == Type::uint8)
+      std::memcpy(out + left, value_of(p.x, p.type, (image * p.height + y) * p.width * p.channels),
+                  static_cast<size_t>(inside * p.channels));
+    else if (p.channels_last)
       finite &= kernel.quantize(value_of(p.x, p.type, (image * p.height + y) * p.width * p.channels), p.type,
                                 p.channels, inside, 1, p.channels, range, amax, out + left, p.channels);
     else
@@ -290,9 +298,10 @@ class Worker {
                                   scale_,
                                   zero_point_,
                                   p_.activation,
-                                  p_.y_type};
+                                  p_.y_type,
+                                  p_.to};
     const int64_t positions = p_.out_h * p_.out_w, row = first_image_ * positions + row_;
-    if (p_.channels_last)
+    if (p_.y_channels_last)
       return product_.finish(sums, nr, rows_, columns, epilogue, value_of(p_.y, p_.y_type, row * p_.n + n), p_.n);
     product_.finish(sums, nr, rows_, columns, epilogue, turned_, nr);
     const size_t size = size_of(p_.y_type);
@@ -371,9 +380,15 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
 void convolve_all(const Convolution& p, const Header& header, const Kernel& kernel, int amax, Ranges& ranges,
                   int threads) {
   const Reach reach = reach_of(p, header);
+  const bool bare = p.pad_top == 0 && p.pad_left == 0 && reach.height <= p.height && reach.width <= p.width;
+  if (p.type == Type::uint8 && bare && p.behind >= kBehind) {  // they lie there
+    const Bytes bytes{p.height, p.width, p.channels, static_cast<const uint8_t*>(p.x)};
+    return convolve(p, header, kernel, bytes, ranges.of.data(), 0, p.images, threads);
+  }
   Bytes bytes{reach.height, reach.width, p.channels, nullptr};
   const int64_t together = std::clamp<int64_t>(kTogether / bytes.size(), 1, p.images);
-  bytes.data = images_room.reserve(static_cast<size_t>(together * bytes.size() + kBehind));
+  uint8_t* room = images_room.reserve(static_cast<size_t>(together * bytes.size() + kBehind));
+  bytes.data = room;
   const int64_t band = std::max<int64_t>(1, kChunk / (bytes.width * bytes.channels)),
                 bands = divide_up(bytes.height, band);
   for (int64_t first = 0; first < p.images; first += together) {
@@ -382,12 +397,12 @@ void convolve_all(const Convolution& p, const Header& header, const Kernel& kern
       const int64_t i = t / bands, row = t % bands * band;
       const auto image = static_cast<size_t>(first + i);
       if (!quantize_rows(p, kernel, amax, ranges.of[image], first + i, row, std::min(band, bytes.height - row), bytes,
-                         bytes.data + i * bytes.size()))
+                         room + i * bytes.size()))
         ranges.broken[image] = true;
     });
     for (int64_t i = 0; i < images; ++i)
       if (ranges.settle(first + i))
-        std::memset(bytes.data + i * bytes.size(), ranges.of[static_cast<size_t>(first + i)].zero_point,
+        std::memset(room + i * bytes.size(), ranges.of[static_cast<size_t>(first + i)].zero_point,
                     static_cast<size_t>(bytes.size()));
     convolve(p, header, kernel, bytes, ranges.of.data() + first, first, images, threads);
   }
@@ -410,11 +425,29 @@ Kernels<Kernel>& kernels() {
   return all;
 }
 
-void conv2d(const Convolution& p) {
+// With an activation that only cuts off, in bytes: the bounds do it, since rounding keeps the order.
+Convolution with_bounds(const Convolution& given) {
+  Convolution p = given;
+  if (p.y_type != Type::uint8) return p;
+  if (p.activation == Activation::relu) {
+    p.to.low = std::max(p.to.low, 0.0f);
+    p.activation = Activation::none;
+  }
+  return p;
+}
+
+bool conv2d(const Convolution& given) {
+  const Convolution p = with_bounds(given);
   const Header& header = header_of(p.packed, p.packed_bytes);
   check(p.channels == header.channels && p.n == header.n, "int8_conv2d: x has ", p.channels, " channels and y ", p.n,
         ", the packed weight expects ", header.channels, " and ", header.n);
-  if (p.images == 0 || p.out_h == 0 || p.out_w == 0) return;
+  check(p.type != Type::uint8 || (p.channels_last && fixed_range(header).or_null() != nullptr),
+        "int8_conv2d: x is bytes, expected a static weight and the channels last");
+  check(p.y_type != Type::uint8 || (p.y_channels_last && p.to.inverse > 0),
+        "int8_conv2d: y is bytes, expected their range and the channels last");
+  check(!header.depthwise() || p.y_channels_last == p.channels_last,
+        "int8_conv2d: expected x and y of a depthwise convolution in one memory format");
+  if (p.images == 0 || p.out_h == 0 || p.out_w == 0) return true;
   const Kernel& kernel = kernels().first();
   const int amax = (1 << header.activation_bits) - 1;
   int threads = usable_threads(p.threads);
@@ -426,10 +459,13 @@ void conv2d(const Convolution& p) {
     convolve_alone(p, header, kernel, amax, ranges, threads);
   else
     convolve_all(p, header, kernel, amax, ranges, threads);
+  bool finite = true;
   for (int64_t i = 0; i < p.images; ++i) {
+    finite = finite && !std::isnan(ranges.of[static_cast<size_t>(i)].scale);
     if (p.scale != nullptr) p.scale[i] = ranges.of[static_cast<size_t>(i)].scale;
     if (p.zero_point != nullptr) p.zero_point[i] = ranges.of[static_cast<size_t>(i)].zero_point;
   }
+  return finite;
 }
 
 }  // namespace pycompress::conv

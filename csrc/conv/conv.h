@@ -10,6 +10,7 @@
 //       that, so that nobody looks for the ends of an image: values outside of the range take its ends. Around an image
 //       lie zeros: q = zp there.
 //   An image that holds NaN or Inf gives an image of NaN: sx = NaN, q and zp are those of an image of zeros.
+//   A static weight also takes x as bytes that are q already. And y may be bytes: what the next layer would make of it.
 //
 // Two ways. Where every group has one channel in and one out (depthwise), a tap is a product of two vectors: the
 // activations of some rows are quantized to whole numbers in float32, whose chains of fma are exact below 2^24, so that
@@ -26,9 +27,9 @@
 namespace pycompress::conv {
 
 struct Convolution {
-  const void* x;  // [images, channels, height, width], dense, channels first or last
+  const void* x;  // [images, channels, height, width], dense, channels first or last; of uint8 last
   Type type;
-  bool channels_last;  // of x and y
+  bool channels_last, y_channels_last;
   int64_t images, channels, height, width;
   const uint8_t* packed;  // what pack() made
   int64_t packed_bytes, n;
@@ -38,11 +39,15 @@ struct Convolution {
   int64_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, out_h, out_w;
   void* y;  // [images, n, out_h, out_w]
   Type y_type;
+  int8::Requantize to;  // for y of uint8, whose channels lie last
+  int64_t behind;       // bytes that may be read behind x of uint8
   float* scale;         // [images] or null: where the caller wants sx and zp too
   int32_t* zero_point;  // [images] or null
   int threads;
 };
-void conv2d(const Convolution& problem);
+// Returns whether all images are finite: a y of uint8 cannot say so of those that are not, and is no result then.
+bool conv2d(const Convolution& problem);
+constexpr int64_t kBehind = 128;  // bytes behind x with which none of it is copied: tiles read in steps
 
 // What an image is quantized by: q = clamp(rint(x * inverse) + zero_point, 0, amax).
 struct Range {
@@ -56,13 +61,12 @@ struct Extremes {
   bool finite;
 };
 
-// Some channels of an image, of which some rows of y are computed; what `Kernel::depthwise` takes. Pointers to x and y
-// are those of the image and its channel `channel`.
+// Some channels of an image, of which some rows of y are computed; what `Kernel::depthwise` takes.
 struct Depthwise {
   const Convolution* problem;
   int kernel_h, kernel_w, amax;
   Range range;
-  int64_t image, channel, channels;  // channels: up to kChannels where they lie last, else 1
+  int64_t image, channel, channels;  // channels: any number where they lie last, else 1
   int64_t row, rows;                 // of y
   const int8_t* weights;             // [taps][problem->n]
   float* room;                       // depthwise_room() floats

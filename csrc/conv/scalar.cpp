@@ -16,6 +16,7 @@ inline Scalar smaller(Scalar a, Scalar b) { return {a.value < b.value ? a.value 
 inline Scalar rounded(Scalar a) { return {std::nearbyint(a.value)}; }
 template <class V, Type kType>
 V load_as(const void* x, int64_t i, int64_t) {
+  if (kType == Type::uint8) return {static_cast<float>(static_cast<const uint8_t*>(x)[i])};
   return {float_at(x, kType, i)};
 }
 template <Type kType>
@@ -25,9 +26,10 @@ void store_as(void* y, int64_t i, Scalar v, int64_t) {
   else
     put_float(y, kType, i, v.value);
 }
-template <class V>
-V of_int8(const int8_t* w, int64_t) {
-  return {static_cast<float>(*w)};
+inline void store_bytes(uint8_t* y, Scalar v, const int8::Requantize& to, int64_t) {
+  const float steps = v.value * to.inverse;
+  const float inside = steps > to.high ? to.high : steps > to.low ? steps : to.low;
+  *y = static_cast<uint8_t>(static_cast<int>(std::nearbyint(inside)) + to.zero_point);
 }
 
 }  // namespace
@@ -56,7 +58,8 @@ bool quantize(const void* x, Type type, int64_t channels, int64_t positions, int
     for (int64_t c = 0; c < channels; ++c) {
       const Scalar value{float_at(x, type, c * channel_stride + i * position_stride)};
       finite = finite && std::isfinite(value.value);
-      q[i * ldq + c] = static_cast<uint8_t>(static_cast<int>(quantized(value, range, amax).value) + range.zero_point);
+      q[i * ldq + c] =
+          static_cast<uint8_t>(static_cast<int>(Quantizer<Scalar>(range, amax)(value).value) + range.zero_point);
     }
   return finite;
 }

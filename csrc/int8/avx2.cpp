@@ -224,7 +224,7 @@ void quantize_rows(const void* x, ptrdiff_t ldx, int rows, ActivationShape shape
 template <Type kType, int kVectors>
 inline void finish_columns(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, uint8_t* y,
                            ptrdiff_t ldy) {
-  constexpr int size = kType == Type::float32 || kType == Type::int32 ? 4 : 2;
+  constexpr int size = size_of(kType);
   __m256i column_sum[kVectors];
   __m256 weight_scale[kVectors], bias[kVectors];
 #pragma GCC unroll 2
@@ -233,19 +233,27 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
     weight_scale[j] = load_floats_up_to(e.weight_scale == nullptr ? nullptr : e.weight_scale + 8 * j, columns - 8 * j);
     bias[j] = load_floats_up_to(e.bias == nullptr ? nullptr : e.bias + 8 * j, columns - 8 * j);
   }
+  __m256i correction[kVectors];
   for (int m = 0; m < rows; ++m) {
-    const __m256i zero_point = _mm256_set1_epi32(e.zero_point[m]);
+    if (m == 0 || e.zero_point[m] != e.zero_point[m - 1])  // often the same: a product takes longer than all the rest
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j)
+        correction[j] = _mm256_mullo_epi32(column_sum[j], _mm256_set1_epi32(e.zero_point[m]));
     const __m256 row_scale = _mm256_set1_ps(e.row_scale[m]);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      const __m256i acc = _mm256_sub_epi32(load256(c + m * nr + 8 * j), _mm256_mullo_epi32(column_sum[j], zero_point));
+      const __m256i acc = _mm256_sub_epi32(load256(c + m * nr + 8 * j), correction[j]);
       Vector v{_mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(acc), row_scale), weight_scale[j])};
       if (e.bias_stride != 0)
         v = v + Vector{_mm256_loadu_ps(e.bias + m * e.bias_stride + 8 * j)};
       else if (e.bias != nullptr)
         v = v + Vector{bias[j]};
       if (e.activation != Activation::none) v = activate(e.activation, v);
-      const auto result = converted<kType>(acc, v.value);
+      const auto result = [&] {
+        if constexpr (kType == Type::uint8)
+          return requantized(v.value, e.to.inverse, e.to.low, e.to.high, e.to.zero_point);
+        if constexpr (kType != Type::uint8) return converted<kType>(acc, v.value);
+      }();
       uint8_t* at = y + (m * ldy + 8 * j) * size;
       if (columns - 8 * j >= 8) {
         __builtin_memcpy(at, &result, sizeof(result));
@@ -260,7 +268,7 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
 
 template <Type kType>
 void finish_as(const int32_t* c, int nr, int rows, int columns, Epilogue e, void* y, ptrdiff_t ldy) {
-  constexpr int size = kType == Type::float32 || kType == Type::int32 ? 4 : 2;
+  constexpr int size = size_of(kType);
   auto* at = static_cast<uint8_t*>(y);
   while (columns > 0) {
     const int step = columns > 8 ? 16 : 8;
@@ -296,6 +304,8 @@ void finish_avx2(const int32_t* c, int nr, int rows, int columns, const Epilogue
       return finish_as<Type::float16>(c, nr, rows, columns, e, y, ldy);
     case Type::int32:
       return finish_as<Type::int32>(c, nr, rows, columns, e, y, ldy);
+    case Type::uint8:
+      return finish_as<Type::uint8>(c, nr, rows, columns, e, y, ldy);
   }
 }
 

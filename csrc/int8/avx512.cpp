@@ -113,8 +113,10 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& 
     const __m512 weight_scale =
         e.weight_scale == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes, e.weight_scale + j);
     const __m512 bias = e.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(lanes, e.bias + j);
+    __m512i correction = _mm512_setzero_si512();
     for (int m = 0; m < rows; ++m) {
-      const __m512i correction = _mm512_mullo_epi32(column_sum, _mm512_set1_epi32(e.zero_point[m]));
+      if (m == 0 || e.zero_point[m] != e.zero_point[m - 1])  // often the same, and a product is slow
+        correction = _mm512_mullo_epi32(column_sum, _mm512_set1_epi32(e.zero_point[m]));
       const __m512i acc = _mm512_sub_epi32(_mm512_loadu_si512(c + m * nr + j), correction);
       if constexpr (kType == Type::int32) {
         _mm512_mask_storeu_epi32(static_cast<int32_t*>(y) + m * ldy + j, lanes, acc);
@@ -127,7 +129,14 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& 
       else if (e.bias != nullptr)
         v = v + Vector{bias};
       if (e.activation != Activation::none) v = activate(e.activation, v);
-      if constexpr (kType == Type::float32) {
+      if constexpr (kType == Type::uint8) {
+        const __m128i bytes = requantized(v.value, e.to.inverse, e.to.low, e.to.high, e.to.zero_point);
+        auto* at = static_cast<uint8_t*>(y) + m * ldy + j;
+        if (columns - j >= kLanes)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(at), bytes);
+        else
+          _mm_mask_storeu_epi8(at, lanes, bytes);
+      } else if constexpr (kType == Type::float32) {
         _mm512_mask_storeu_ps(static_cast<float*>(y) + m * ldy + j, lanes, v.value);
       } else {
         __m256i half;
@@ -161,6 +170,8 @@ void finish_avx512(const int32_t* c, int nr, int rows, int columns, const Epilog
       return finish_as<Type::float16>(c, nr, rows, columns, e, y, ldy);
     case Type::int32:
       return finish_as<Type::int32>(c, nr, rows, columns, e, y, ldy);
+    case Type::uint8:
+      return finish_as<Type::uint8>(c, nr, rows, columns, e, y, ldy);
   }
 }
 

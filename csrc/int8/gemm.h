@@ -76,7 +76,19 @@ using Quantize = void (*)(const void* x, Type type, ptrdiff_t ldx, int rows, Act
 using Tile = void (*)(const uint8_t* a, ptrdiff_t lda, int rows, const void* panel, int length, int32_t* c,
                       bool accumulate);
 
-// Columns [0, columns) of one panel: y = act((c - zp * colsum) * sx * sw + bias), or c - zp * colsum for Type::int32.
+// What y becomes where it is bytes for a layer whose range is known: q = rint(clamp(y * inverse, low, high)) +
+// zero_point.
+// With the bounds of `requantize` that is clamp(rint(y * inverse) + zero_point, 0, amax), half to even.
+struct Requantize {
+  float inverse, low, high;
+  int32_t zero_point;
+};
+constexpr Requantize requantize(float scale, int32_t zero_point, int amax) {
+  return {1 / scale, static_cast<float>(-zero_point), static_cast<float>(amax - zero_point), zero_point};
+}
+
+// Columns [0, columns) of one panel: y = act((c - zp * colsum) * sx * sw + bias), or c - zp * colsum for Type::int32,
+// or for Type::uint8 what the next layer would make of y.
 struct Epilogue {
   const int32_t* column_sum;  // [nr], zero padded
   const float* weight_scale;  // [columns]
@@ -86,6 +98,7 @@ struct Epilogue {
   const int32_t* zero_point;  // [rows]
   Activation activation;
   Type type;
+  Requantize to{};
 };
 using Finish = void (*)(const int32_t* c, int nr, int rows, int columns, const Epilogue& epilogue, void* y,
                         ptrdiff_t ldy);

@@ -65,7 +65,14 @@ void finish(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, 
       }
       Scalar v{(static_cast<float>(acc) * e.row_scale[m]) * e.weight_scale[n]};
       if (e.bias != nullptr) v = v + Scalar{e.bias[m * e.bias_stride + n]};
-      put_float(y, e.type, i, activate(e.activation, v).value);
+      v = activate(e.activation, v);
+      if (e.type == Type::uint8) {
+        const float steps = v.value * e.to.inverse;
+        const float inside = steps > e.to.high ? e.to.high : steps > e.to.low ? steps : e.to.low;
+        static_cast<uint8_t*>(y)[i] = static_cast<uint8_t>(static_cast<int>(rint_even(inside)) + e.to.zero_point);
+      } else {
+        put_float(y, e.type, i, v.value);
+      }
     }
 }
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pycompress import ops
 from pycompress.kinds import Conv2dGeometry
 from pycompress.methods.int8 import Int8
 from pycompress.nn.conv import CompressedConv2d
+from pycompress.nn.handing import handed
 from pycompress.nn.layer import setting
 from pycompress.weights import Int8Weight
 
@@ -51,6 +53,8 @@ class Int8Conv2d(CompressedConv2d):
         return self.op.pack(parts, (self.n, self.k), {**self.settings, "convolution": convolution}, device)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
+        if not is_compiling() and (y := handed(self, input)) is not None:
+            return y
         own, to = self._buffers, self.geometry
         return ops.int8_conv2d(
             input, own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, to.groups,  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quick_gelu": 5}
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-INT32 = 3
+INT32, UINT8 = 3, 4
 MAX_IN_FEATURES = 65536  # int32 sums cannot overflow up to here
 MAX_STEP = 65536  # of a convolution: its kernel's sides, strides and dilations
 Ints = Sequence[int]
@@ -67,12 +67,11 @@ def matrix_of(op: str, x: Tensor) -> tuple[Tensor, int]:
 
 
 def conv2d_shape(
-    op: str, x: Tensor, n: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
+    op: str, x: Ints, n: int, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
 ) -> tuple[int, ...]:  # fmt: skip
-    """Of the result: [..., n, out_h, out_w] for x [..., channels, height, width]."""
-    check_float(op, x)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"{op}: x is {list(x.shape)}, expected [N, C, H, W] or [C, H, W]")
+    """Of the result: [..., n, out_h, out_w] for x of the shape [..., channels, height, width]."""
+    if len(x) not in (3, 4):
+        raise ValueError(f"{op}: x is {list(x)}, expected [N, C, H, W] or [C, H, W]")
     pairs = (*kernel_size, *stride, *dilation)
     counts = len(kernel_size), len(stride), len(dilation), len(padding)
     if counts != (2, 2, 2, 4) or min(pairs) < 1 or min(padding) < 0 or max(pairs) > MAX_STEP:
@@ -80,7 +79,7 @@ def conv2d_shape(
             f"{op}: kernel_size is {tuple(kernel_size)}, stride {tuple(stride)}, padding {tuple(padding)}, dilation "
             f"{tuple(dilation)}, expected two numbers from 1 to {MAX_STEP} of each, of padding four from 0"
         )
-    *images, _, height, width = x.shape
+    *images, _, height, width = x
     height += padding[0] + padding[1]
     width += padding[2] + padding[3]
     reach_h, reach_w = dilation[0] * (kernel_size[0] - 1) + 1, dilation[1] * (kernel_size[1] - 1) + 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pycompress.ops import cpu
-from pycompress.ops.checks import Ints, check_tensor, conv2d_shape, nobody_looks
+from pycompress.ops.checks import Ints, check_float, check_tensor, conv2d_shape, nobody_looks
 from pycompress.ops.conv2d import CONV2D, vmapped
 from pycompress.ops.form import parse
 from pycompress.ops.registry import define, implement
@@ -62,7 +62,8 @@ def _conv2d_fake(
     x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints,  # noqa: ARG001
     dilation: Ints, activation: str,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(conv2d_shape("sparse_conv2d", x, parse(form).n, kernel_size, stride, padding, dilation))
+    check_float("sparse_conv2d", x)
+    return x.new_empty(conv2d_shape("sparse_conv2d", x.shape, parse(form).n, kernel_size, stride, padding, dilation))
 
 
 _conv2d_op: Any = implement(

@@ -34,6 +34,11 @@ class Graph:
     def __init__(self, model: nn.Module) -> None:
         self._model, self._calls = model, _traced(model)
 
+    @property
+    def traced(self) -> bool:
+        """Whether the model could be traced; else it was read."""
+        return self._calls is not None
+
     def sources(self, between: Between) -> Sources:
         """{module: the one whose results it takes, each of them, and nothing else does; or a text that says why there is none}.
 

@@ -1,5 +1,5 @@
 """Parts of a model that run as one op each: transformer blocks, the embeddings in front of them, the means of sentence encoders
-behind, and encoders that are made of nothing else."""
+behind, and encoders that are made of nothing else; and convolutions that hand on bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from pycompress.nn.assigned import assign, assigned, restore
 from pycompress.nn.trained import is_trained
-from pycompress.passes import blocks, embeddings, encoders, pooling
+from pycompress.passes import blocks, embeddings, encoders, handing, pooling
 
 
 def check(blocks: bool, skip_padding: bool, caller: str) -> None:
@@ -25,6 +25,7 @@ def install(model: nn.Module, *, skip_padding: bool = False) -> None:
     embeddings.install(model)
     pooling.install(model)
     encoders.install(model)
+    handing.install(model)
 
 
 def remove(model: nn.Module) -> None:

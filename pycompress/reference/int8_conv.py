@@ -59,3 +59,10 @@ def rescale(acc: Array, scale: Array, weight_scale: Array, bias: Array | None = 
     y = finish(v, np.empty(0, np.float32) if bias is None else bias, code)
     result: Array = np.ascontiguousarray(np.moveaxis(y.reshape(images, *acc.shape[2:], n), -1, 1))
     return result
+
+
+def requantize(y: Array, scale: float, zero_point: int, amax: int) -> Array:
+    """What a static layer's range makes of y float32: uint8 of its shape, for a y that is finite."""
+    steps = np.rint(y * (np.float32(1) / np.float32(scale)))
+    result: Array = (np.clip(steps, -zero_point, amax - zero_point) + zero_point).astype(np.uint8)
+    return result

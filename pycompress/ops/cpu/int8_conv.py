@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from pycompress.ops.checks import (
     FLOATS,
     INT32,
+    UINT8,
     Ints,
     activation_code,
     check,
@@ -27,6 +29,10 @@ LAYOUT = "convolution"
 _CHECKED = ("n", "k", "groups", "kernel_h", "kernel_w", "activation_bits")
 Range = tuple[float, int]  # scale and zero point of an input that is quantized statically
 NO_RANGE: Range = (0.0, 0)  # to the native module: each row, or image, has its own
+Target = tuple[float, int, int]  # scale, zero point and largest number of what takes y as bytes
+NO_TARGET: Target = (0.0, 0, 0)
+_TYPES = {**FLOATS, torch.int32: INT32, torch.uint8: UINT8}
+_BEHIND = 128  # bytes that the kernels may read behind bytes which they do not copy then: kBehind in conv.h
 
 
 def pack(
@@ -108,16 +114,23 @@ def result(
     Raises:
         ValueError: x, the form and the geometry do not fit each other.
     """
+    shape = _shape(x, form, kernel_size, stride, padding, dilation, groups)
+    memory = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory)
+
+
+def _shape(
+    x: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> tuple[int, ...]:  # fmt: skip
     op, own = "int8_conv2d", parse(form)
-    shape = conv2d_shape(op, x, own.n, kernel_size, stride, padding, dilation)
+    shape = conv2d_shape(op, x.shape, own.n, kernel_size, stride, padding, dilation)
     check(
         own.layout == LAYOUT and tuple(kernel_size) == (own.kernel_h, own.kernel_w) and groups == own.groups,
         f"{op}: kernel_size is {tuple(kernel_size)} and groups {groups}, the packed weight is {form!r}",
     )
     expected = own.k // (own.kernel_h * own.kernel_w) * own.groups
     check(x.shape[-3] == expected, f"{op}: x has {x.shape[-3]} channels, the packed weight expects {expected}")
-    memory = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory)
+    return shape
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -137,19 +150,26 @@ def _run(
     if not last or x.is_neg():
         x, last = rows_of(op, x.contiguous())[0], False  # (a negated view loses its order: so be it)
         y = y if y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    own, n_bytes, scale = _checked(op, packed, form)
-    code = activation_code(op, activation)
-    bias_address = 0 if bias is None else channels(op, "bias", bias, own.n)
+    operands = _operands(op, x, last, packed, form, bias, stride, padding, dilation, activation, y)
     images = x.shape[0] if x.dim() == 4 else 1
     image_scale = torch.empty(images, dtype=torch.float32, device="cpu")
     zero_point = torch.empty(images, dtype=torch.int32, device="cpu")
-    native._C.int8_conv2d(
-        x.data_ptr(), FLOATS[x.dtype], last, images, *x.shape[-3:], packed.data_ptr(), n_bytes, own.n, scale, bias_address,
-        code, *stride, padding[0], padding[2], *dilation, *y.shape[-2:], y.data_ptr(),
-        INT32 if y.dtype == torch.int32 else FLOATS[y.dtype], image_scale.data_ptr(), zero_point.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    native._C.int8_conv2d(*operands, image_scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads())
     return y, image_scale, zero_point
+
+
+def _operands(
+    op: str, x: Tensor, last: bool, packed: Tensor, form: str, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
+    activation: str, y: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the native functions are called with, up to y."""
+    own, n_bytes, scale = _checked(op, packed, form)
+    code = activation_code(op, activation)
+    bias_address = 0 if bias is None else channels(op, "bias", bias, own.n)
+    return (
+        x.data_ptr(), _TYPES[x.dtype], last, x.shape[0] if x.dim() == 4 else 1, *x.shape[-3:], packed.data_ptr(), n_bytes,
+        own.n, scale, bias_address, code, *stride, padding[0], padding[2], *dilation, *y.shape[-2:], y.data_ptr(), _TYPES[y.dtype],
+    )  # fmt: skip
 
 
 def conv2d(*operands: Any) -> Tensor:
@@ -161,3 +181,50 @@ def accumulate(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sums int32 in the place of y, scale float32 [images], zero point int32 [images]."""
     return _run(x, packed, form, None, kernel_size, stride, padding, dilation, groups, "none", torch.int32)
+
+
+def input_target(packed: Tensor, form: str) -> Target | None:
+    """What a static weight's input is quantized by; None where it has no range of its own."""
+    own, n_bytes, _ = _checked("int8_conv2d", packed, form)
+    header = native.header_of("int8_conv2d", "int8_conv2d", packed, n_bytes, own, _CHECKED)
+    scale = header["input_scale"]
+    return (scale, header["input_zero_point"], (1 << header["activation_bits"]) - 1) if scale else None
+
+
+def hand_on(
+    x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    groups: int, activation: str, to: Target | None, channels_last: bool,
+) -> Tensor | None:  # fmt: skip
+    """As :func:`conv2d`, from bytes where x is uint8, and to bytes where there is a target.
+
+    Args:
+        x: float32 [N, C, H, W], or uint8 of it, the channels last: what this weight's range makes of it.
+        to: scale, zero point and largest number of what takes y; None: y is float32.
+        channels_last: whether those of a y of float32 lie so.
+    Returns:
+        None where an image is not finite, which bytes cannot say.
+    """
+    op = "int8_conv2d"
+    shape = _shape(x, form, kernel_size, stride, padding, dilation, groups)
+    is_bytes, depthwise = x.dtype == torch.uint8, groups == x.shape[1] == shape[1]
+    last = is_bytes or is_channels_last(x) or (depthwise and to is not None)
+    y_last = channels_last or to is not None or (depthwise and last)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    behind = x.untyped_storage().nbytes() - x.storage_offset() - x.numel() if is_bytes else 0
+    if to is not None:
+        y = _bytes(shape)
+    else:
+        memory = torch.channels_last if y_last else torch.contiguous_format
+        y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory)
+    operands = _operands(op, x, last, packed, form, bias, stride, padding, dilation, activation, y)
+    finite = native._C.int8_conv2d_hand_on(*operands, y_last, *(to or NO_TARGET), behind, torch.get_num_threads())
+    if to is None:
+        return y if channels_last else y.contiguous()
+    return y if finite else None
+
+
+def _bytes(shape: Ints) -> Tensor:
+    """An empty tensor of bytes, the channels last, with as many behind them as a kernel reads."""
+    _, channels, height, width = shape
+    memory = torch.empty(math.prod(shape) + _BEHIND, dtype=torch.uint8, device="cpu")
+    return memory.as_strided(tuple(shape), (channels * height * width, 1, width * channels, channels))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pycompress import reference
-from pycompress.ops.checks import FLOATS, Ints, activation_code, check, conv2d_shape, rows_of, vector
+from pycompress.ops.checks import FLOATS, Ints, activation_code, check, check_float, conv2d_shape, rows_of, vector
 from pycompress.ops.cpu import native
 from pycompress.ops.cpu.native import channels, check_operand, split
 from pycompress.ops.form import Form, Sizes, parse, written
@@ -145,7 +145,8 @@ def conv2d(
     dilation: Ints, activation: str,
 ) -> Tensor:  # fmt: skip
     own, op = parse(form), "sparse_conv2d"
-    shape = conv2d_shape(op, x, own.n, kernel_size, stride, padding, dilation)
+    check_float(op, x)
+    shape = conv2d_shape(op, x.shape, own.n, kernel_size, stride, padding, dilation)
     x, _ = rows_of(op, x)  # of more than two dimensions: contiguous
     code = activation_code(op, activation)
     n_bytes, _ = _split(op, packed, own)

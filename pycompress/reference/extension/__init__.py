@@ -15,6 +15,7 @@ from pycompress.reference.extension.int8 import (
 )
 from pycompress.reference.extension.int8_conv import (
     int8_conv2d,
+    int8_conv2d_hand_on,
     int8_conv2d_header,
     int8_conv2d_pack,
     int8_conv2d_unpack,
@@ -40,6 +41,7 @@ __all__ = [
     "int4_pack",
     "int4_unpack",
     "int8_conv2d",
+    "int8_conv2d_hand_on",
     "int8_conv2d_header",
     "int8_conv2d_pack",
     "int8_conv2d_unpack",

@@ -52,28 +52,46 @@ def int8_conv2d_pack(
     return LAYOUT.pack(dict(zip(LAYOUT.fields, numbers, strict=True)), values)
 
 
-def int8_conv2d(
+def int8_conv2d(*operands: Any) -> None:
+    *operands, scale, zero_point, _threads = operands
+    scales, zeros = _convolve(*operands, channels_last_of_y=operands[2])
+    if len(scales):
+        memory.view(scale, np.float32, len(scales))[:] = scales
+        memory.view(zero_point, np.int32, len(scales))[:] = zeros
+
+
+def int8_conv2d_hand_on(*operands: Any) -> bool:
+    *operands, channels_last_of_y, to_scale, to_zero_point, to_amax, _behind, _threads = operands
+    to = (to_scale, to_zero_point, to_amax) if to_scale else None
+    scales, _ = _convolve(*operands, channels_last_of_y=channels_last_of_y, to=to)
+    return not np.isnan(scales).any()
+
+
+def _convolve(
     x: int, x_type: int, channels_last: bool, images: int, channels: int, height: int, width: int, packed: int,
     packed_bytes: int, n: int, weight_scale: int, bias: int, activation: int, stride_h: int, stride_w: int, pad_top: int,
-    pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, scale: int,
-    zero_point: int, _threads: int,
-) -> None:  # fmt: skip
+    pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, *,
+    channels_last_of_y: bool, to: tuple[float, int, int] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Scale and zero point of each image."""
     header, parts = LAYOUT.read(packed, packed_bytes)
     of = header["k"] // (header["kernel_h"] * header["kernel_w"]) * header["groups"]
     if (channels, n) != (of, header["n"]):
         raise ValueError(
             f"int8_conv2d: x has {channels} channels and y {n}, the packed weight expects {of} and {header['n']}"
         )
-    size = channels * height * width
-    planes = memory.load(x, x_type, images, size, size)
+    size, is_bytes = channels * height * width, x_type == memory.UINT8
+    planes = memory.view(x, np.uint8, images, size) if is_bytes else memory.load(x, x_type, images, size, size)
     shape = (images, height, width, channels) if channels_last else (images, channels, height, width)
     planes = planes.reshape(shape)
     planes = np.ascontiguousarray(np.moveaxis(planes, -1, 1)) if channels_last else planes
     fixed = (value_of(header["input_scale"]), header["input_zero_point"]) if header["input_scale"] else None
-    q, scales, zeros = int8_conv.quantize(planes, header["activation_bits"], fixed)
-    if images:
-        memory.view(scale, np.float32, images)[:] = scales
-        memory.view(zero_point, np.int32, images)[:] = zeros
+    if is_bytes:
+        if fixed is None or not channels_last:
+            raise ValueError("int8_conv2d: x is bytes, expected a static weight and the channels last")
+        q, scales, zeros = planes, np.full(images, fixed[0], np.float32), np.full(images, fixed[1], np.int32)
+    else:
+        q, scales, zeros = int8_conv.quantize(planes, header["activation_bits"], fixed)
     acc = int8_conv.accumulate(
         q, zeros, parts["values"], (header["kernel_h"], header["kernel_w"]), (stride_h, stride_w), (pad_top, pad_left),
         (dilation_h, dilation_w), (out_h, out_w), header["groups"],
@@ -83,4 +101,7 @@ def int8_conv2d(
         found = int8_conv.rescale(
             acc, scales, memory.vector(weight_scale, n), memory.vector(bias, n) if bias else None, code=activation
         )
-    return memory.store(y, y_type, np.ascontiguousarray(np.moveaxis(found, 1, -1)) if channels_last else found)
+    if to is not None:
+        found = int8_conv.requantize(found, *to)
+    memory.store(y, y_type, np.ascontiguousarray(np.moveaxis(found, 1, -1)) if channels_last_of_y else found)
+    return scales, zeros

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 MAX_IN_FEATURES = 65536
-INT32 = 3  # of the kinds of y, beside those that `load` reads
+INT32, UINT8 = 3, 4  # of the kinds of y, beside those that `load` reads
 
 
 def view(address: int, dtype: Any, *shape: int) -> Array:
@@ -112,7 +112,7 @@ def store(address: int, kind: int, y: Array) -> None:
         view(address, np.uint16, *y.shape)[:] = np.where(np.isnan(y), (bits >> 16) | 0x40, rounded)
     else:
         with np.errstate(over="ignore"):  # Inf in float16
-            view(address, (np.float32, None, np.float16, np.int32)[kind], *y.shape)[:] = y
+            view(address, (np.float32, None, np.float16, np.int32, np.uint8)[kind], *y.shape)[:] = y
 
 
 def vector(address: int, n: int) -> Array:
