@@ -146,8 +146,8 @@ def compress(
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 
-        - A layer followed by ReLU, GELU, SiLU or QuickGELU takes the activation into its kernel, and the activation module becomes
-          ``nn.Identity``, where the source of the model says that neither is used otherwise.
+        - A layer followed by ReLU, ReLU6, GELU, SiLU, Hardswish or QuickGELU takes the activation into its kernel, and the
+          module becomes ``nn.Identity``, where the source of the model says that neither is used otherwise.
         - A layer is replaced wherever the model holds it, in lists, dictionaries and the like; attributes that somebody gave it go
           over to the compressed one. Weights that such layers shared stay shared. A layer that ``torch.nn.utils.prune`` pruned is
           taken with its masks, as it computes.

@@ -24,7 +24,7 @@ from pycompress.weights.int4 import pack_nibbles  # noqa: E402
 Array = npt.NDArray[Any]
 F32 = np.float32
 EPS = 2.0**-23
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu"]
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu6", "hardswish"]
 # (k, n, group): one short group, whole groups, a short last one, odd numbers of integers, groups and both.
 SHAPES = [
     (1, 1, 32), (31, 3, 32), (32, 16, 32), (33, 5, 32), (65, 17, 32), (64, 8, 64), (127, 4, 64), (129, 3, 128), (1025, 33, 128),
@@ -132,8 +132,9 @@ def activate64(v: Array, activation: str) -> Array:
 
 def bound(v: Array, size: Array, roundings: int, activation: str) -> Array:
     """``roundings`` of half EPS each on the way of a product, doubled for their compounding; then the activation's (8 half EPS)."""
-    smooth = 8 * 2.0**-24 * np.abs(v) + 2.0**-126 if activation not in ("none", "relu") else 0.0
-    return 1.13 * (EPS * roundings * size + EPS * np.abs(v) + roundings * 2.0**-149) + smooth
+    smooth = 8 * 2.0**-24 * np.abs(v) + 2.0**-126 if activation not in ("none", "relu", "relu6") else 0.0
+    slope = 1.5 if activation == "hardswish" else 1.13
+    return slope * (EPS * roundings * size + EPS * np.abs(v) + roundings * 2.0**-149) + smooth
 
 
 def assert_close(y: Array, x: Array, weight: Array, bias: Array, roundings: int) -> None:

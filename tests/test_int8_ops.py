@@ -21,6 +21,7 @@ from pycompress import ops
 pytestmark = pytest.mark.usefixtures("isa")
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+Same = Callable[[Tensor, Tensor], bool]
 SMOOTH = {
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda v: nn.functional.gelu(v, approximate="tanh"),
@@ -182,12 +183,28 @@ def test_smooth_activations(activation: str) -> None:
     assert not torch.isnan(y).any()
 
 
+@pytest.mark.parametrize("activation", ["relu6", "hardswish"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_relu6_and_hardswish_have_the_bits_of_torch(activation: str, dtype: torch.dtype, same: Same) -> None:
+    """The numbers around their ends among them; of float16 and bfloat16 the float32 result, rounded, as torch has it."""
+    ends = torch.tensor([-6.0, -3.0, -0.0, 0.0, 3.0, 6.0])
+    around = torch.cat([torch.nextafter(ends, torch.tensor(side)) for side in (-math.inf, math.inf)])
+    large = torch.logspace(-44, 38, 5000)
+    bias = torch.cat([ends, around, torch.linspace(-8, 8, 100_003), large, -large])
+    packed = pack_int8(torch.zeros(len(bias), 4, dtype=torch.int8))
+    y = ops.int8_linear(torch.zeros(1, 4, dtype=dtype), *packed, bias, activation)[0]
+    assert same(y, getattr(nn.functional, activation)(0 + bias).to(dtype)), "a sum of 0 and -0 is 0"
+    broken = ops.int8_linear(torch.full((1, 4), math.nan), *packed, bias, activation)
+    assert broken.isnan().all()
+
+
 def test_smooth_activations_of_infinite_sums() -> None:
     """A sum beyond float32 is infinite; its activation is what torch gives."""
     packed = pack_int8(torch.tensor([[127], [-127]], dtype=torch.int8))
     x = torch.full((1, 1), 3e38)
     assert ops.int8_linear(x, *packed)[0].tolist() == [math.inf, -math.inf]
     assert ops.int8_linear(x, *packed, None, "relu")[0].tolist() == [math.inf, 0.0]
+    assert ops.int8_linear(x, *packed, None, "relu6")[0].tolist() == [6.0, 0.0]
 
 
 def test_integers_of_a_row_with_nan() -> None:

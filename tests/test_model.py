@@ -808,6 +808,10 @@ def test_a_forward_that_fails_leaves_the_model_whole(only_if_faster: bool, snaps
         (nn.GELU(approximate="tanh"), "gelu_tanh"),
         (nn.SiLU(), "silu"),
         (nn.SiLU(inplace=True), "silu"),
+        (nn.ReLU6(), "relu6"),
+        (nn.ReLU6(inplace=True), "relu6"),
+        (nn.Hardtanh(0, 6), "relu6"),
+        (nn.Hardswish(), "hardswish"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])
@@ -833,7 +837,9 @@ def test_fused_inside_a_block(block: Build) -> None:
     assert cosine(result(x), model(x)) > 0.9999
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.LeakyReLU(), nn.ReLU6(), nn.Sigmoid(), nn.ELU()])
+@pytest.mark.parametrize(
+    "activation", [nn.Tanh(), nn.LeakyReLU(), nn.Hardtanh(-6, 6), nn.Hardsigmoid(), nn.Sigmoid(), nn.ELU()]
+)
 def test_other_activations_stay(activation: nn.Module, block: Build) -> None:
     model = block(activation=activation)
     result = pc.compress(model, INT8)

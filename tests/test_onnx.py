@@ -28,7 +28,8 @@ from pycompress.weights import Int8Weight, SparseWeight  # noqa: E402
 Array = npt.NDArray[np.generic]
 F32 = np.float32
 BITS = [(7, 8), (8, 8), (8, 7), (7, 7)]  # activation_bits, weight_bits
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu"]
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu6", "hardswish"]
+SLOPE = {"hardswish": 1.5}  # the steepest; of the others 1.13
 
 
 def formula(x: Array, layer: Int8Linear | SparseLinear) -> tuple[Array, Array, Array]:
@@ -67,6 +68,8 @@ def activate64(v: Array, activation: str) -> Array:
         "gelu_tanh": lambda: functional.gelu(t, approximate="tanh"),
         "silu": lambda: functional.silu(t),
         "quick_gelu": lambda: t * torch.sigmoid(1.702 * t),
+        "relu6": lambda: functional.relu6(t),
+        "hardswish": lambda: t * (t + 3).clamp(0, 6) / 6,
     }[activation]()
     return result.numpy()
 
@@ -184,12 +187,14 @@ def test_activations(activation: str, activation_bits: int) -> None:
     expected_q, expected_acc, v = formula(x, layer)
     np.testing.assert_array_equal(q, expected_q)
     np.testing.assert_array_equal(acc, expected_acc)
-    finite = np.isfinite(v)
+    if activation == "hardswish":  # torch's float32 steps, to the bit, also where v times 6 overflows
+        np.testing.assert_array_equal(bits(y), bits(torch.nn.functional.hardswish(torch.from_numpy(v)).numpy()))
+    finite = np.isfinite(v) & (np.isfinite(y) | (activation != "hardswish"))
     assert 0.5 < np.abs(v[:3]).mean() < 5  # the curve is tested,
     assert np.abs(v[finite]).max() > 1e30  # and so are its ends
     error = np.abs(y[finite].astype(np.float64) - activate64(v[finite], activation))
     allowed = 8 * 2.0**-24 * np.abs(v[finite].astype(np.float64)) + 2.0**-126  # see validation.activation_bound
-    if activation in ("none", "relu"):
+    if activation in ("none", "relu", "relu6"):
         allowed = np.zeros_like(error)
     assert (error <= allowed).all(), f"worst excess {np.max(error - allowed)}"
     assert np.isnan(y[~np.isfinite(x).all(axis=1)]).all()
@@ -323,9 +328,11 @@ def test_sparse_float32_within_the_bound(k: int, n: int, activation: str, bias: 
     (y,) = session(lower(layer)).run(["y"], {"x": x})
     v = x.astype(np.float64) @ layer.weight.double().numpy().T
     v = v if layer.bias is None else v + layer.bias.double().numpy()
-    smooth = 8 * 2.0**-24 * np.abs(v) if activation not in ("none", "relu") else 0
+    smooth = 8 * 2.0**-24 * np.abs(v) if activation not in ("none", "relu", "relu6") else 0
     assert y.dtype == np.float32
-    assert (np.abs(y - activate64(v, activation)) <= 1.13 * sum_bound(x, layer, v) + smooth).all()
+    assert (
+        np.abs(y - activate64(v, activation)) <= SLOPE.get(activation, 1.13) * sum_bound(x, layer, v) + smooth
+    ).all()
 
 
 def test_sparse_float32_in_the_reference_evaluator() -> None:

@@ -73,7 +73,7 @@ def test_same_integers(bits: int, k: int, dtype: torch.dtype, twin: Callable[...
 
 
 @native
-@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "hardswish"])
 @pytest.mark.parametrize("bits", [7, 8])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -213,12 +213,13 @@ def test_linear_is_the_composition_of_its_parts() -> None:
 
 @pytest.mark.parametrize("code", ops.ACTIVATIONS.values())
 def test_activations_keep_nan_and_end_in_zero(code: int) -> None:
-    activate = reference.activation.activate
+    activate, relu6, hardswish = reference.activation.activate, ops.ACTIVATIONS["relu6"], ops.ACTIVATIONS["hardswish"]
     assert math.isnan(activate(code, math.nan))
-    assert activate(code, 3e38) == pytest.approx(3e38)
+    largest = {relu6: 6.0, hardswish: math.inf}.get(code, 3e38)  # 6 times as much is no float32 number
+    assert activate(code, 3e38) == pytest.approx(largest)
     assert activate(code, -3e38) == (0 if code else -3e38)
-    assert activate(code, math.inf) == math.inf
-    assert math.isnan(activate(code, -math.inf)) or code < 2, "-Inf times 0, as the kernels have it"
+    assert activate(code, math.inf) == (6 if code == relu6 else math.inf)
+    assert math.isnan(activate(code, -math.inf)) or code < 2 or code == relu6, "-Inf times 0, as the kernels have it"
 
 
 # --- sparse -------------------------------------------------------------------------------------------------------------

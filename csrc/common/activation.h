@@ -81,6 +81,12 @@ PYCOMPRESS_HOST_DEVICE inline V gelu(V v) {
 }
 
 template <class V>
+PYCOMPRESS_HOST_DEVICE inline V from_0_to_6(V x) {  // NaN stays NaN
+  const V zero = V::of(0.0f), six = V::of(6.0f);
+  return where_less(x, zero, zero, where_less(six, x, six, x));
+}
+
+template <class V>
 PYCOMPRESS_HOST_DEVICE inline V activate(Activation activation, V v) {
   const V zero = V::of(0.0f);
   switch (activation) {
@@ -90,6 +96,10 @@ PYCOMPRESS_HOST_DEVICE inline V activate(Activation activation, V v) {
       return where_less(v, zero, zero, v);  // NaN stays NaN
     case Activation::gelu:
       return gelu(v);
+    case Activation::relu6:
+      return from_0_to_6(v);
+    case Activation::hardswish:  // these steps are torch's: the same bits
+      return (v * from_0_to_6(v + V::of(3.0f))) / V::of(6.0f);
     default:
       break;
   }

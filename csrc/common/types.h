@@ -19,7 +19,17 @@ inline uint8_t* value_of(void* y, Type type, int64_t i) {
   return static_cast<uint8_t*>(y) + static_cast<size_t>(i) * size_of(type);
 }
 
-enum class Activation : int { none = 0, relu = 1, gelu = 2, gelu_tanh = 3, silu = 4, quick_gelu = 5 };
+enum class Activation : int {
+  none = 0,
+  relu = 1,
+  gelu = 2,
+  gelu_tanh = 3,
+  silu = 4,
+  quick_gelu = 5,
+  relu6 = 6,
+  hardswish = 7
+};
+constexpr int kActivations = 8;
 
 constexpr int64_t kMaxK = 65536;  // 255 * 127 * 65536 < 2^31: sums of int8 products never wrap
 

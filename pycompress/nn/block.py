@@ -340,6 +340,9 @@ _STEADY = {
     nn.GELU,
     nn.ReLU,
     nn.SiLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Hardswish,
 }  # in training as in evaluation
 _CAPTURING = "transformers.utils.output_capturing"
 

@@ -52,7 +52,8 @@ class CompressedLayer(nn.Module):
         settings: what the canonical weight is besides its tensors (:meth:`Weight.settings`).
         form: how ``packed`` lies in memory (:mod:`pycompress.ops.form`).
         op: what packs, unpacks and multiplies such weights; None for layers made of torch's own operators.
-        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``quick_gelu``, fused behind the product.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``, fused behind
+            the product.
         geometry: what its kind has to know besides weight and bias; None for a linear layer.
         has_cuda_kernels: whether the layer runs on a CUDA device; others can be moved there, but not called.
 

@@ -37,6 +37,16 @@ def _quick_gelu(graph: Graph, v: str) -> str:
     return _times_sigmoid(graph, v, graph.node("Mul", v, graph.constant("quick_factor", 1.702)))
 
 
+def _relu6(graph: Graph, v: str) -> str:
+    return graph.node("Clip", v, graph.constant("clip_low", 0.0), graph.constant("clip_high", 6.0))
+
+
+def _hardswish(graph: Graph, v: str) -> str:
+    """v min(max(v + 3, 0), 6) / 6 in the kernels' steps: ``HardSwish`` multiplies by a sixth, which rounds otherwise."""
+    inner = _relu6(graph, graph.node("Add", v, graph.constant("hardswish_shift", 3.0)))
+    return graph.node("Div", graph.node("Mul", v, inner), graph.constant("clip_high", 6.0))
+
+
 def _times_sigmoid(graph: Graph, v: str, s: str) -> str:
     """v sigmoid(s) = v / (1 + exp(-s)). ONNX Runtime's Sigmoid stops at 1e-8, this goes on to 0."""
     exp = graph.node("Exp", graph.node("Neg", s))
@@ -50,4 +60,6 @@ ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
     "gelu_tanh": _gelu_tanh,
     "silu": _silu,
     "quick_gelu": _quick_gelu,
+    "relu6": _relu6,
+    "hardswish": _hardswish,
 }

@@ -23,7 +23,7 @@ def lower_int8_linear(graph: Graph, x: str, layer: Int8Linear | SparseLinear) ->
     Shown besides are q, uint8 [m, k], the quantized rows of x; and acc, int32 [m, n] = (q - zero point) . weight^T.
 
     The graph takes the float32 steps of the layer one operator at a time, in the layer's order. So q and
-    acc, and y after the activations none and relu, are the layer's own to the bit. A row of x with NaN or
+    acc, and y after an exact activation, are the layer's own to the bit. A row of x with NaN or
     Inf gives zeros in q and acc and NaN in y.
 
     Of a static layer scale and zero point of x are constants. x is multiplied by the inverse of the scale, as the kernels do it; a

@@ -16,7 +16,7 @@ def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
     """x float32 [images, in_channels, height, width] -> y float32 [images, out_channels, its height, its width].
 
     Shown besides are q, uint8 of x's shape, the quantized images, and acc, int32 of y's shape: the sums of (q - zero point) times
-    the weights. They, and y after the activations none and relu, are the layer's own to the bit; an image with NaN or Inf gives
+    the weights. They, and y after an exact activation, are the layer's own to the bit; an image with NaN or Inf gives
     zeros in q and acc and NaN in y.
 
     A ConvInteger has one zero point for all images, so q goes without one: around it lie its own zero points, which an image's

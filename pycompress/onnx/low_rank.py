@@ -22,7 +22,7 @@ def lower_low_rank_linear(graph: Graph, x: str, layer: LowRankLinear) -> str:
     - for one with int4 weights, which are stored and multiplied as :func:`lower_int4_linear` has it, residual_q, uint8 [m, k].
 
     float32 factors, and other residuals, are MatMul, and y is the layer's up to rounding. Integers are treated as
-    :func:`lower_int8_linear` does: q and acc are the layer's own, and so are t, and y after the activations none and relu,
+    :func:`lower_int8_linear` does: q and acc are the layer's own, and so are t, and y after an exact activation,
     where all weights are int8. A row of x with NaN or Inf gives NaN where anything is int8 or int4, otherwise NaN or Inf where
     the runtime meets it.
     """

@@ -14,4 +14,6 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda y: nn.functional.gelu(y, approximate="tanh"),
     "silu": nn.functional.silu,
     "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+    "relu6": nn.functional.relu6,
+    "hardswish": nn.functional.hardswish,
 }

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quick_gelu": 5}
+ACTIVATIONS = {
+    "none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quick_gelu": 5, "relu6": 6, "hardswish": 7,
+}  # fmt: skip
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT32, UINT8 = 3, 4
 MAX_IN_FEATURES = 65536  # int32 sums cannot overflow up to here

@@ -24,7 +24,7 @@ def int8_linear(x: Tensor, packed: Tensor, form: str, bias: Tensor | None = None
             or Inf where a weight meets it, zeros included.
         packed, form: from :func:`pycompress.ops.pack`.
         bias: float32 [n] or None.
-        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``quick_gelu``.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``.
     Returns:
         [..., n], dense, of x's dtype.
     Raises:

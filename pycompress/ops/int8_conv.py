@@ -52,7 +52,7 @@ def int8_conv2d(
         kernel_size, stride, dilation: (height, width), from 1 to MAX_STEP.
         padding: rows and columns of zeros at the (top, bottom, left, right) of x.
         groups: of channels.
-        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``quick_gelu``.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``.
     Returns:
         [N, n, out height, out width] or without N, of x's dtype; channels last where x is.
     Raises:

@@ -31,7 +31,7 @@ def low_rank_linear(
             meets it, zeros included (but for those that a sparse residual leaves out).
         packed, form: from :func:`pycompress.ops.pack`.
         bias: float32 [n] or None.
-        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``quick_gelu``.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``.
     Returns:
         [..., n], dense, of x's dtype.
     Raises:

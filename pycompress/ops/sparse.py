@@ -30,7 +30,7 @@ def sparse_linear(x: Tensor, packed: Tensor, form: str, bias: Tensor | None = No
         x: float32, bfloat16 or float16, [..., k], any strides; converted to float32 exactly, the result is rounded once.
         packed, form: from :func:`pycompress.ops.pack`.
         bias: float32 [n] or None.
-        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``quick_gelu``.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``.
     Returns:
         [..., n], dense, of x's dtype.
     Raises:
@@ -94,7 +94,7 @@ def sparse_conv2d(
         bias: float32 [n] or None.
         kernel_size, stride, dilation: (height, width), from 1 to MAX_STEP.
         padding: rows and columns of zeros at the (top, bottom, left, right) of x.
-        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu`` or ``quick_gelu``.
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``.
     Returns:
         [N, n, out height, out width] or without N, contiguous, of x's dtype.
     Raises:

@@ -44,6 +44,10 @@ def activation_name(module: nn.Module) -> str | None:
         return "relu"
     if type(module) is nn.SiLU:
         return "silu"
+    if type(module) is nn.Hardswish:
+        return "hardswish"
+    if isinstance(module, nn.Hardtanh) and type(module) in (nn.Hardtanh, nn.ReLU6):
+        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
     if type(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     if type(module).__module__ == "transformers.activations":

@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 @jit
 def activate(code: int, v: float) -> float:
-    """The activation of :data:`pycompress.ops.ACTIVATIONS` with this code, in float64."""
+    """The activation of :data:`pycompress.ops.ACTIVATIONS` with this code, in float64, but what all round alike."""
     if code == 1:
         return v if not v < 0 else 0.0
     if code == 2:
@@ -26,6 +26,11 @@ def activate(code: int, v: float) -> float:
         return v * (1.0 / (1.0 + math.exp(-v)) if v > -700 else 0.0)  # NaN of NaN and of -Inf, as the kernels have it
     if code == 5:
         return v * (1.0 / (1.0 + math.exp(-1.702 * v)) if v > -400 else 0.0)
+    if code == 6:
+        return 0.0 if v < 0 else 6.0 if v > 6 else v
+    if code == 7:  # step by step, as the kernels have it
+        shifted = min(max(float(np.float32(v + 3.0)), 0.0), 6.0)
+        return float(np.float32(np.float32(v * shifted) / np.float32(6.0)))
     return v
 
 

@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
     "silu": functional.silu,
     "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+    "relu6": functional.relu6,
+    "hardswish": functional.hardswish,
 }
 
 

@@ -193,7 +193,7 @@ FactorsCheck = partial(FloatCheck, formula=formulas.numpy_factors)  # chains of 
 class StepsCheck(FloatCheck):
     """Layers that quantize their input, and low-rank ones: all integers must be equal, and t between int8 factors.
 
-    So must y after the activations none and relu where no floating-point products are added up, but ONNX Runtime's where the sums
+    So must y after the exact activations where no floating-point products are added up, but ONNX Runtime's where the sums
     of 4-bit weights are: it takes them in another order. Elsewhere y is compared as in :class:`FloatCheck`.
     """
 
@@ -213,7 +213,7 @@ class StepsCheck(FloatCheck):
             own = {"native": native[name].cpu().numpy()} if name in native else {}
             self.integer_reasons += _disagreements(name, {**own, "ONNX Runtime": runtime[name], "NumPy": expected})
         if self.floats:
-            to_the_bit = result.v.dtype == np.float32 and layer.activation in formulas.EXACT_ACTIVATIONS
+            to_the_bit = result.v.dtype == np.float32 and layer.activation in formulas.UNROUNDED_ACTIVATIONS
             bound_numpy = np.zeros(y.shape) if to_the_bit else None
             self._compare_all(y, runtime["y"], result.y, result.own, result.bound, bound_numpy)
             return
@@ -222,8 +222,8 @@ class StepsCheck(FloatCheck):
 
 
 class ConvolutionCheck(Check):
-    """int8 convolutions: the integers of whole images and of the chosen positions must be equal, and y after the activations none
-    and relu."""
+    """int8 convolutions: the integers of whole images and of the chosen positions must be equal, and y after the exact
+    activations."""
 
     has_integers = True
 

@@ -24,9 +24,11 @@ from pycompress.nn.sparse import SparseLayer, SparseLinear
 from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight
 from pycompress.weights.low_rank_conv import composed
 
-EXACT_ACTIVATIONS = ("none", "relu")
+UNROUNDED_ACTIVATIONS = ("none", "relu", "relu6")  # they choose among numbers that are there
+EXACT_ACTIVATIONS = (*UNROUNDED_ACTIVATIONS, "hardswish")  # in float32 steps that give everybody the same bits
 EPS = 2.0**-23  # of float32; one rounding moves a number by half of it
-STEEPEST = 1.13  # no activation has a steeper slope: gelu reaches 1.129, silu 1.100
+STEEPEST = {"none": 1.0, "relu": 1.0, "relu6": 1.0, "hardswish": 1.5}  # slopes
+STEEPEST_SMOOTH = 1.13  # of the others: gelu reaches 1.129, silu 1.100
 
 Array = npt.NDArray[Any]
 
@@ -272,7 +274,7 @@ def numpy_weight_only(x: Array, layer: Int4Linear | Int8Linear) -> tuple[Array, 
 
 
 def activation_bound(v: Array, activation: str) -> Array:
-    """How far two float32 evaluations of ``activation(v)`` may lie apart, elementwise: 0 for none and relu.
+    """How far two float32 evaluations of ``activation(v)`` may lie apart, elementwise: 0 for none, relu, relu6 and hardswish.
 
     For the others one evaluation errs by at most 8 u |v|, u = 2^-24, and two lie within 16 u |v|. All have
     the form v s with s in [0, 1], and s is 0.5 (1 + erf(v / sqrt 2)) or 1 / (1 + exp(-t)):
@@ -286,10 +288,21 @@ def activation_bound(v: Array, activation: str) -> Array:
     2^-126 allows for results below the normal range, which an implementation may round to 0. An infinite v
     leaves the result open (Inf, NaN or 0, by the order of the factors); a NaN leaves nothing open.
     """
-    if activation in EXACT_ACTIVATIONS:
+    return np.zeros(v.shape) if activation in EXACT_ACTIVATIONS else 2 * _activation_rounding(v, activation)
+
+
+def _activation_rounding(v: Array, activation: str) -> Array:
+    """How far a float32 evaluation of ``activation(v)`` may lie from the exact value, elementwise (:func:`activation_bound`).
+
+    hardswish rounds three times, by u of its value each, which 8 u |v| covers, but its product with 6 may overflow.
+    """
+    if activation in UNROUNDED_ACTIVATIONS:
         return np.zeros(v.shape)
     magnitude = np.where(np.isnan(v), 0.0, np.abs(v.astype(np.float64)))
-    return 2 * 8 * 2.0**-24 * magnitude + 2.0**-126
+    rounding = 8 * 2.0**-24 * magnitude + 2.0**-127
+    if activation == "hardswish":
+        rounding[6 * magnitude > float(np.finfo(np.float32).max)] = np.inf
+    return rounding
 
 
 def numpy_dense(x: Array, layer: CompressedLayer) -> tuple[Array, Array]:
@@ -346,8 +359,8 @@ def numpy_sparse_linear(x: Array, layer: SparseLayer) -> tuple[Array, Array, Arr
 
 def _activated(v: Array, bounds: list[Array], layer: CompressedLayer) -> tuple[Array, list[Array]]:
     """The activation of v, float64 [m, n], and how far it may lie off where v may lie off by the bounds."""
-    rounding = activation_bound(v, layer.activation) / 2
-    slope = 1.0 if layer.activation in EXACT_ACTIVATIONS else STEEPEST
+    rounding = _activation_rounding(v, layer.activation)
+    slope = STEEPEST.get(layer.activation, STEEPEST_SMOOTH)
     y = ops.DIFFERENTIABLE[layer.activation](torch.from_numpy(v)).numpy()
     return y, [slope * bound + rounding for bound in bounds]
 

@@ -16,7 +16,7 @@ class LayerRecord:
     rows: int  # compared
     rows_seen: int  # more than ``rows`` where a limit cut them
     integers_equal: bool | None  # q and acc: native, ONNX Runtime and NumPy; None where there are none
-    # How far y of two parties lies apart. For int8 weights after none and relu in ulp_distance(); elsewhere, where values
+    # How far y of two parties lies apart. For int8 weights after an exact activation in ulp_distance(); elsewhere, where values
     # near zero are billions of ulps from 0, as a share of what is allowed. The figure that does not apply is None.
     max_ulp: int | None
     share_of_bound: float | None

@@ -33,14 +33,14 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     what it was given and gave is compared:
 
     - int8 weights: the quantized rows q and the accumulators acc must be equal between native, ONNX Runtime and
-      NumPy; y must equal ONNX Runtime's after the activations none and relu, and lie within
-      :func:`activation_bound` of it after the others;
+      NumPy; y must equal ONNX Runtime's after the exact activations (none, relu, relu6, hardswish), and lie
+      within :func:`activation_bound` of it after the others;
     - float32 weights: y natively and from ONNX Runtime must lie within the bounds of
       :func:`numpy_sparse_linear` of the exact result, and within their sum of each other. Where a row of x
       holds NaN or Inf, ONNX Runtime, which multiplies the zeros too, has no say: the layer's y must be NaN and
       Inf where NumPy says that a weight meets them, and within its bound elsewhere.
-    - int4 weights: q as above; natively y must equal NumPy's after none and relu, and ONNX Runtime's must lie within the bound of
-      :func:`numpy_steps`; with 16-bit activations, as for int8 weights with such, all three within the bounds of
+    - int4 weights: q as above; natively y must equal NumPy's after none, relu and relu6, ONNX Runtime's must lie within the bound
+      of :func:`numpy_steps`; with 16-bit activations, as for int8 weights with such, all three within the bounds of
       :func:`numpy_weight_only`.
     - low-rank layers: as float32 weights are, by the bounds of :func:`numpy_steps` and :func:`numpy_factors`; q and
       acc of what is int8 in them must be equal, what lies between int8 factors to the bit, and so y where nothing is float32;
@@ -52,8 +52,8 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     For inputs in bfloat16 and float16 the references get them as float32, and their y is rounded to that dtype.
 
     In the second run ONNX Runtime computes the layers (but not rows with NaN or Inf for float32 weights, in a
-    convolution whole images). The outputs must be equal where all weights are int8 and all activations none or
-    relu. Elsewhere a third run tells how far the native model moves when the results of the other layers move by
+    convolution whole images). The outputs must be equal where all weights are int8 and all activations
+    exact. Elsewhere a third run tells how far the native model moves when the results of the other layers move by
     PERTURBATION, and ONNX Runtime's outputs must be SMALLEST_COSINE close or about as close as that. A last run is native again:
     where its outputs are not those of the first, the model keeps something between runs that could not be put back. Of such a
     model, and of one that moves far by itself, the report is not OK, and says that no verdict was reached.

@@ -21,7 +21,7 @@ from contract.cases import EACH_ROW, EVERY, EVERY_FLOAT, Case  # noqa: E402
 from pycompress import ops  # noqa: E402
 from pycompress.nn import CompressedLayer  # noqa: E402
 from pycompress.onnx import BLOCKS_OPSET, OPSET, lower, session  # noqa: E402
-from pycompress.validation.formulas import EXACT_ACTIVATIONS, STEEPEST  # noqa: E402
+from pycompress.validation.formulas import EXACT_ACTIVATIONS, STEEPEST, STEEPEST_SMOOTH  # noqa: E402
 from pycompress.weights import Weight  # noqa: E402
 
 EPS = 2.0**-23
@@ -112,7 +112,7 @@ def test_onnx_runtime_is_within_the_bound(case: Case, activation: str, bias: boo
         size = size * x.double().flatten(1).abs().amax(1).view(-1, *[1] * (y.dim() - 1)) * 1.01
     size = size + (0 if layer.bias is None else float(layer.bias.abs().max()))
     roundings = layer.k + sum(layer.settings.get("ranks", [layer.settings.get("rank", 0)])) * 6 + 8
-    bound = 2 * EPS * roundings * STEEPEST * size
+    bound = 2 * EPS * roundings * STEEPEST.get(activation, STEEPEST_SMOOTH) * size
     if is_exact(layer) and activation in EXACT_ACTIVATIONS:
         bound = torch.zeros(())
     assert bool(((torch.from_numpy(found).double() - y.double()).abs() <= bound).all())

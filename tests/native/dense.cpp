@@ -175,7 +175,7 @@ void run_kernel(const Kernel& kernel) {
       for (const int count : {1, 7, 8, 9, 15, 16}) run_turn(kernel, type, count, length);
     for (const int rows : {1, 3, 18})
       for (const int columns : {1, 7, 8, 9, 15, 16, 17, 33, 128})
-        for (int activation = 0; activation < 6; ++activation)
+        for (int activation = 0; activation < kActivations; ++activation)
           run_finish(kernel, rows, columns, type, static_cast<Activation>(activation));
   }
 }

@@ -150,7 +150,7 @@ void check_epilogue(const Case& c, const Guarded<uint8_t>& packed) {
   problem.x_type = problem.y_type = type;
   problem.weight_scale = weight_scale.data();
   problem.bias = bias.data();
-  problem.activation = static_cast<Activation>(cases % 5);
+  problem.activation = static_cast<Activation>(cases % kActivations);
   problem.y = result.data();
   linear(problem, c.kernel);
   expect(result.intact(), "epilogue");
@@ -204,7 +204,7 @@ void check_addend(const Case& c, const Guarded<uint8_t>& packed, const Guarded<f
   Problem problem = problem_of(c, packed);
   problem.x = x.data();
   problem.weight_scale = weight_scale.data();
-  problem.activation = static_cast<Activation>(cases / 2 % 5);
+  problem.activation = static_cast<Activation>(cases / 2 % kActivations);
   const std::vector<uint8_t> expected = added(c, problem, summand, rows);
   Guarded<uint8_t> y(expected.size());
   problem.y = y.data();

@@ -219,7 +219,7 @@ void run_finish_edges(const Kernel& kernel, int width) {
   for (const int rows : {1, 2, 7, 8, 9, width - 1, width})
     for (const int columns : {1, 7, 8, 9, 15, 16})
       for (int type = 0; type < (floats ? 3 : 4) && rows >= 1 && rows <= width; ++type)
-        for (int activation = 0; activation < 6; ++activation)
+        for (int activation = 0; activation < kActivations; ++activation)
           for (int by_channel = 0; by_channel < (floats ? 2 : 1); ++by_channel)
             run_finish(kernel, width, rows, columns, static_cast<Type>(type), static_cast<Activation>(activation),
                        by_channel == 1);

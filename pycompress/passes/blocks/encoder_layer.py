@@ -21,7 +21,10 @@ from pycompress.passes.blocks.reading import (
     nothing_besides,
 )
 
-_FUNCTIONS = {functional.relu: "relu", functional.gelu: "gelu", functional.silu: "silu"}
+_FUNCTIONS = {
+    functional.relu: "relu", functional.gelu: "gelu", functional.silu: "silu", functional.relu6: "relu6",
+    functional.hardswish: "hardswish",
+}  # fmt: skip
 _WATCHED = (
     ("", "norm_first"), ("", "activation"), ("self_attn", "batch_first"), ("self_attn", "num_heads"), ("self_attn", "head_dim"),
     ("norm1", "eps"), ("norm2", "eps"),

@@ -168,8 +168,8 @@ void check_kernel(const cuda::Kernel& kernel) {
   for (const int64_t n : {kernel.bn - 1, kernel.bn, kernel.bn + 4}) check_exact(kernel, 3, n, 130, 80, Type::bfloat16);
   for (const int64_t k : {1, kernel.bk, kernel.bk * (kernel.stages + 1) + 5})
     check_exact(kernel, 5, 44, k, 72, k % 2 == 0 ? Type::float16 : Type::bfloat16);
-  for (const Activation activation :
-       {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::quick_gelu})
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu,
+                                      Activation::quick_gelu, Activation::relu6, Activation::hardswish})
     check_exact(kernel, 5, 44, 65, 40, Type::bfloat16, activation);
   for (const Type type : {Type::bfloat16, Type::float16})
     for (const Type y_type : {Type::float32, type}) {

@@ -167,8 +167,8 @@ void check_few(const Kernel& kernel) {
     check_exact(kernel, 3, 50, 200, rank, 0, rank % 2 == 0 ? 2 : 1, Activation::none);
   for (const int64_t m : {int64_t{1}, rows - 1, rows, rows + 1, 2 * rows + 3})
     check_exact(kernel, std::max<int64_t>(m, 1), 33, 200, 40, m % 2 * 8, m % 2 == 0 ? 2 : 1, Activation::none);
-  for (const Activation activation :
-       {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::quick_gelu})
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu,
+                                      Activation::quick_gelu, Activation::relu6, Activation::hardswish})
     check_exact(kernel, 3, 70, 448, 70, 0, 3, activation);
   check_bound(kernel, rows, channels + 7, 2 * ring + 24, 72, 1);
   check_bound(kernel, 3, channels + 7, 2 * ring + 24, 130, 3);
@@ -192,8 +192,8 @@ void check_fused(const Kernel& kernel) {
   for (const int64_t m : {int64_t{1}, rows - 1, rows, rows + 1, 2 * rows + 3})
     exact(m, 33, 72, rank, 1, Activation::none);
   for (const int splits : {2, 3, 7}) exact(rows + 2, 3 * channels - 4, 72, rank, splits, Activation::none);
-  for (const Activation activation :
-       {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::quick_gelu})
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu,
+                                      Activation::quick_gelu, Activation::relu6, Activation::hardswish})
     exact(20, 70, 80, rank, 1, activation);
   check_bound(kernel, rows / 2 + 3, channels + 7, 216, rank, 2);
   refuses(text(kernel.name, " for the rank of another kernel"),

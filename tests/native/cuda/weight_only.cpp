@@ -222,8 +222,8 @@ void check_kernel(const weight_only::Kernel& kernel) {
     for (const bool symmetric : {false, true})
       for (const int splits : {1, 2, 3})
         check_exact(kernel, shape(50, 64 * 7 + 40, group, symmetric), 2, 0, splits, Activation::none, true);
-  for (const Activation activation :
-       {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu, Activation::quick_gelu})
+  for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu,
+                                      Activation::quick_gelu, Activation::relu6, Activation::hardswish})
     check_exact(kernel, shape(20, 64, 32, false), 2, 0, activation == Activation::relu ? 2 : 1, activation, true);
   check_bound(kernel, shape(channels + 7, 2 * ring + 24, 32, false), rows, 1);
   check_bound(kernel, shape(channels + 7, 2 * ring + 24, 64, true), 3, 3);
