@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import ops
-from pycompress.kinds import Kind, alteration, folded, folded_into, kind_of, mark_folded, without_pruning
+from pycompress.kinds import (
+    Kind,
+    alteration,
+    folded,
+    folded_into,
+    kind_of,
+    mark_folded,
+    surrounded,
+    without_pruning,
+    zeros_around,
+)
 from pycompress.measure import interleaved_us
 from pycompress.methods.inputs import OF_VALUES, InputStatistics
 from pycompress.methods.method import (
@@ -66,6 +76,7 @@ class Target:
     method: Method | None = None
     norms: list[Norm] = field(default_factory=list)  # that are folded into its weight and bias
     fused: nn.Module | None = None  # the activation module that its kernel takes over
+    pad: nn.Module | None = None  # the padding module before it, whose zeros it puts around its input itself
     tie: int | None = None  # number of the group of layers that share one weight
     record: LayerRecord = field(init=False)
 
@@ -82,12 +93,19 @@ class Target:
 
     @property
     def computing(self) -> nn.Module:
-        """The module with its norms folded in, made anew at each call; or as it is."""
+        """The module with its norms folded in, and with its padding module's zeros around, made anew at each call; or as it is."""
         module = without_pruning(self.module) if self.norms else self.module
         for norm in self.norms:
             module = folded(module, norm.module, behind=norm.behind)
             mark_folded(module, ", ".join(filter(None, [folded_into(module), norm.name])))
+        if self.pad is not None and (sides := zeros_around(self.pad)):
+            module = surrounded(module, sides)
         return module
+
+    @property
+    def first(self) -> nn.Module:
+        """Whose inputs are those of the layer that comes of it."""
+        return self.pad or self.module
 
     @property
     def last(self) -> nn.Module:
@@ -108,7 +126,7 @@ class Target:
     def keep_dense(self, reason: str) -> None:
         """Takes the method away again; times that were measured stay on record."""
         old = self.record
-        self.method, self.norms, self.fused = None, [], None
+        self.method, self.norms, self.fused, self.pad = None, [], None, None
         self.record = LayerRecord(
             old.name, old.kind, old.shape, old.dense_bytes, reason=reason, bytes=old.dense_bytes, dense_us=old.dense_us, us=old.us,
         )  # fmt: skip

@@ -35,6 +35,8 @@ def replacements(targets: Iterable[Target], layers: Layers) -> dict[nn.Module, n
             places[norm.module] = emptied(norm.channels)
         if target.fused is not None:
             places[target.fused] = nn.Identity()
+        if target.pad is not None:
+            places[target.pad] = nn.Identity()
     return places
 
 
@@ -60,11 +62,12 @@ def keep_faster_layers(
 def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:
     """The shapes, strides and dtypes in which the example inputs reach each target: tensors without data, one a call."""
     calls: dict[int, list[Tensor]] = {id(t.module): [] for t in targets}
+    owners = {t.first: t.module for t in targets}
 
     def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls[id(module)].append(torch.empty_like(only_argument(args, keywords), device="meta"))
+        calls[id(owners[module])].append(torch.empty_like(only_argument(args, keywords), device="meta"))
 
-    handles = [t.module.register_forward_pre_hook(note, with_kwargs=True) for t in targets]
+    handles = [first.register_forward_pre_hook(note, with_kwargs=True) for first in owners]
     try:
         with evaluating(model, inputs):
             call_model(model, inputs)
@@ -77,7 +80,7 @@ def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> di
 def _layer_us(target: Target, layer: CompressedLayer, shapes: list[Tensor]) -> tuple[float, float]:
     """Of all calls together, dense and compressed."""
     steps = [without_pruning(target.module)]  # dense without torch's masks: these need not be applied at each call
-    steps += [norm.module for norm in target.norms]
+    steps = [*filter(None, [target.pad]), *steps, *(norm.module for norm in target.norms)]
     if target.fused is not None:
         steps.append(target.fused)
 

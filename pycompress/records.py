@@ -216,7 +216,8 @@ def summary(model: nn.Module) -> Summary:
 def _noted(record: LayerRecord, module: nn.Module) -> LayerRecord:
     """With what passes did to the module."""
     norms = folded_into(module)
-    notes = [vars(module).get(REMARK, ""), norms and f"folded in: {norms}", record.note]
+    own = module.kind.note(module.geometry) if isinstance(module, CompressedLayer) else ""
+    notes = [vars(module).get(REMARK, ""), norms and f"folded in: {norms}", own, record.note]
     return replace(record, note="; ".join(filter(None, notes)))
 
 

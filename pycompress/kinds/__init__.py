@@ -11,6 +11,7 @@ from pycompress.kinds.embedding import Embedding, EmbeddingGeometry
 from pycompress.kinds.folded import channels_emptied, emptied, folded, folded_into, mark_folded
 from pycompress.kinds.kind import Geometry, Kind
 from pycompress.kinds.linear import Linear
+from pycompress.kinds.padded import surrounded, zeros_around
 from pycompress.kinds.pruned import has_foreign_hooks, pruned_names, without_pruning
 
 LINEAR, CONV1D, CONV2D, EMBEDDING, CONVOLUTION = Linear(), Conv1D(), Conv2d(), Embedding(), Convolution()
@@ -38,7 +39,9 @@ __all__ = [
     "mark_folded",
     "pruned_names",
     "replaced_code",
+    "surrounded",
     "without_pruning",
+    "zeros_around",
 ]
 
 

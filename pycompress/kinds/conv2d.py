@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pycompress.kinds.kind import Kind
+from pycompress.kinds.padded import Sides, around
 from pycompress.methods.method import ConvolutionMethod, Method
 from pycompress.ops import MAX_STEP
 
@@ -30,6 +31,7 @@ class Conv2dGeometry:
         padding: (height, width), from 0, on either side; ``valid``: none; ``same``: so much that the output is as large as the
             input, an odd rest at the bottom and at the right (needs stride 1).
         groups: from 1, a divisor of in_channels.
+        around: (top, bottom, left, right), from 0: zeros besides, of a padding module whose place the layer has, too.
     Raises:
         ValueError: anything else.
     """
@@ -40,6 +42,7 @@ class Conv2dGeometry:
     padding: tuple[int, int] | str = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    around: Sides = (0, 0, 0, 0)
 
     def __post_init__(self) -> None:
         for name in ("groups", "in_channels"):
@@ -50,12 +53,14 @@ class Conv2dGeometry:
                 f"Conv2dGeometry: groups is {self.groups}, expected a divisor of in_channels = {self.in_channels}"
             )
         for name in ("kernel_size", "stride", "dilation"):
-            if not _is_pair(value := getattr(self, name), 1):
+            if not _are_sizes(value := getattr(self, name), 2, 1):
                 raise ValueError(f"Conv2dGeometry: {name} is {value!r}, expected two numbers from 1 to {MAX_STEP}")
-        if self.padding not in ("same", "valid") and not _is_pair(self.padding, 0):
+        if self.padding not in ("same", "valid") and not _are_sizes(self.padding, 2, 0):
             raise ValueError(
                 f"Conv2dGeometry: padding is {self.padding!r}, expected two numbers from 0 to {MAX_STEP}, 'same' or 'valid'"
             )
+        if not _are_sizes(self.around, 4, 0):
+            raise ValueError(f"Conv2dGeometry: around is {self.around!r}, expected four numbers from 0 to {MAX_STEP}")
         if self.padding == "same" and self.stride != (1, 1):
             raise ValueError(f"Conv2dGeometry: stride is {self.stride}, expected (1, 1) for padding 'same'")
 
@@ -65,8 +70,11 @@ class Conv2dGeometry:
         return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
     @property
-    def sides(self) -> tuple[int, int, int, int]:
+    def sides(self) -> tuple[int, ...]:
         """Rows and columns of zeros at the top, bottom, left and right of the input."""
+        return tuple(own + other for own, other in zip(self._own_sides(), self.around, strict=True))
+
+    def _own_sides(self) -> tuple[int, int, int, int]:
         if not isinstance(self.padding, str):
             (height, width) = self.padding
             return height, height, width, width
@@ -76,9 +84,9 @@ class Conv2dGeometry:
         return height // 2, height - height // 2, width // 2, width - width // 2
 
     def _shown(self) -> dict[str, Any]:
-        """The values by name, groups only where there are several: files and texts did not know them before."""
+        """The values by name; of those that files and texts did not know in the beginning, what is not as it always was then."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values if self.groups > 1 else {name: value for name, value in values.items() if name != "groups"}
+        return {name: value for name, value in values.items() if value != _LATER.get(name)}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self._shown().items())
@@ -93,23 +101,26 @@ class Conv2dGeometry:
     @classmethod
     def from_settings(cls, k: int, settings: Mapping[str, Any]) -> Conv2dGeometry:
         """The inverse of :meth:`settings` for a weight [n, k]. Raises ValueError where anything does not fit."""
-        groups = settings.get("groups", 1)
-        names = [field.name for field in fields(cls)[1:] if groups != 1 or field.name != "groups"]
-        if set(settings) != set(names):
-            raise ValueError(f"Conv2dGeometry: the settings are {list(settings)}, expected {names}")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
-        geometry = cls(groups, **values)
+        later = {name for name, usual in _LATER.items() if values.get(name, usual) != usual}
+        names = [field.name for field in fields(cls)[1:] if field.name not in _LATER or field.name in later]
+        if set(settings) != set(names):
+            raise ValueError(f"Conv2dGeometry: the settings are {list(settings)}, expected {names}")
+        geometry = cls(values.get("groups", 1), **values)
         height, width = geometry.kernel_size
         if k % (height * width):
             raise ValueError(f"Conv2dGeometry: kernel_size is {geometry.kernel_size}, expected a divisor of k = {k}")
-        return replace(geometry, in_channels=k // (height * width) * groups)
+        return replace(geometry, in_channels=k // (height * width) * geometry.groups)
 
 
-def _is_pair(value: object, smallest: int) -> bool:
-    """Two whole numbers from ``smallest`` to MAX_STEP."""
-    if not isinstance(value, tuple) or len(value) != 2:
+_LATER = {"groups": 1, "around": (0, 0, 0, 0)}
+
+
+def _are_sizes(value: object, count: int, smallest: int) -> bool:
+    """So many whole numbers from ``smallest`` to MAX_STEP."""
+    if not isinstance(value, tuple) or len(value) != count:
         return False
     return all(type(size) is int and smallest <= size <= MAX_STEP for size in value)
 
@@ -121,6 +132,7 @@ class Conv2d(Kind):
     phrase, plural = "a Conv2d", "convolutions"
     geometry_type = Conv2dGeometry
     dims = 3
+    pads = True
 
     def geometry(self, module: nn.Module) -> Conv2dGeometry:
         assert isinstance(module, nn.Conv2d)
@@ -131,8 +143,8 @@ class Conv2d(Kind):
             value if isinstance(value, str) else tuple(map(int, value))
             for value in (module.stride, module.padding, module.dilation)
         )
-        groups = module.groups
-        return Conv2dGeometry(channels * groups, (height, width), stride, padding, dilation, groups)  # type: ignore[arg-type]
+        groups, sides = module.groups, around(module) or (0, 0, 0, 0)
+        return Conv2dGeometry(channels * groups, (height, width), stride, padding, dilation, groups, sides)  # type: ignore[arg-type]
 
     def fitted(self, method: Method, module: nn.Module) -> Method:
         if not isinstance(method, ConvolutionMethod):
@@ -154,8 +166,11 @@ class Conv2d(Kind):
             return False
 
     def attributes(self, n: int, k: int, geometry: Conv2dGeometry) -> dict[str, Any]:
-        own = {field.name: getattr(geometry, field.name) for field in fields(geometry)}
+        own = {field.name: getattr(geometry, field.name) for field in fields(geometry) if field.name != "around"}
         return {**own, "out_channels": n, "padding_mode": "zeros", "transposed": False, "output_padding": (0, 0)}
+
+    def note(self, geometry: Conv2dGeometry) -> str:
+        return f"pads its input itself: {'x'.join(map(str, geometry.around))} zeros" if any(geometry.around) else ""
 
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
         assert isinstance(module, nn.Conv2d)

@@ -40,6 +40,7 @@ class Kind:
         dims: how many dimensions of an input are one item: the features; channels, height and width; of tokens none.
         tokens: an input is whole numbers that choose rows of the matrix.
         epilogue: a bias, and an activation, may follow the product.
+        pads: zeros that a padding module puts around an input may become its own: its geometry has them as ``around``.
         shares: compressed layers of two modules with one weight can have one compressed weight.
         always: its layers are candidates of every plan, not only of one whose methods take them.
     """
@@ -52,6 +53,7 @@ class Kind:
     dims: ClassVar[int] = 1
     tokens: ClassVar[bool] = False
     epilogue: ClassVar[bool] = True
+    pads: ClassVar[bool] = False
     shares: ClassVar[bool] = True
     always: ClassVar[bool] = True
 
@@ -139,6 +141,10 @@ class Kind:
     def describe(self, n: int, k: int, geometry: Any) -> str:
         """The arguments of the dense module, for ``repr``."""
         return f"in_features={k}, out_features={n}"
+
+    def note(self, geometry: Any) -> str:
+        """What a summary says of a layer's geometry, or ''."""
+        return ""
 
     # --- inputs and results -----------------------------------------------------------------------------------------
 

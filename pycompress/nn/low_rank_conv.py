@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from pycompress.kinds import Conv2dGeometry
 from pycompress.methods.low_rank import LowRank
@@ -66,6 +66,9 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
     def product(self, x: Tensor) -> Tensor:
         last = len(self.stages) - 1
         for i, (weight, stage) in enumerate(zip(self._unpack().values(), self.stages, strict=True)):
+            if any(stage.around):
+                top, bottom, left, right = stage.around
+                x = pad(x, (left, right, top, bottom))
             x = conv2d(x, weight, self.bias32 if i == last else None, stage.stride, stage.padding, stage.dilation)
         return x
 
@@ -91,4 +94,9 @@ def _stages(decomposition: str, shapes: list[tuple[int, ...]], geometry: Conv2dG
             walks[0][name] = walks[1][name] = whole
         else:
             walks[0][name], walks[1][name] = (whole[0], neutral), (neutral, whole[1])
+    top, bottom, left, right = geometry.around
+    if decomposition != "spatial":
+        walks[-2]["around"] = geometry.around
+    else:
+        walks[0]["around"], walks[1]["around"] = (top, bottom, 0, 0), (0, 0, left, right)
     return [Conv2dGeometry(size[1], (size[2], size[3]), **walk) for size, walk in zip(shapes, walks, strict=True)]

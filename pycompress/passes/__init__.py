@@ -8,13 +8,17 @@ from typing import Any
 from torch import nn
 
 from pycompress.calls import Inputs
-from pycompress.passes import activations, fold_norm
+from pycompress.passes import activations, fold_norm, padding
 from pycompress.passes.edit import Edit
 from pycompress.passes.trial import tried
 from pycompress.plan import Target
 
 Pass = Callable[[nn.Module, Sequence[Target], Inputs | None], Sequence[Edit]]
-PASSES: list[Pass] = [fold_norm.fold_behind, activations.take_over]  # (an activation may follow a norm)
+PASSES: list[Pass] = [
+    fold_norm.fold_behind,
+    activations.take_over,
+    padding.take_in,
+]  # (an activation may follow a norm)
 
 __all__ = ["PASSES", "Edit", "Pass", "run"]
 

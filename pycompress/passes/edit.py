@@ -14,7 +14,7 @@ from pycompress.plan import Norm, Target
 
 @dataclass(frozen=True)
 class Edit:
-    """Has a layer do itself what a module behind it does, which becomes an ``nn.Identity``.
+    """Has a layer do itself what a module beside it does, which becomes an ``nn.Identity``.
 
     Attributes:
         target: the layer; None where it is none of the plan, and the module stays.
@@ -60,10 +60,31 @@ class TakeActivation(Edit):
     def apply(self) -> None:
         assert self.target is not None
         if self.reason:
-            self.target.record.note = f"{self.activation} stays beside it: {self.reason}"
+            note = f"{self.activation} stays beside it: {self.reason}"
+            self.target.record.note = "; ".join(filter(None, [self.target.record.note, note]))
             return
         self.target.record.activation = self.activation
         self.target.fused = self.emptied
+
+
+@dataclass(frozen=True)
+class TakePadding(Edit):
+    """It puts the zeros around its input itself that a padding module put there."""
+
+    done = "taken in"
+    behind: bool = False
+
+    def through(self, x: Tensor) -> Tensor:
+        y: Tensor = type(self.emptied).forward(self.emptied, x)
+        return y
+
+    def apply(self) -> None:
+        assert self.target is not None
+        if self.reason:
+            note = f"the {type(self.emptied).__name__} before it stays: {self.reason}"
+            self.target.record.note = "; ".join(filter(None, [self.target.record.note, note]))
+            return
+        self.target.pad = self.emptied
 
 
 @dataclass(frozen=True)

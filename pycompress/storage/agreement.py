@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pycompress.kinds import Geometry, alteration, has_foreign_hooks, kind_of, replaced_code
+from pycompress.kinds import Geometry, alteration, has_foreign_hooks, kind_of, replaced_code, zeros_around
 from pycompress.kinds.folded import LAYERS, NORMS, emptied
 from pycompress.nn import CompressedLayer
 from pycompress.passes.activations import activation_name
@@ -104,6 +105,8 @@ class _Agreement:
             except ValueError as error:
                 raise self.fail(f"{name} is a {type(module).__name__} in the model: {error}") from None
         stored = geometry if entry.geometry is None else entry.geometry
+        if kind.pads and not isinstance(module, CompressedLayer):  # of a padding module (:meth:`_check_identities`)
+            geometry = replace(geometry, around=stored.around)  # type: ignore[union-attr]
         bias = bias or name in self.plan.folded
         if (shape, bias, geometry) != (entry.shape, entry.bias, stored):
             here, there = _outline(shape, bias, geometry), _outline(entry.shape, entry.bias, stored)
@@ -179,37 +182,47 @@ class _Agreement:
         return found
 
     def _check_identities(self) -> None:
-        """What is an Identity in either is one in the other, too, or an activation that a layer beside it applies there."""
+        """What is an Identity in either is one in the other, too, or an activation, or padding, that a layer beside it does."""
         if unknown := set(self.plan.identities) - self.modules.keys():
             raise self.fail(f"the model has no module {min(unknown)!r}")
         for name, module in self.modules.items():
             if type(module) is nn.Identity and name not in self.leaving:
                 raise self.fail(f"{name} is an Identity in the model, in the file it is none")
-        taken, applied = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
-        for name, entry in self.plan.layers.items():
-            module, parent = self.modules[name], split(name)[0]
-            if name and entry.activation != "none":
-                applied[parent][entry.activation] += 1
-            if isinstance(module, CompressedLayer) and name and module.activation != "none":
-                taken[parent][module.activation] += 1
+        applied, taken = self._applied()
         for name in self.plan.identities:
             module, parent = self.modules[name], split(name)[0]
             if type(module) is nn.Identity or name in self.plan.norms:
                 continue
-            activation = activation_name(module)
-            here = f"{name} is a {type(module).__name__} in the model"
-            if activation is None or activation not in applied[parent]:
-                raise self.fail(f"{here}, in the file an activation that a layer applies itself")
+            nothing = zeros_around(module) == (0, 0, 0, 0)
+            here, one = f"{name} is a {type(module).__name__} in the model", _beside(module)
+            if not nothing and (one is None or one not in applied[parent]):
+                what = _ACTIVATION if one is None else one[0]
+                raise self.fail(f"{here}, in the file {what} that a layer applies itself")
             if has_foreign_hooks(module) or replaced_code(module):
                 raise self.fail(f"{here} with hooks or a forward of its own, which would be lost")
-            taken[parent][activation] += 1
-        for parent in {**applied, **taken}:
-            if applied[parent] != taken[parent]:
-                here, there = (", ".join(sorted(found[parent].elements())) or "none" for found in (taken, applied))
+            if one is not None and not nothing:
+                taken[parent][one] += 1
+        for parent, what in itertools.product({**applied, **taken}, (_ACTIVATION, _PADDING)):
+            here, there = (
+                ", ".join(sorted(text for kind, text in found[parent].elements() if kind == what)) or "none"
+                for found in (taken, applied)
+            )
+            if here != there:
                 raise self.fail(
-                    f"the layers of {parent or 'the model'} apply the activations {there} in the file, of which the "
+                    f"the layers of {parent or 'the model'} apply {_PLURAL[what]} {there} in the file, of which the "
                     f"model has {here}; expected it as it was before it was compressed, or as it was saved"
                 )
+
+    def _applied(self) -> tuple[Applied, Applied]:
+        """What layers apply themselves, by the modules that hold them: in the file, and those that are compressed in the model."""
+        applied, taken = Applied(Counter), Applied(Counter)
+        for name, entry in self.plan.layers.items():
+            module, parent = self.modules[name], split(name)[0]
+            if name:
+                applied[parent].update(_done(entry.activation, entry.geometry))
+            if isinstance(module, CompressedLayer) and name:
+                taken[parent].update(_done(module.activation, module.geometry))
+        return applied, taken
 
     def _check_activations(self) -> None:
         """Those that stay."""
@@ -287,6 +300,30 @@ class _Agreement:
             listed = ", ".join(sorted(missing))
             raise self.fail(f"the file has no values for what the model has on the meta device: {listed}")
         return found
+
+
+Applied = defaultdict[str, Counter[tuple[str, str]]]
+_ACTIVATION, _PADDING = "an activation", "padding"
+_PLURAL = {_ACTIVATION: "the activations", _PADDING: "the padding"}
+
+
+def _done(activation: str, geometry: Any) -> list[tuple[str, str]]:
+    """What a layer applies itself that a module beside it did."""
+    around = getattr(geometry, "around", ())
+    own = {_ACTIVATION: "" if activation == "none" else activation, _PADDING: _written(around) if any(around) else ""}
+    return [(what, text) for what, text in own.items() if text]
+
+
+def _beside(module: nn.Module) -> tuple[str, str] | None:
+    """What a layer beside a module can apply in its place; None where that is nothing."""
+    if sides := zeros_around(module):
+        return _PADDING, _written(sides)
+    activation = activation_name(module)
+    return (_ACTIVATION, activation) if activation else None
+
+
+def _written(sides: tuple[int, ...]) -> str:
+    return "x".join(map(str, sides))
 
 
 def _joined(owner: str, name: str) -> str:

@@ -33,7 +33,9 @@ def begin(student: nn.Module, compressed: nn.Module, blocks: Iterable[nn.Module]
             raise ValueError(f"reconstruct: {name} is pruned by torch.nn.utils.prune, expected it to be removed there")
         keep = held(weight)
         if module not in inside or keep is None or not can_train(module, keep):
-            fixed[module] = type(layer).build(weight, layer.geometry, layer.bias32)
+            # (What stands beside a layer, padding and activations, stays in a student.)
+            geometry = layer.geometry if isinstance(module, CompressedLayer) else layer.kind.geometry(module)
+            fixed[module] = type(layer).build(weight, geometry, layer.bias32)
             fixed[module].stand_for(module)
             continue
         train_as(module, keep, weight)
