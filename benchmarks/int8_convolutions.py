@@ -4,12 +4,14 @@ benchmarks/results/int8_convolutions.jsonl.
 Layers of a ResNet-50 and of a MobileNetV2 at 224x224, images with the channels last and first, all in turns in one process:
 
 - torch: the dense layer in float32, channels first and last;
-- torch int8: `torch.ao.nn.quantized.Conv2d`, from float32 to float32, its input quantized with one known range;
+- torch int8: `torch.ao.nn.quantized.Conv2d`, from float32 to float32, its input quantized with one known range; `alone`: from bytes
+  to bytes;
 - onnxruntime u8, s8: QuantizeLinear, QLinearConv, DequantizeLinear, from float32 to float32, with one known range; `alone`: the
   QLinearConv from bytes to bytes, as it stands between others. On x86 s8 products may saturate where the processor has no VNNI.
 
-`ours` takes float32 and finds each image's range; `ours static` is given one. Printed are microseconds of ours (channels first,
-last, static first, static last), and how many times as long each peer takes as the faster of the first two.
+`ours` takes float32 and finds each image's range; `ours static` is given one; `ours bytes` goes from bytes to bytes, the channels
+last, as between layers that hand them on. Printed are microseconds of ours (channels first, last, static first, static last,
+bytes), and how many times as long each peer takes as the faster of the first two, or as `ours bytes` from bytes to bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from torch import Tensor, nn
 import pycompress as pc
 from pycompress import benchmark, cli
 from pycompress.benchmark.harness import geometric_mean
+from pycompress.kinds import Conv2dGeometry
 from pycompress.nn import Int8Conv2d
+from pycompress.ops.cpu import int8_conv
 
 RESULTS = Path(__file__).parent / "results"
 # Channels in and out, kernel, size of the image, stride, groups.
@@ -46,7 +50,13 @@ DEPTHWISE = (
     (32, 32, 3, 112, 1, 32), (96, 96, 3, 112, 2, 96), (144, 144, 3, 56, 1, 144), (192, 192, 3, 28, 1, 192),
     (384, 384, 3, 14, 1, 384), (576, 576, 3, 14, 2, 576), (960, 960, 3, 7, 1, 960),
 )  # fmt: skip
+OURS = ("ours", "ours last", "ours static", "ours static last", "ours bytes")
 Run = Callable[[], Any]
+
+
+def own_of(peer: str, us: dict[str, float]) -> float:
+    """What a peer is compared with."""
+    return us["ours bytes"] if peer.endswith("alone") else min(us["ours"], us["ours last"])
 
 
 def onnxruntime_runs(conv: nn.Conv2d, x: Tensor, signed: bool, threads: int) -> tuple[Run, Run]:
@@ -92,7 +102,8 @@ def onnxruntime_runs(conv: nn.Conv2d, x: Tensor, signed: bool, threads: int) -> 
     return lambda: whole.run(None, {"x": x.numpy()}), lambda: alone.run(None, {"q": q})
 
 
-def torch_int8(conv: nn.Conv2d, x: Tensor) -> Run:
+def torch_int8(conv: nn.Conv2d, x: Tensor) -> tuple[Run, Run]:
+    """From float32 to float32, and from bytes to bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = torch.ao.nn.quantized.Conv2d(
@@ -107,7 +118,29 @@ def torch_int8(conv: nn.Conv2d, x: Tensor) -> Run:
         zero = round(-float(x.min()) / step)
         made.scale, made.zero_point = step, zero
         last = x.contiguous(memory_format=torch.channels_last)
-    return lambda: made(torch.quantize_per_tensor(last, step, zero, torch.quint8)).dequantize()
+        q = torch.quantize_per_tensor(last, step, zero, torch.quint8)
+    return lambda: made(torch.quantize_per_tensor(last, step, zero, torch.quint8)).dequantize(), lambda: made(q)
+
+
+def ours_bytes(layer: Int8Conv2d, last: Tensor) -> Run:
+    """From bytes to bytes of the range of the input."""
+    target = int8_conv.input_target(
+        layer.packed, layer.form
+    )  # (a layer that changes nothing hands on the bytes of its input)
+    assert target is not None
+    to = layer.geometry
+    walk = (to.kernel_size, to.stride, to.sides, to.dilation, to.groups)
+    one = Int8Conv2d.from_weight(
+        pc.Int8(activation="static", observer=pc.Known(float(last.min()), float(last.max()))).compress(
+            torch.eye(last.shape[1])
+        ),
+        Conv2dGeometry(last.shape[1], (1, 1)),
+    )
+    q = int8_conv.hand_on(
+        last, one.packed, one.form, None, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, "none", target, True
+    )
+    assert q is not None
+    return lambda: int8_conv.hand_on(q, layer.packed, layer.form, layer.bias32, *walk, "none", target, True)
 
 
 def measure(layer: tuple[int, ...], images: int, rounds: int, threads: int) -> benchmark.Record:
@@ -122,10 +155,13 @@ def measure(layer: tuple[int, ...], images: int, rounds: int, threads: int) -> b
     ours, static = Int8Conv2d.from_dense(conv), Int8Conv2d.from_dense(conv, fixed)
     u8, u8_alone = onnxruntime_runs(conv, x, signed=False, threads=threads)
     s8, s8_alone = onnxruntime_runs(conv, x, signed=True, threads=threads)
+    quantized, quantized_alone = torch_int8(conv, x)
     runs: dict[str, Run] = {
         "ours": lambda: ours(x), "ours last": lambda: ours(last), "ours static": lambda: static(x),
-        "ours static last": lambda: static(last), "torch": lambda: conv(x), "torch last": lambda: last_conv(last),
-        "torch int8": torch_int8(conv, x), "onnxruntime u8": u8, "onnxruntime u8 alone": u8_alone, "onnxruntime s8": s8,
+        "ours static last": lambda: static(last), "ours bytes": ours_bytes(static, last), "torch": lambda: conv(x),
+        "torch last": lambda: last_conv(last),
+        "torch int8": quantized, "torch int8 alone": quantized_alone, "onnxruntime u8": u8, "onnxruntime u8 alone": u8_alone,
+        "onnxruntime s8": s8,
         "onnxruntime s8 alone": s8_alone,
     }  # fmt: skip
     with torch.inference_mode():
@@ -160,21 +196,15 @@ def convolutions(*, rounds: int, threads: int, output: Path) -> None:
             records += own
             for record in own:
                 times = record["us"]
-                best = min(times["ours"], times["ours last"])
                 sizes = (record["in_channels"], record["out_channels"], record["kernel"], record["stride"])
                 kernel = f"{sizes[0]}-{sizes[1]} {sizes[2]}/{sizes[3]}"
-                ratios = " ".join(f"{peer} {times[peer] / best:.2f}" for peer in times if not peer.startswith("ours"))
-                mine = " ".join(f"{times[own]:.0f}" for own in ("ours", "ours last", "ours static", "ours static last"))
+                ratios = " ".join(
+                    f"{peer} {times[peer] / own_of(peer, times):.2f}" for peer in times if not peer.startswith("ours")
+                )
+                mine = " ".join(f"{times[own]:.0f}" for own in OURS)
                 console.print(f"{images} {kernel:18} {record['size']:3} us {mine} | {ratios}", highlight=False)
-            for peer in (
-                "torch",
-                "torch last",
-                "torch int8",
-                "onnxruntime u8",
-                "onnxruntime u8 alone",
-                "onnxruntime s8",
-            ):
-                mean = geometric_mean([r["us"][peer] / min(r["us"]["ours"], r["us"]["ours last"]) for r in own])
+            for peer in (peer for peer in own[0]["us"] if peer not in OURS):
+                mean = geometric_mean([r["us"][peer] / own_of(peer, r["us"]) for r in own])
                 console.print(f"{name}, {images} images: {peer} takes {mean:.2f} times as long", highlight=False)
     benchmark.write_json_lines(output, environment, records)
 

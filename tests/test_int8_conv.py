@@ -19,6 +19,7 @@ import pycompress as pc
 from pycompress import ops
 from pycompress.kinds import Conv2dGeometry
 from pycompress.nn import Int8Conv2d
+from pycompress.ops.cpu import int8_conv
 from pycompress.weights import Int8Weight
 
 Same = Callable[[Tensor, Tensor], bool]
@@ -145,6 +146,38 @@ def test_sums_at_their_ends_are_exact(kernels: str) -> None:
         x = torch.full((1, 8, 9, 9), 5.0)
         x[:, :, 4:, 4:] = -5.0
         check(layer, np.full_like(w, 127 * sign), x)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 20])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+def test_bytes_are_what_the_layers_would_make_of_floats(kernels: str, groups: int, kernel: Pair, same: Same) -> None:
+    """As x, with bytes behind them that may be read and without; and as y, whose activation the range may cut off."""
+    walks: list[dict[str, Any]] = [{}, {"padding": (1, 2)}, {"stride": (2, 1)}]
+    for walk, activation in zip(walks, ("none", "relu6", "silu"), strict=True):
+        layer, _ = random_layer(20, 20, kernel, groups, static=True, **walk)
+        layer = Int8Conv2d.from_weight(layer.canonical(), layer.geometry, layer.bias32, activation)
+        to = layer.geometry
+        operands = (to.kernel_size, to.stride, to.sides, to.dilation, to.groups, activation)
+
+        def hand_on(x: Tensor, target: Any, last: bool) -> Tensor:
+            y = int8_conv.hand_on(x, layer.packed, layer.form, layer.bias32, *operands, target, last)  # noqa: B023
+            assert y is not None
+            return y
+
+        x = torch.randn(2, 20, 9, 8)
+        q, _, _ = ops.int8_quantize(x.flatten(1).contiguous(), 8, layer.canonical().input_range)
+        room = int8_conv._bytes(x.shape)
+        room.copy_(q.view(x.shape))
+        tight = torch.empty_like(x, dtype=torch.uint8, memory_format=LAST).copy_(room)
+        target = (float(layer(x).detach().abs().amax()) / 90, 100, 255)
+        wanted, _, _ = ops.int8_quantize(layer(x).flatten(1), 8, target[:2])
+        for given in (x, x.to(memory_format=LAST), room, tight):
+            for last in (False, True):
+                y = hand_on(given, None, last)
+                assert same(y, layer(x).contiguous(memory_format=LAST if last else torch.contiguous_format))
+            assert torch.equal(hand_on(given, target, True).flatten(1), wanted)
+        x[1, 3, 0, 0] = torch.nan
+        assert int8_conv.hand_on(x, layer.packed, layer.form, layer.bias32, *operands, target, True) is None
 
 
 def test_images_larger_than_what_stays_in_a_cache() -> None:

@@ -429,8 +429,9 @@ Kernels<Kernel>& kernels() {
 Convolution with_bounds(const Convolution& given) {
   Convolution p = given;
   if (p.y_type != Type::uint8) return p;
-  if (p.activation == Activation::relu) {
+  if (p.activation == Activation::relu || p.activation == Activation::relu6) {
     p.to.low = std::max(p.to.low, 0.0f);
+    if (p.activation == Activation::relu6) p.to.high = std::min(p.to.high, 6 * p.to.inverse);
     p.activation = Activation::none;
   }
   return p;

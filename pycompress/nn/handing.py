@@ -67,7 +67,8 @@ class _Links:
 
     Attributes:
         targets: for each layer that hands on, the one that takes.
-        held: the place of each module, and of the packed weights: a dictionary, a key, what stands there.
+        held: the places of the modules, of forwards of their own, which none has, and of the packed weights: a dictionary, a key,
+            what stands there.
         hooks: all dictionaries of hooks.
     """
 
@@ -81,8 +82,9 @@ class _Links:
         held: list[tuple[dict[str, Any], str, Any]] = [
             (one._modules, key, child) for one in inside for key, child in one._modules.items()
         ]
+        held += [(vars(one), "forward", None) for one in inside]
         targets = {}
-        if kinds_of(module) == call.kinds and not any("forward" in vars(one) for one in inside):
+        if kinds_of(module) == call.kinds and not any(place.get(key) is not what for place, key, what in held):
             for names in call.pairs:
                 layer, taker = map(module.get_submodule, names)
                 target = target_of(layer, taker)

@@ -62,7 +62,7 @@ def rescale(acc: Array, scale: Array, weight_scale: Array, bias: Array | None = 
 
 
 def requantize(y: Array, scale: float, zero_point: int, amax: int) -> Array:
-    """What a static layer's range makes of y float32: uint8 of its shape, for a y that is finite."""
-    steps = np.rint(y * (np.float32(1) / np.float32(scale)))
+    """What a static layer's range makes of y float32: uint8 of its shape; of NaN 0."""
+    steps = np.rint(np.nan_to_num(y, nan=-np.inf) * (np.float32(1) / np.float32(scale)))
     result: Array = (np.clip(steps, -zero_point, amax - zero_point) + zero_point).astype(np.uint8)
     return result

@@ -207,8 +207,9 @@ def hand_on(
     op = "int8_conv2d"
     shape = _shape(x, form, kernel_size, stride, padding, dilation, groups)
     is_bytes, depthwise = x.dtype == torch.uint8, groups == x.shape[1] == shape[1]
-    last = is_bytes or is_channels_last(x) or (depthwise and to is not None)
-    y_last = channels_last or to is not None or (depthwise and last)
+    y_last = channels_last or to is not None or (depthwise and is_bytes)
+    last = is_bytes or is_channels_last(x) or (depthwise and y_last)
+    y_last = last if depthwise else y_last  # whose kernels walk both alike
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     behind = x.untyped_storage().nbytes() - x.storage_offset() - x.numel() if is_bytes else 0
     if to is not None:

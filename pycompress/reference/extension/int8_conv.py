@@ -52,16 +52,16 @@ def int8_conv2d_pack(
     return LAYOUT.pack(dict(zip(LAYOUT.fields, numbers, strict=True)), values)
 
 
-def int8_conv2d(*operands: Any) -> None:
-    *operands, scale, zero_point, _threads = operands
+def int8_conv2d(*all_operands: Any) -> None:
+    *operands, scale, zero_point, _threads = all_operands
     scales, zeros = _convolve(*operands, channels_last_of_y=operands[2])
     if len(scales):
         memory.view(scale, np.float32, len(scales))[:] = scales
         memory.view(zero_point, np.int32, len(scales))[:] = zeros
 
 
-def int8_conv2d_hand_on(*operands: Any) -> bool:
-    *operands, channels_last_of_y, to_scale, to_zero_point, to_amax, _behind, _threads = operands
+def int8_conv2d_hand_on(*all_operands: Any) -> bool:
+    *operands, channels_last_of_y, to_scale, to_zero_point, to_amax, _behind, _threads = all_operands
     to = (to_scale, to_zero_point, to_amax) if to_scale else None
     scales, _ = _convolve(*operands, channels_last_of_y=channels_last_of_y, to=to)
     return not np.isnan(scales).any()
