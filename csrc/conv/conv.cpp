@@ -190,6 +190,14 @@ inline void copy(const uint8_t* from, int64_t count, uint8_t* to) {
   for (int64_t i = 0; i < count; i += 16) std::memcpy(to + i, from + i, 16);
 }
 
+// Whether the rows of the kernel are multiplied where they lie in the image, none of them copied: pixel by pixel, so
+// the kernel takes no wider steps; and in pieces of k of which tiles read no byte too many.
+bool slides(const Convolution& p, const Header& header, const int8::Header& part, const Bytes& bytes) {
+  constexpr int64_t kStep = 64;
+  return header.groups == 1 && header.kernel_h * header.kernel_w > 1 && p.stride_h == 1 && p.stride_w == 1 &&
+         p.dilation_w == 1 && part.layout == int8::Layout::dot4 && header.kernel_w * bytes.channels % kStep == 0;
+}
+
 // One thread's share: rows of a group, a position each, times panels of its weights.
 class Worker {
  public:
@@ -206,10 +214,11 @@ class Worker {
         first_image_(first_image),
         shape_{part.k, part.versions},
         in_place_(is_in_place()),
+        slides_(slides(p, header, part, bytes)),
         stride_(in_place_ ? bytes.channels : shape_.stride()) {
     const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(product.nr);
     const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
-    const size_t copied = in_place_ ? 0 : (static_cast<size_t>(stride_) * rows + 63) / 64 * 64;
+    const size_t copied = in_place_ || slides_ ? 0 : (static_cast<size_t>(stride_) * rows + 63) / 64 * 64;
     const size_t line = (static_cast<size_t>(shape_.stride()) + 127) / 64 * 64;
     uint8_t* room = scratch.reserve(copied + line + (sums + rows * nr + 2 * rows) * 4);
     copied_ = room;
@@ -226,19 +235,22 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  // Rows are positions of y, those of all images in a line; a group's channels are `own` bytes from `channel` on.
-  void load(int64_t row, int rows, int64_t channel, int64_t own) {
-    if (row == row_) return;
+  // Rows are positions of y from `row` on, those of all images in a line; or, where they slide, the pixels of one image
+  // that a position begins at, those at the end of a line among them, which are none of y. A group's channels are `own`
+  // bytes from `channel` on.
+  void load(int64_t image, int64_t row, int rows, int64_t channel, int64_t own) {
+    if (image == image_ && row == row_) return;
+    image_ = image;
     row_ = row;
     rows_ = rows;
     const int64_t positions = p_.out_h * p_.out_w;
     for (int i = 0; i < rows; ++i) {
-      const Range& range = ranges_[(row + i) / positions];
+      const Range& range = ranges_[slides_ ? image : (row + i) / positions];
       scale_[i] = range.scale;
       zero_point_[i] = range.zero_point;
     }
-    data_ = bytes_.data + row * bytes_.channels;
-    if (in_place_) return;
+    data_ = bytes_.data + image * bytes_.size() + row * bytes_.channels;
+    if (in_place_ || slides_) return;
     data_ = copied_;
     for (int i = 0; i < rows; ++i) {
       const int64_t at = row + i, position = at % positions;
@@ -257,7 +269,10 @@ class Worker {
     for (int block = 0; block <= last; ++block)
       for (int64_t panel = first; panel < end; ++panel) {
         int32_t* sums = last == 0 ? sums_ : sums_ + (panel - first) * rows_ * product_.nr;
-        add_block(panel, block, sums);
+        if (slides_)
+          slide_over_block(panel, block, sums);
+        else
+          add_block(panel, block, sums);
         if (block == last) finish(panel, sums, first_channel);
       }
   }
@@ -276,18 +291,50 @@ class Worker {
       for (int64_t s = 0; s < pieces; ++s, to += count) copy(from + s * p_.dilation_w * bytes_.channels, count, to);
   }
 
-  void add_block(int64_t panel, int block, int32_t* sums) const {
+  const uint8_t* weights_of(int64_t panel, int block) const {
     const uint8_t* base = reinterpret_cast<const uint8_t*>(&part_);
-    const auto* blocks = reinterpret_cast<const uint64_t*>(base + part_.blocks) + panel * shape_.blocks();
+    return base + (reinterpret_cast<const uint64_t*>(base + part_.blocks) + panel * shape_.blocks())[block];
+  }
+
+  void add_block(int64_t panel, int block, int32_t* sums) const {
     const uint8_t* a = data_ + shape_.offset(block);
     for (int i = 0; i < rows_; i += product_.mr)
-      product_.tile(a + i * stride_, stride_, std::min(product_.mr, rows_ - i), base + blocks[block],
+      product_.tile(a + i * stride_, stride_, std::min(product_.mr, rows_ - i), weights_of(panel, block),
                     shape_.length(block), sums + i * product_.nr, block > 0);
   }
 
+  // A row of the kernel after the other, of which the block has a part: each lies in the image as it is.
+  void slide_over_block(int64_t panel, int block, int32_t* sums) const {
+    const int64_t begin = int64_t{block} * int8::kBlockK, end = std::min<int64_t>(begin + int8::kBlockK, shape_.k);
+    const int64_t piece = header_.kernel_w * bytes_.channels, line = bytes_.width * bytes_.channels;
+    const uint8_t* weights = weights_of(panel, block);
+    for (int i = 0; i < rows_; i += product_.mr)
+      for (int64_t k = begin, next; k < end; k = next) {
+        const int64_t row = k / piece;
+        next = std::min(end, (row + 1) * piece);
+        product_.tile(data_ + i * bytes_.channels + row * p_.dilation_h * line + k % piece, bytes_.channels,
+                      std::min(product_.mr, rows_ - i), weights + (k - begin) * product_.nr, static_cast<int>(next - k),
+                      sums + i * product_.nr, k > 0);
+      }
+  }
+
   void finish(int64_t panel, const int32_t* sums, int64_t first_channel) const {
+    const int64_t positions = p_.out_h * p_.out_w;
+    if (!slides_) return finish_rows(panel, sums, first_channel, 0, rows_, first_image_ * positions + row_);
+    for (int64_t i = row_; i < row_ + rows_;) {  // what of each line is a position
+      const int64_t y = i / bytes_.width, x = i % bytes_.width,
+                    end = std::min(y * bytes_.width + p_.out_w, row_ + rows_);
+      if (i < end)
+        finish_rows(panel, sums, first_channel, static_cast<int>(i - row_), static_cast<int>(end - i),
+                    (first_image_ + image_) * positions + y * p_.out_w + x);
+      i = (y + 1) * bytes_.width;
+    }
+  }
+
+  // Of the rows that were multiplied, `rows` from `first` on, which are the positions from `at` on of all images.
+  void finish_rows(int64_t panel, const int32_t* sums, int64_t first_channel, int first, int rows, int64_t at) const {
     const int nr = product_.nr;
-    const int64_t inside = panel * nr, n = first_channel + inside;
+    const int64_t inside = panel * nr, n = first_channel + inside, positions = p_.out_h * p_.out_w;
     const int columns = static_cast<int>(std::min<int64_t>(nr, part_.n - inside));
     const auto* column_sums =
         reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(&part_) + part_.column_sums);
@@ -295,19 +342,19 @@ class Worker {
                                   p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
                                   p_.bias == nullptr ? nullptr : p_.bias + n,
                                   0,
-                                  scale_,
-                                  zero_point_,
+                                  scale_ + first,
+                                  zero_point_ + first,
                                   p_.activation,
                                   p_.y_type,
                                   p_.to};
-    const int64_t positions = p_.out_h * p_.out_w, row = first_image_ * positions + row_;
+    sums += first * nr;
     if (p_.y_channels_last)
-      return product_.finish(sums, nr, rows_, columns, epilogue, value_of(p_.y, p_.y_type, row * p_.n + n), p_.n);
-    product_.finish(sums, nr, rows_, columns, epilogue, turned_, nr);
+      return product_.finish(sums, nr, rows, columns, epilogue, value_of(p_.y, p_.y_type, at * p_.n + n), p_.n);
+    product_.finish(sums, nr, rows, columns, epilogue, turned_, nr);
     const size_t size = size_of(p_.y_type);
-    for (int i = 0; i < rows_;) {  // the rows of one image at a time
-      const int64_t image = (row + i) / positions, position = (row + i) % positions;
-      const int count = static_cast<int>(std::min<int64_t>(rows_ - i, positions - position));
+    for (int i = 0; i < rows;) {  // the rows of one image at a time
+      const int64_t image = (at + i) / positions, position = (at + i) % positions;
+      const int count = static_cast<int>(std::min<int64_t>(rows - i, positions - position));
       kernel_.transpose(value_of(turned_, p_.y_type, i * nr), nr, count, columns, size,
                         value_of(p_.y, p_.y_type, (image * p_.n + n) * positions + position), positions);
       i += count;
@@ -323,13 +370,13 @@ class Worker {
   const Range* ranges_;
   const int64_t first_image_;
   const int8::ActivationShape shape_;
-  const bool in_place_;
+  const bool in_place_, slides_;
   const int64_t stride_;
   uint8_t *copied_, *line_;
   const uint8_t* data_ = nullptr;
   int32_t *sums_, *turned_, *zero_point_;
   float* scale_;
-  int64_t row_ = -1;
+  int64_t image_ = -1, row_ = -1;
   int rows_ = 0;
 };
 
@@ -345,18 +392,25 @@ const int8::Kernel& product_for(const int8::Header& part) {
 // Images [first, first + images), which are quantized into `bytes`, by one group of channels after the other.
 void convolve(const Convolution& p, const Header& header, const Kernel& kernel, const Bytes& bytes, const Range* ranges,
               int64_t first, int64_t images, int threads) {
-  const int64_t m = images * p.out_h * p.out_w, own = header.channels / header.groups, out = header.n / header.groups;
+  const int64_t own = header.channels / header.groups, out = header.n / header.groups;
   const Part front = part_of(p.packed, header, 0);
   const int8::Kernel& product = product_for(int8::header_of(front.packed, front.bytes));
+  const int8::Header& part = *reinterpret_cast<const int8::Header*>(front.packed);
+  const bool sliding = slides(p, header, part, bytes);
+  // Rows of a chunk: of all images together, or of each.
+  const int64_t chunks = sliding ? images : 1;
+  const int64_t m = sliding ? (p.out_h - 1) * bytes.width + p.out_w : images * p.out_h * p.out_w;
   const int64_t panels = divide_up(out, product.nr);
-  int64_t rows = std::clamp<int64_t>(divide_up(m, kTasksPerThread * threads), kFewRows, kTaskRows);
+  int64_t rows = std::clamp<int64_t>(divide_up(chunks * m, kTasksPerThread * threads), kFewRows, kTaskRows);
   int64_t panel_tasks = 1;
-  if (m < threads * kFewRows && threads > 1) panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
-  rows = round_up<int64_t>(divide_up(m, divide_up(m, rows)), product.mr);
-  if (threads > 1 && divide_up(m, rows) * header.groups < threads)
+  if (chunks * m < threads * kFewRows && threads > 1)
     panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
-  const int64_t task_panels = divide_up(panels, panel_tasks), row_tasks = divide_up(m, rows);
-  const int64_t group_tasks = row_tasks * panel_tasks;
+  rows = round_up<int64_t>(divide_up(m, divide_up(m, rows)), product.mr);
+  const int64_t row_tasks = divide_up(m, rows);
+  if (threads > 1 && chunks * row_tasks * header.groups < threads)
+    panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
+  const int64_t task_panels = divide_up(panels, panel_tasks);
+  const int64_t group_tasks = chunks * row_tasks * panel_tasks;
   std::atomic<int64_t> next{0};
   const int team = static_cast<int>(std::min<int64_t>(threads, group_tasks * header.groups));
   parallel(team, [&](int, int) {
@@ -367,9 +421,9 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
       Worker worker(p, header, kernel, *reinterpret_cast<const int8::Header*>(packed.packed), product, bytes, ranges,
                     first, std::min(rows, m), task_panels);
       for (; t < (group + 1) * group_tasks; t = next++) {
-        const int64_t inside = t % group_tasks, row = inside / panel_tasks * rows,
+        const int64_t inside = t % group_tasks, task = inside / panel_tasks, row = task % row_tasks * rows,
                       panel = inside % panel_tasks * task_panels;
-        worker.load(row, static_cast<int>(std::min(rows, m - row)), group * own, own);
+        worker.load(task / row_tasks, row, static_cast<int>(std::min(rows, m - row)), group * own, own);
         worker.multiply(panel, std::min(panels, panel + task_panels), group * out);
       }
     }
