@@ -25,6 +25,7 @@ from pycompress.weights import Int8Weight
 Same = Callable[[Tensor, Tensor], bool]
 Pair = tuple[int, int]
 LAST = torch.channels_last
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch, of NumPy
 PRODUCTS = [row["name"] for row in ops.kernels() if row["op"] == "int8" and row["available"]]
 KERNELS = [row["name"] for row in ops.kernels() if row["op"] == "int8_conv2d" and row["available"]]
 
@@ -45,9 +46,9 @@ def exact(x: Tensor, w: npt.NDArray[np.int64], layer: Int8Conv2d) -> tuple[npt.N
     """The sums int64 [N, n, ...], by NumPy from integers of the quantizer; scale and zero point [N]."""
     q, scale, zero = ops.int8_quantize(x.flatten(1).contiguous(), layer.activation_bits, layer.canonical().input_range)
     to = layer.geometry
-    top, bottom, left, right = to.sides
+    top, bottom, left, right = to.margins
     inside = q.view(x.shape).numpy().astype(np.int64) - zero.numpy().astype(np.int64)[:, None, None, None]
-    v = np.pad(inside, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    v = np.pad(inside, ((0, 0), (0, 0), (top, bottom), (left, right)), MODES[to.padding_mode])  # type: ignore[call-overload]
     height, width = (
         (size - d * (k - 1) - 1) // s + 1
         for size, k, s, d in zip(v.shape[2:], to.kernel_size, to.stride, to.dilation, strict=True)
@@ -67,7 +68,7 @@ def exact(x: Tensor, w: npt.NDArray[np.int64], layer: Int8Conv2d) -> tuple[npt.N
 def accumulated(layer: Int8Conv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     to = layer.geometry
     return ops.int8_conv2d_accumulate(
-        x, layer.packed, layer.form, to.kernel_size, to.stride, to.sides, to.dilation, to.groups
+        to.filled(x), layer.packed, layer.form, to.kernel_size, to.stride, to.sides, to.dilation, to.groups
     )
 
 
@@ -310,10 +311,31 @@ def test_what_is_refused() -> None:
     weight = pc.Int8(16).compress(torch.randn(4, 18))
     with pytest.raises(ValueError, match="activation_bits is 16, expected 8 or 7"):
         Int8Conv2d.from_weight(weight, Conv2dGeometry(2, (3, 3)))
-    with pytest.raises(ValueError, match=r"padding_mode is 'circular', expected 'zeros'"):
-        Int8Conv2d.from_dense(nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"))
+    with pytest.raises(ValueError, match=r"padding_mode is 'mirror', expected one of zeros, reflect"):
+        Conv2dGeometry(2, (3, 3), padding_mode="mirror")
+    with pytest.raises(ValueError, match=r"around is \(0, 1, 0, 0\), expected no zeros: the mode is reflect"):
+        Conv2dGeometry(2, (3, 3), around=(0, 1, 0, 0), padding_mode="reflect")
     with pytest.raises(ValueError, match="expected at most 518 weights"):
         Int8Conv2d.from_dense(nn.Conv2d(2, 2, 23, groups=2))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_padding_modes(mode: str, groups: int, same: Same) -> None:
+    """What is repeated is quantized as what it repeats; ONNX Runtime has the integers, too."""
+    for i, walk in enumerate(
+        ({"padding": (2, 1)}, {"padding": "same", "dilation": (2, 1)}, {"padding": (1, 3), "stride": (2, 3)})
+    ):
+        layer, w = random_layer(6, 6, (3, 2), groups, static=i == 1, padding_mode=mode, **walk)
+        x = torch.randn(2, 6, 9, 8)
+        check(layer, w, x)
+        assert same(layer(x[0]), layer(x)[0])
+        last = x.to(memory_format=LAST)
+        assert layer(last).is_contiguous(memory_format=LAST)
+        report = pc.validate(nn.Sequential(layer), x)
+        assert report.ok, str(report)
+        fake = copy.deepcopy(layer).to("meta")(x.to("meta"))
+        assert fake.shape == layer(x).shape
 
 
 def test_depthwise_weights_take_their_whole_range() -> None:

@@ -287,6 +287,13 @@ CONVS: dict[str, dict[str, Any]] = {
     "7x1": {"kernel_size": (7, 1), "stride": (3, 2)},
     "4x2, same": {"kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)},
     "2x3, valid": {"kernel_size": (2, 3), "padding": "valid"},
+    "3x3 reflecting": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "3x5 circular with a stride": {
+        "kernel_size": (3, 5),
+        "padding": (2, 3),
+        "stride": (2, 1),
+        "padding_mode": "circular",
+    },
 }
 EVERY = pytest.mark.parametrize("name", CONVS)
 

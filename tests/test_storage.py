@@ -555,7 +555,7 @@ def conv(method: Method | None = None, *arguments: Any, **options: Any) -> nn.Se
         (nn.Conv2d(5, 8, (9, 1), 1, 1), r"kernel_size=\(9, 1\).* in the model"),
         (nn.Conv2d(45, 8, 1, 1, 1), r"in_channels=45.* in the model"),
         (nn.Conv2d(20, 8, 3, 1, 1, groups=4), "groups=4 in the model"),
-        (nn.Conv2d(5, 8, 3, 1, 1, padding_mode="reflect"), "padding_mode is 'reflect'"),
+        (nn.Conv2d(5, 8, 3, 1, 1, padding_mode="reflect"), "padding_mode=reflect in the model"),
         (nn.Linear(45, 8), "0 is a (Int8)?Linear in the model, expected a Conv2d"),
         (SparseLinear.from_dense(nn.Linear(45, 8)), "SparseLinear in the model, expected a Conv2d"),
         (SparseConv2d.from_dense(nn.Conv2d(5, 8, 3)), r"padding=\(0, 0\).* in the model"),

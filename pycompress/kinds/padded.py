@@ -18,9 +18,12 @@ def zeros_around(module: nn.Module) -> Sides | None:
     sides = module.padding
     if not isinstance(sides, tuple) or not all(type(size) is int and size >= 0 for size in sides):
         return None
-    return tuple(
-        size for at in range(len(sides) - 2, -1, -2) for size in sides[at : at + 2]
-    )  # the last dimension is first
+    return tuple(last_first(sides))
+
+
+def last_first(sides: Sides) -> list[int]:
+    """Sides as ``torch.nn.functional.pad`` takes them, which has the last dimension first; and the other way round."""
+    return [size for at in range(len(sides) - 2, -1, -2) for size in sides[at : at + 2]]
 
 
 def surrounded(layer: nn.Module, sides: Sides) -> nn.Module:

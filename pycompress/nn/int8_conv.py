@@ -57,6 +57,6 @@ class Int8Conv2d(CompressedConv2d):
             return y
         own, to = self._buffers, self.geometry
         return ops.int8_conv2d(
-            input, own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, to.groups,  # type: ignore[arg-type]
+            to.filled(input), own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, to.groups,  # type: ignore[arg-type]
             self.activation,
         )  # fmt: skip

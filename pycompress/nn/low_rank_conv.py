@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from pycompress.kinds import Conv2dGeometry
+from pycompress.kinds.padded import last_first
 from pycompress.methods.low_rank import LowRank
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.factors import FactorsLayer
@@ -64,11 +65,10 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
         return f"low rank {'x'.join(map(str, self.ranks))} {self.decomposition}"
 
     def product(self, x: Tensor) -> Tensor:
-        last = len(self.stages) - 1
+        x, last = self.geometry.filled(x), len(self.stages) - 1
         for i, (weight, stage) in enumerate(zip(self._unpack().values(), self.stages, strict=True)):
             if any(stage.around):
-                top, bottom, left, right = stage.around
-                x = pad(x, (left, right, top, bottom))
+                x = pad(x, last_first(stage.around))
             x = conv2d(x, weight, self.bias32 if i == last else None, stage.stride, stage.padding, stage.dilation)
         return x
 
@@ -87,7 +87,7 @@ def _stages(decomposition: str, shapes: list[tuple[int, ...]], geometry: Conv2dG
     """
     walks: list[dict[str, Any]] = [{} for _ in shapes]
     for name, neutral in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        whole = getattr(geometry, name)
+        whole = (0, 0) if name == "padding" and any(geometry.repeated) else getattr(geometry, name)
         if decomposition != "spatial":
             walks[-2][name] = whole
         elif isinstance(whole, str):

@@ -28,5 +28,6 @@ class SparseConv2d(SparseLayer, CompressedConv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
         own, to = self._buffers, self.geometry
         return ops.sparse_conv2d(
-            input, own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, self.activation,  # type: ignore[arg-type]
+            to.filled(input), own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation,  # type: ignore[arg-type]
+            self.activation,
         )  # fmt: skip

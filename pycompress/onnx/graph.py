@@ -12,11 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from pycompress.kinds import Conv2dGeometry
+from pycompress.kinds.padded import Sides
 from pycompress.nn.layer import CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
 
 OPSET = 20  # what torch.onnx.export writes by default; onnxruntime reads it since 1.17
 BLOCKS_OPSET = 21  # the first with 4-bit integers, and with a DequantizeLinear that has a scale per block
+_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch's padding
 MAX_WEIGHT_BYTES = 2**31 - 2**20  # of all weights together: a protobuf message ends at 2 GiB
 
 
@@ -85,12 +87,23 @@ class Graph:
         self, x: str, name: str, weight: npt.NDArray[np.float32], geometry: Conv2dGeometry, bias: Tensor | None = None
     ) -> str:
         """The convolution of x with a float32 weight [n, channels, height, width], stored under this name."""
+        x = self.filled(x, geometry)
         top, bottom, left, right = geometry.sides
         operands = [x, self.weight(name, weight), *([] if bias is None else [self.constant("bias", array(bias))])]
         return self.node(
             "Conv", *operands, kernel_shape=geometry.kernel_size, strides=geometry.stride, pads=[top, left, bottom, right],
             dilations=geometry.dilation, group=geometry.groups,
         )  # fmt: skip
+
+    def filled(self, x: str, geometry: Conv2dGeometry) -> str:
+        """x [images, channels, height, width] with what repeats its own values around it."""
+        if not any(geometry.repeated):
+            return x
+        return self.node("Pad", x, self.sides("repeated", geometry.repeated), mode=_MODES[geometry.padding_mode])
+
+    def sides(self, name: str, sides: Sides) -> str:
+        """What lies around images, as Pad takes it."""
+        return self.constant(name, [0, 0, *sides[::2], 0, 0, *sides[1::2]], np.int64)
 
     def bias(self, v: str, layer: CompressedLayer) -> str:
         """Adds the bias of a layer to v [m, n]."""

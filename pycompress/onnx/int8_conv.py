@@ -30,12 +30,11 @@ def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
         q, scale, zero_point = quantized(graph, clean, amax, "q", AXES)
     else:
         q, scale, zero_point = quantized_statically(graph, clean, amax, "", weight.input_range, dims=4)
-    top, bottom, left, right = geometry.sides
     # Pad takes one number for all images: zeros around q - zero point, as integers.
     zero = graph.node("Cast", zero_point, to=TensorProto.INT32)
     inside = graph.node("Sub", graph.node("Cast", q, to=TensorProto.INT32), zero)
-    sides = graph.constant("sides", [0, 0, top, left, 0, 0, bottom, right], np.int64)
-    wide = graph.node("Add", graph.node("Pad", inside, sides), zero)
+    inside = graph.node("Pad", graph.filled(inside, geometry), graph.sides("sides", geometry.sides))
+    wide = graph.node("Add", inside, zero)
     stored = graph.weight("weight", values.reshape(n, -1, *geometry.kernel_size))
     sums = graph.node(
         "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), stored, kernel_shape=geometry.kernel_size,

@@ -240,7 +240,14 @@ class ConvolutionCheck(Check):
         fixed = layer.canonical().input_range
         q = ops.int8_quantize(x.flatten(1), layer.activation_bits, fixed)[0].view(x.shape)
         acc = ops.int8_conv2d_accumulate(
-            x, layer.packed, layer.form, walk.kernel_size, walk.stride, walk.sides, walk.dilation, walk.groups
+            walk.filled(x),
+            layer.packed,
+            layer.form,
+            walk.kernel_size,
+            walk.stride,
+            walk.sides,
+            walk.dilation,
+            walk.groups,
         )[0]
 
         def rows(z: Tensor) -> Tensor:

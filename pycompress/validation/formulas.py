@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pycompress import ops
-from pycompress.kinds import Conv2dGeometry
 from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
@@ -145,24 +145,12 @@ def int8_convolution(x: Tensor, layer: Int8Conv2d, chosen: Tensor) -> Product:
     rows = float64(layer.kind.rows(inside, geometry, chosen)).reshape(len(chosen), geometry.groups, -1)
     values = float64(weight.values).reshape(geometry.groups, -1, layer.k)
     acc = np.einsum("mgk,gnk->mgn", rows, values).reshape(len(chosen), -1).astype(np.int64)
-    height, width = positions(geometry, images.shape[2:])
-    of = chosen.numpy() // (height * width)
+    of = chosen.numpy() // math.prod(geometry.positions(images.shape[2:]))
     with np.errstate(all="ignore"):
         v = (acc.astype(np.float32) * quantized.scale[of]) * float32(weight.scale)
         v = v if layer.bias32 is None else v + float32(layer.bias32)
     q = quantized.q.astype(np.uint8).reshape(images.shape)
     return Product(q, acc, np.where(quantized.finite[of], v, np.float32(np.nan)))
-
-
-def positions(geometry: Conv2dGeometry, size: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of the result of a convolution of images of a size."""
-    top, bottom, left, right = geometry.sides
-    of = (size[0] + top + bottom, size[1] + left + right)
-    found = [
-        (s - d * (k - 1) - 1) // step + 1
-        for s, k, d, step in zip(of, geometry.kernel_size, geometry.dilation, geometry.stride, strict=True)
-    ]
-    return found[0], found[1]
 
 
 def _weight_product(x: Array, weight: Int8Weight | SparseWeight) -> Product:

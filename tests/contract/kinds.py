@@ -44,4 +44,12 @@ CONVS: dict[str, dict[str, Any]] = {
     "2x2, same": {"kernel_size": 2, "padding": "same"},
     "4x2, same": {"kernel_size": (4, 2), "padding": "same", "dilation": (1, 3)},
     "2x3, valid": {"kernel_size": (2, 3), "padding": "valid"},
+    "3x3 reflecting": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "4x2, same, replicating": {"kernel_size": (4, 2), "padding": "same", "padding_mode": "replicate"},
+    "3x5 circular with a stride": {
+        "kernel_size": (3, 5),
+        "padding": (2, 3),
+        "stride": (2, 1),
+        "padding_mode": "circular",
+    },
 }
