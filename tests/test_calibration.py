@@ -114,7 +114,7 @@ def test_what_has_no_compressed_layer_is_not_watched() -> None:
         {
             "groups": nn.Conv2d(4, 4, 3, groups=2),
             "norm": nn.LayerNorm(4),
-            "one": nn.Conv1d(4, 4, 1),
+            "one": nn.ConvTranspose1d(4, 4, 1),
             "good": nn.Linear(4, 4),
         }
     )

@@ -17,12 +17,14 @@ from pycompress.methods.method import Method
 from pycompress.nn import (
     LAYERS,
     Int4Linear,
+    Int8Conv1d,
     Int8Conv2d,
     Int8Embedding,
     Int8Linear,
     LowRankConv2d,
     LowRankEmbedding,
     LowRankLinear,
+    SparseConv1d,
     SparseConv2d,
     SparseLinear,
 )  # fmt: skip
@@ -37,7 +39,9 @@ TABLE = {
     ("linear", "sparse"): (SparseLinear, SparseWeight),
     ("linear", "low_rank"): (LowRankLinear, LowRankWeight),
     ("conv2d", "int8"): (Int8Conv2d, Int8Weight),
+    ("conv1d", "int8"): (Int8Conv1d, Int8Weight),
     ("conv2d", "sparse"): (SparseConv2d, SparseWeight),
+    ("conv1d", "sparse"): (SparseConv1d, SparseWeight),
     ("conv2d", "low_rank"): (LowRankConv2d, LowRankConv2dWeight),
     ("embedding", "int8"): (Int8Embedding, Int8Weight),
     ("embedding", "low_rank"): (LowRankEmbedding, LowRankWeight),
@@ -46,10 +50,12 @@ TABLE = {
 ATTRIBUTES = {
     Int8Linear: ("activation_bits", "weight_bits", "static"),
     Int8Conv2d: ("activation_bits", "weight_bits", "static"),
+    Int8Conv1d: ("activation_bits", "weight_bits", "static"),
     Int8Embedding: ("weight_bits",),
     Int4Linear: ("group", "symmetric", "activation_bits"),
     SparseLinear: ("bits", "nnz", "density", "activation_bits"),
     SparseConv2d: ("bits", "nnz", "density", "activation_bits"),
+    SparseConv1d: ("bits", "nnz", "density", "activation_bits"),
     LowRankLinear: ("rank", "bits", "activation_bits"),
     LowRankConv2d: ("decomposition", "ranks"),
     LowRankEmbedding: ("rank",),
@@ -96,6 +102,7 @@ LABELS = {
     "conv2d low_rank: tucker": "low rank 4x4 tucker", "embedding low_rank: rank 4": "low rank 4", "embedding int8: 8": "int8",
 }  # fmt: skip
 CONV = "out_channels=19, in_channels=5, kernel_size=(3, 2), stride=(1, 2), padding=(1, 1), dilation=(1, 1)"
+CONV_1 = "out_channels=19, in_channels=5, kernel_size=(5,), stride=(2,), padding=(1,), dilation=(1,)"
 LINEAR = "in_features=71, out_features=24"
 REPRS = {  # without an activation, and with another one and no bias
     "linear int8: 8": (
@@ -129,6 +136,10 @@ REPRS = {  # without an activation, and with another one and no bias
     "conv2d sparse: float32": (
         f"SparseConv2d({CONV}, bias=True, density=0.3, bits=32)",
         f"SparseConv2d({CONV}, bias=False, density=0.3, bits=32, activation=silu)",
+    ),
+    "conv1d int8: 8": (
+        f"Int8Conv1d({CONV_1}, bias=True, activation_bits=8, weight_bits=8)",
+        f"Int8Conv1d({CONV_1}, bias=False, activation_bits=8, weight_bits=8, activation=silu)",
     ),
     "conv2d low_rank: channel": (
         f"LowRankConv2d({CONV}, bias=True, decomposition=channel, ranks=(4,))",

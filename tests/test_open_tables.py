@@ -198,7 +198,10 @@ def test_what_the_tables_do_not_have_stays_dense() -> None:
     assert found[0].reason == "signs takes pointwise convolutions and linear layers only"
     lines = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 4))
     found = pc.summary(pc.compress(lines, pc.Int8())).layers
-    assert [record.reason for record in found] == ["int8 takes linear layers, convolutions and embeddings only", ""]
+    assert [record.reason for record in found] == [
+        "int8 takes linear layers, convolutions, 1-D convolutions and embeddings only",
+        "",
+    ]
 
 
 def test_calibrated_measured_and_saved_as_a_state_dict() -> None:

@@ -56,7 +56,7 @@ def test_what_lies_around() -> None:
         nn.ZeroPad2d((1, -1, 0, 0)),
         nn.ReflectionPad2d(1),
         nn.Identity(),
-        nn.ZeroPad1d(1),
+        nn.ZeroPad3d(1),
     )
     assert all(zeros_around(module) is None for module in others)
 

@@ -575,7 +575,6 @@ class Special(nn.Conv2d):
         (Special(4, 4, 3), "Special is a subclass of Conv2d, which may do something else"),
         (nn.LazyConv2d(4, 3), "its parameters are not initialized yet"),
         (nn.ConvTranspose2d(4, 6, 3), "ConvTranspose2d has no compressed layer"),
-        (nn.Conv1d(4, 4, 3), "Conv1d has no compressed layer"),
         (nn.Conv3d(4, 4, 3), "Conv3d has no compressed layer"),
         (nn.Conv2d(4, 4, 3).double(), "its weight is torch.float64, expected float32, bfloat16 or float16"),
         (nn.Conv2d(8, 2, (128, 65)), "its weight is [2, 66560], expected 1 to 65536 input features"),

@@ -148,9 +148,9 @@ def calibrate(
     counts alike, but padding does not count: see ``mask``.
 
     Args:
-        model: any ``nn.Module`` with linear layers (``nn.Linear``, transformers' ``Conv1D``), ``nn.Conv2d`` or ``nn.Embedding``, in
-            float32, float64, bfloat16 or float16. One that ``torch.compile`` made runs uncompiled for that long. Its layers carry
-            hooks while they are watched, and lose them at the end, also when an error ends it.
+        model: any ``nn.Module`` with linear layers (``nn.Linear``, transformers' ``Conv1D``), ``nn.Conv1d``, ``nn.Conv2d`` or
+            ``nn.Embedding``, in float32, float64, bfloat16 or float16. One that ``torch.compile`` made runs uncompiled for that
+            long. Its layers carry hooks while they are watched, and lose them at the end, also when an error ends it.
         batches: inputs as ``compress`` takes them, each a tensor, a sequence of positional or a mapping of keyword arguments. The
             model runs in evaluation mode; it, the batches and the random state are left as they were. None: the ``with`` block runs
             the model, in whatever mode it is.

@@ -87,7 +87,7 @@ class Watch:
         if not told:
             raise ValueError(
                 f"calibrate: the model is {type(model).__name__}, in which no layer can be watched; expected one with "
-                "nn.Linear, Conv1D, nn.Conv2d or nn.Embedding (of one that was scripted, the module that it was made of)"
+                "nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d or nn.Embedding (of one that was scripted, the module that it was made of)"
             )
         self._names = {module: names[module] for module in kinds}
         wanted = {m: parts if m in told else parts & OF_VALUES for m, parts in needs(self._names).items()}

@@ -11,12 +11,14 @@ from pycompress.kinds.embedding import Embedding, EmbeddingGeometry
 from pycompress.kinds.folded import channels_emptied, emptied, folded, folded_into, mark_folded
 from pycompress.kinds.kind import Geometry, Kind
 from pycompress.kinds.linear import Linear
+from pycompress.kinds.nn_conv1d import Conv1d, Conv1dGeometry
 from pycompress.kinds.padded import surrounded, zeros_around
 from pycompress.kinds.pruned import has_foreign_hooks, pruned_names, without_pruning
 
 LINEAR, CONV1D, CONV2D, EMBEDDING, CONVOLUTION = Linear(), Conv1D(), Conv2d(), Embedding(), Convolution()
+NN_CONV1D = Conv1d()  # torch's; CONV1D is transformers', a linear layer
 # The first one that matches a module is its kind. ``nn.register`` puts the kind of somebody else's layer in front.
-KINDS: list[Kind] = [LINEAR, CONV1D, CONV2D, EMBEDDING, CONVOLUTION]
+KINDS: list[Kind] = [LINEAR, CONV1D, CONV2D, NN_CONV1D, EMBEDDING, CONVOLUTION]
 
 __all__ = [
     "CONV1D",
@@ -25,6 +27,8 @@ __all__ = [
     "EMBEDDING",
     "KINDS",
     "LINEAR",
+    "NN_CONV1D",
+    "Conv1dGeometry",
     "Conv2dGeometry",
     "EmbeddingGeometry",
     "Geometry",

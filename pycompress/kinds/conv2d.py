@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Conv2d(Kind):
     dims = 3
     pads = True
 
-    def geometry(self, module: nn.Module) -> Conv2dGeometry:
+    def geometry(self, module: nn.Module) -> Walk:
         assert isinstance(module, nn.Conv2d)
         _, channels, height, width = self.dense_shape(module)
         stride, padding, dilation = (
@@ -63,12 +64,13 @@ class Conv2d(Kind):
         if not isinstance(method, ConvolutionMethod):
             return method
         n, c, height, width = self.dense_shape(module)
-        return method.for_convolution((n, c, height, width), self.geometry(module).stride)
+        stride = self.geometry(module).stride
+        return method.for_convolution((n, c, height, width), (stride[0], stride[1]))
 
-    def weight_shape(self, n: int, k: int, geometry: Conv2dGeometry) -> tuple[int, ...]:
+    def weight_shape(self, n: int, k: int, geometry: Walk) -> tuple[int, ...]:
         return n, geometry.in_channels // geometry.groups, *geometry.kernel_size
 
-    def describe(self, n: int, k: int, geometry: Conv2dGeometry) -> str:
+    def describe(self, n: int, k: int, geometry: Walk) -> str:
         return f"out_channels={n}, {geometry}"
 
     def has_rows(self, module: nn.Module) -> bool:
@@ -78,11 +80,11 @@ class Conv2d(Kind):
         except ValueError:
             return False
 
-    def attributes(self, n: int, k: int, geometry: Conv2dGeometry) -> dict[str, Any]:
-        own = {field.name: getattr(geometry, field.name) for field in fields(geometry) if field.name != "around"}
-        return {**own, "out_channels": n, "transposed": False, "output_padding": (0, 0)}
+    def attributes(self, n: int, k: int, geometry: Walk) -> dict[str, Any]:
+        own = geometry.arguments()
+        return {**own, "out_channels": n, "transposed": False, "output_padding": (0,) * geometry.dims}
 
-    def note(self, geometry: Conv2dGeometry) -> str:
+    def note(self, geometry: Walk) -> str:
         return f"pads its input itself: {'x'.join(map(str, geometry.around))} zeros" if any(geometry.around) else ""
 
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
@@ -90,38 +92,35 @@ class Conv2d(Kind):
         return x.dim() in (3, 4) and x.shape[-3] == self.dense_shape(module)[1] * module.groups
 
     def quantized_together(self, x: Tensor) -> Tensor:
-        return x.flatten(-3)
+        return x.flatten(-self.dims)
 
-    def spread(self, geometry: Conv2dGeometry) -> int:
-        return geometry.kernel_size[0] * geometry.kernel_size[1]
+    def spread(self, geometry: Walk) -> int:
+        return math.prod(geometry.kernel_size)
 
-    def rows(self, x: Tensor, geometry: Conv2dGeometry, chosen: Tensor | None = None) -> Tensor:
+    def rows(self, x: Tensor, geometry: Walk, chosen: Tensor | None = None) -> Tensor:
         """The patches, in the order in which a row of the weight has their numbers."""
-        windows = pad(geometry.filled(x), last_first(geometry.sides))
-        for axis, size, step, stride in zip(
-            (2, 3), geometry.kernel_size, geometry.dilation, geometry.stride, strict=True
-        ):
+        kernel, strides, sides, dilation = geometry.plane
+        windows = pad(geometry.as_image(geometry.filled(x)), last_first(sides))
+        for axis, size, step, stride in zip((2, 3), kernel, dilation, strides, strict=True):
             windows = windows.unfold(axis, step * (size - 1) + 1, stride)
-        windows = windows[..., :: geometry.dilation[0], :: geometry.dilation[1]].permute(0, 2, 3, 1, 4, 5)
+        windows = windows[..., :: dilation[0], :: dilation[1]].permute(0, 2, 3, 1, 4, 5)
         if chosen is not None:
             windows = windows[torch.unravel_index(chosen, windows.shape[:3])]
         return windows.reshape(-1, geometry.in_features)
 
     def results(self, y: Tensor) -> Tensor:
-        return y.movedim(-3, -1).reshape(-1, y.shape[-3])
+        return y.movedim(-self.dims, -1).reshape(-1, y.shape[-self.dims])
 
-    def sizes(
-        self, n: int, k: int, geometry: Conv2dGeometry
-    ) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:  # fmt: skip
+    def sizes(self, n: int, k: int, geometry: Walk) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
         return ("images", geometry.in_channels, "height", "width"), ("images", n, "out_height", "out_width")
 
 
 class Convolution(Kind):
-    """The convolutions that are no nn.Conv2d."""
+    """The convolutions that are no nn.Conv1d and no nn.Conv2d."""
 
     name, dense = "convolution", nn.Module
     phrase, plural = "a convolution", "convolutions"
-    classes = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    classes = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, self.classes)

@@ -8,12 +8,13 @@ from torch import nn
 
 Sides = tuple[int, ...]  # how much lies before and behind each dimension of an image: top, bottom, left, right
 
+_ZEROS = (nn.ZeroPad1d, nn.ConstantPad1d, nn.ZeroPad2d, nn.ConstantPad2d)
 _AROUND = "_pycompress_around"  # of a layer: the sides that it pads besides its own
 
 
 def zeros_around(module: nn.Module) -> Sides | None:
     """What a padding module puts around an image; None for any other module, and for one that cuts, or pads with something else."""
-    if type(module) not in (nn.ZeroPad2d, nn.ConstantPad2d) or module.value != 0:
+    if type(module) not in _ZEROS or module.value != 0:
         return None
     sides = module.padding
     if not isinstance(sides, tuple) or not all(type(size) is int and size >= 0 for size in sides):

@@ -93,6 +93,8 @@ class Walk:
         """How many zeros lie before and behind each dimension of the input, of an image at the top, bottom, left and right."""
         if self.padding_mode != "zeros":
             return self.around
+        if not any(self.around):
+            return self._own
         return tuple(own + other for own, other in zip(self._own, self.around, strict=True))
 
     @property
@@ -105,10 +107,26 @@ class Walk:
         """Both together."""
         return tuple(zeros + other for zeros, other in zip(self.sides, self.repeated, strict=True))
 
+    @property
+    def plane(self) -> tuple[Sides, Sides, Sides, Sides]:
+        """Kernel size, stride, sides and dilation of the same in two dimensions, which the ops know: a sequence is an image one
+        high (:meth:`as_image`)."""
+        if self.dims == 2:
+            return self.kernel_size, self.stride, self.sides, self.dilation
+        return (1, *self.kernel_size), (1, *self.stride), (0, 0, *self.sides), (1, *self.dilation)
+
+    def as_image(self, x: Tensor) -> Tensor:
+        """[..., channels, *sizes] -> [..., channels, height, width]."""
+        return x if self.dims == 2 else x.unsqueeze(-2)
+
+    def from_image(self, y: Tensor) -> Tensor:
+        """The inverse of :meth:`as_image`."""
+        return y if self.dims == 2 else y.squeeze(-2)
+
     def filled(self, x: Tensor) -> Tensor:
         """x [..., channels, *sizes] with what repeats its own values around it, in the same memory format; as it is where zeros
         are padded. Raises RuntimeError where x is too small for that."""
-        if not any(self.repeated):
+        if self.padding_mode == "zeros" or not any(self.repeated):
             return x
         wide = pad(x, last_first(self.repeated), self.padding_mode)
         last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -119,6 +137,11 @@ class Walk:
         wide = (size + sum(self.margins[2 * at : 2 * at + 2]) for at, size in enumerate(sizes))
         steps = zip(wide, self.kernel_size, self.dilation, self.stride, strict=True)
         return tuple((size - step * (kernel - 1) - 1) // stride + 1 for size, kernel, step, stride in steps)
+
+    def arguments(self) -> dict[str, Any]:
+        """What a dense module has of it, by name."""
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names if name != "around"}
 
     def _shown(self) -> dict[str, Any]:
         """The values by name; of those that came later only what is not as it always was before."""

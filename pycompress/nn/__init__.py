@@ -1,10 +1,10 @@
 """Modules that take the place of dense layers."""
 
-from pycompress.kinds import Conv2dGeometry
+from pycompress.kinds import Conv1dGeometry, Conv2dGeometry
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
-from pycompress.nn.int8_conv import Int8Conv2d
+from pycompress.nn.int8_conv import Int8Conv1d, Int8Conv2d
 from pycompress.nn.int8_embedding import Int8Embedding
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.layers import LAYERS, layer_for, register
@@ -14,15 +14,17 @@ from pycompress.nn.low_rank_conv import LowRankConv2d
 from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.plain import PlainLinear
 from pycompress.nn.sparse import SparseLayer, SparseLinear
-from pycompress.nn.sparse_conv import SparseConv2d
+from pycompress.nn.sparse_conv import SparseConv1d, SparseConv2d
 
 __all__ = [
     "LAYERS",
     "CompressedConv2d",
     "CompressedLayer",
     "CompressedLinear",
+    "Conv1dGeometry",
     "Conv2dGeometry",
     "Int4Linear",
+    "Int8Conv1d",
     "Int8Conv2d",
     "Int8Embedding",
     "Int8Linear",
@@ -30,6 +32,7 @@ __all__ = [
     "LowRankEmbedding",
     "LowRankLinear",
     "PlainLinear",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseLayer",
     "SparseLinear",

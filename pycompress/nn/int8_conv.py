@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from pycompress import ops
-from pycompress.kinds import Conv2dGeometry
+from pycompress.kinds import NN_CONV1D
+from pycompress.kinds.walk import Walk
 from pycompress.methods.int8 import Int8
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.handing import handed
@@ -42,21 +43,30 @@ class Int8Conv2d(CompressedConv2d):
         return "int8 static" if self.static else "int8"
 
     @classmethod
-    def misfit(cls, geometry: Conv2dGeometry, settings: Mapping[str, Any] | None = None) -> str:  # noqa: ARG003
+    def misfit(cls, geometry: Walk, settings: Mapping[str, Any] | None = None) -> str:  # noqa: ARG003
         if settings is not None and settings["activation_bits"] == 16:
             return "activation_bits is 16, expected 8 or 7: int8 weights alone have no convolution yet"
         return ""
 
     def _pack(self, parts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, str]:
         assert self.op is not None
-        convolution = (*self.geometry.kernel_size, self.geometry.groups)
+        convolution = (*self.geometry.plane[0], self.geometry.groups)
         return self.op.pack(parts, (self.n, self.k), {**self.settings, "convolution": convolution}, device)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
         if not is_compiling() and (y := handed(self, input)) is not None:
             return y
         own, to = self._buffers, self.geometry
-        return ops.int8_conv2d(
-            to.filled(input), own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, to.groups,  # type: ignore[arg-type]
-            self.activation,
+        y = ops.int8_conv2d(
+            self._image(input), own["packed"], self.form, own["bias"], *to.plane, to.groups, self.activation,  # type: ignore[arg-type]
         )  # fmt: skip
+        return to.from_image(y)
+
+
+class Int8Conv1d(Int8Conv2d):
+    """The same of an ``nn.Conv1d``, for sequences: x [N, in_channels, length] or [in_channels, length].
+
+    State: as :class:`Int8Conv2d`, of [out_channels, in_channels / groups * kernel size].
+    """
+
+    kind = NN_CONV1D

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pycompress.kinds import KINDS, Kind
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
-from pycompress.nn.int8_conv import Int8Conv2d
+from pycompress.nn.int8_conv import Int8Conv1d, Int8Conv2d
 from pycompress.nn.int8_embedding import Int8Embedding
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.low_rank_conv import LowRankConv2d
 from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.sparse import SparseLinear
-from pycompress.nn.sparse_conv import SparseConv2d
+from pycompress.nn.sparse_conv import SparseConv1d, SparseConv2d
 
 # By the names of both. A method takes a kind of layers where there is a module for what it makes of them.
 LAYERS: dict[tuple[str, str], type[CompressedLayer]] = {}
@@ -29,6 +29,7 @@ def register(layer: type[CompressedLayer]) -> type[CompressedLayer]:
 for _layer in (
     Int8Linear, Int4Linear, SparseLinear, LowRankLinear,
     Int8Conv2d, SparseConv2d, LowRankConv2d,
+    Int8Conv1d, SparseConv1d,
     Int8Embedding, LowRankEmbedding,
 ):  # fmt: skip
     register(_layer)

@@ -30,6 +30,7 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
         stages: what the convolutions of the chain are besides their weights, in the order in which they run.
     """
 
+    geometry: Conv2dGeometry
     weight_type = LowRankConv2dWeight
     default_method = LowRank(energy=0.95, rank_guard=False)
 
@@ -65,7 +66,7 @@ class LowRankConv2d(FactorsLayer, CompressedConv2d):
         return f"low rank {'x'.join(map(str, self.ranks))} {self.decomposition}"
 
     def product(self, x: Tensor) -> Tensor:
-        x, last = self.geometry.filled(x), len(self.stages) - 1
+        x, last = self._image(x), len(self.stages) - 1
         for i, (weight, stage) in enumerate(zip(self._unpack().values(), self.stages, strict=True)):
             if any(stage.around):
                 x = pad(x, last_first(stage.around))

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from pycompress import ops
-from pycompress.kinds import Conv2dGeometry
+from pycompress.kinds import NN_CONV1D
+from pycompress.kinds.walk import Walk
 from pycompress.nn.conv import CompressedConv2d
 from pycompress.nn.sparse import SparseLayer
 
@@ -20,14 +21,20 @@ class SparseConv2d(SparseLayer, CompressedConv2d):
     """
 
     @classmethod
-    def misfit(cls, geometry: Conv2dGeometry, settings: Mapping[str, Any] | None = None) -> str:
+    def misfit(cls, geometry: Walk, settings: Mapping[str, Any] | None = None) -> str:
         if settings is not None and settings["bits"] != 32:
             return "the weight is int8, expected float32: int8 has no sparse convolution yet"
         return super().misfit(geometry)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Conv2d gives it
         own, to = self._buffers, self.geometry
-        return ops.sparse_conv2d(
-            to.filled(input), own["packed"], self.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation,  # type: ignore[arg-type]
-            self.activation,
+        y = ops.sparse_conv2d(
+            self._image(input), own["packed"], self.form, own["bias"], *to.plane, self.activation,  # type: ignore[arg-type]
         )  # fmt: skip
+        return to.from_image(y)
+
+
+class SparseConv1d(SparseConv2d):
+    """The same of an ``nn.Conv1d``, for sequences: x [N, in_channels, length] or [in_channels, length]."""
+
+    kind = NN_CONV1D

@@ -20,11 +20,11 @@ except ImportError as error:
 
 from pycompress.nn import LAYERS, CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
-from pycompress.onnx.dense import lower_conv2d, lower_linear
+from pycompress.onnx.dense import lower_conv, lower_linear
 from pycompress.onnx.graph import BLOCKS_OPSET, MAX_WEIGHT_BYTES, OPSET, Graph, Lowering
 from pycompress.onnx.int4 import lower_int4_linear
 from pycompress.onnx.int8 import integers, lower_int8_embedding, lower_int8_linear
-from pycompress.onnx.int8_conv import lower_int8_conv2d
+from pycompress.onnx.int8_conv import lower_int8_conv
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
 
@@ -39,13 +39,14 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("linear", "int4"): lower_int4_linear,
     ("linear", "sparse"): lower_sparse_linear,
     ("linear", "low_rank"): lower_low_rank_linear,
-    ("conv2d", "int8"): lower_int8_conv2d,
+    ("conv2d", "int8"): lower_int8_conv,
+    ("conv1d", "int8"): lower_int8_conv,
     ("conv2d", "low_rank"): lower_low_rank_conv2d,
     ("embedding", "int8"): lower_int8_embedding,
     ("embedding", "low_rank"): lower_low_rank_embedding,
 }
 # By kind: with the decompressed weight, for weights that have no lowering of their own.
-DENSE: dict[str, Lowering] = {"linear": lower_linear, "conv2d": lower_conv2d}
+DENSE: dict[str, Lowering] = {"linear": lower_linear, "conv2d": lower_conv, "conv1d": lower_conv}
 
 
 def lowering_of(layer: CompressedLayer) -> Lowering | None:

@@ -17,8 +17,8 @@ def lower_linear(graph: Graph, x: str, layer: CompressedLayer) -> str:
     return graph.activation(graph.bias(v, layer), layer)
 
 
-def lower_conv2d(graph: Graph, x: str, layer: CompressedConv2d) -> str:
-    """x [images, in_channels, height, width] -> Conv, which adds the bias as well. For rounding, and for NaN and Inf, what
-    :func:`lower_linear` says of a row holds for the inputs of an output."""
+def lower_conv(graph: Graph, x: str, layer: CompressedConv2d) -> str:
+    """x [images, in_channels, height, width], or sequences -> Conv, which adds the bias as well. For rounding, and for NaN and Inf,
+    what :func:`lower_linear` says of a row holds for the inputs of an output."""
     weight = layer.canonical().decompress().view(layer.dense_shape)
     return graph.activation(graph.conv(x, "weight", array(weight), layer.geometry, layer.bias32), layer)

@@ -11,8 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from pycompress.kinds import Conv2dGeometry
 from pycompress.kinds.padded import Sides
+from pycompress.kinds.walk import Walk
 from pycompress.nn.layer import CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
 
@@ -84,19 +84,18 @@ class Graph:
         return self.node("MatMul", x, self.weight(name, weight.T))
 
     def conv(
-        self, x: str, name: str, weight: npt.NDArray[np.float32], geometry: Conv2dGeometry, bias: Tensor | None = None
+        self, x: str, name: str, weight: npt.NDArray[np.float32], geometry: Walk, bias: Tensor | None = None
     ) -> str:
-        """The convolution of x with a float32 weight [n, channels, height, width], stored under this name."""
+        """The convolution of x with a float32 weight [n, channels, *kernel size], stored under this name."""
         x = self.filled(x, geometry)
-        top, bottom, left, right = geometry.sides
         operands = [x, self.weight(name, weight), *([] if bias is None else [self.constant("bias", array(bias))])]
         return self.node(
-            "Conv", *operands, kernel_shape=geometry.kernel_size, strides=geometry.stride, pads=[top, left, bottom, right],
-            dilations=geometry.dilation, group=geometry.groups,
+            "Conv", *operands, kernel_shape=geometry.kernel_size, strides=geometry.stride,
+            pads=[*geometry.sides[::2], *geometry.sides[1::2]], dilations=geometry.dilation, group=geometry.groups,
         )  # fmt: skip
 
-    def filled(self, x: str, geometry: Conv2dGeometry) -> str:
-        """x [images, channels, height, width] with what repeats its own values around it."""
+    def filled(self, x: str, geometry: Walk) -> str:
+        """x [images, channels, *sizes] with what repeats its own values around it."""
         if not any(geometry.repeated):
             return x
         return self.node("Pad", x, self.sides("repeated", geometry.repeated), mode=_MODES[geometry.padding_mode])

@@ -9,11 +9,9 @@ from pycompress.nn.int8_conv import Int8Conv2d
 from pycompress.onnx.graph import Graph, array
 from pycompress.onnx.int8 import integers, poisoned, quantized, quantized_statically, without_broken
 
-AXES = [1, 2, 3]  # an image
 
-
-def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
-    """x float32 [images, in_channels, height, width] -> y float32 [images, out_channels, its height, its width].
+def lower_int8_conv(graph: Graph, x: str, layer: Int8Conv2d) -> str:
+    """x float32 [images, in_channels, height, width] -> y float32 [images, out_channels, its height, its width]; sequences alike.
 
     Shown besides are q, uint8 of x's shape, the quantized images, and acc, int32 of y's shape: the sums of (q - zero point) times
     the weights. They, and y after an exact activation, are the layer's own to the bit; an image with NaN or Inf gives
@@ -25,11 +23,12 @@ def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
     weight = layer.canonical()
     values, weight_scale, amax = integers(weight)
     geometry, n = layer.geometry, layer.n
-    clean, broken = without_broken(graph, x, AXES)
+    axes = [*range(1, 2 + geometry.dims)]  # an image, or a sequence
+    clean, broken = without_broken(graph, x, axes)
     if weight.input_range is None:
-        q, scale, zero_point = quantized(graph, clean, amax, "q", AXES)
+        q, scale, zero_point = quantized(graph, clean, amax, "q", axes)
     else:
-        q, scale, zero_point = quantized_statically(graph, clean, amax, "", weight.input_range, dims=4)
+        q, scale, zero_point = quantized_statically(graph, clean, amax, "", weight.input_range, dims=len(axes) + 1)
     # Pad takes one number for all images: zeros around q - zero point, as integers.
     zero = graph.node("Cast", zero_point, to=TensorProto.INT32)
     inside = graph.node("Sub", graph.node("Cast", q, to=TensorProto.INT32), zero)
@@ -40,12 +39,14 @@ def lower_int8_conv2d(graph: Graph, x: str, layer: Int8Conv2d) -> str:
         "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), stored, kernel_shape=geometry.kernel_size,
         strides=geometry.stride, dilations=geometry.dilation, group=geometry.groups,
     )  # fmt: skip
-    column_sum = graph.constant("column_sum", values.sum(axis=1, dtype=np.int32)[None, :, None, None], np.int32)
+    by_channel = (1, n, *(1,) * geometry.dims)
+    column_sum = graph.constant("column_sum", values.sum(axis=1, dtype=np.int32).reshape(by_channel), np.int32)
     acc = graph.node("Sub", sums, graph.node("Mul", zero, column_sum), output="acc")
-    graph.show(q, TensorProto.UINT8, "images", geometry.in_channels, "height", "width")
-    graph.show(acc, TensorProto.INT32, "images", n, "out_height", "out_width")
+    sizes, out_sizes = layer.kind.sizes(n, layer.k, geometry)
+    graph.show(q, TensorProto.UINT8, *sizes)
+    graph.show(acc, TensorProto.INT32, *out_sizes)
     v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
-    v = graph.node("Mul", v, graph.constant("weight_scale", weight_scale[None, :, None, None]))
+    v = graph.node("Mul", v, graph.constant("weight_scale", weight_scale.reshape(by_channel)))
     if layer.bias32 is not None:
-        v = graph.node("Add", v, graph.constant("bias", array(layer.bias32)[None, :, None, None]))
+        v = graph.node("Add", v, graph.constant("bias", array(layer.bias32).reshape(by_channel)))
     return poisoned(graph, graph.activation(v, layer), broken)

@@ -193,7 +193,7 @@ class _Agreement:
             module, parent = self.modules[name], split(name)[0]
             if type(module) is nn.Identity or name in self.plan.norms:
                 continue
-            nothing = zeros_around(module) == (0, 0, 0, 0)
+            nothing = (sides := zeros_around(module)) is not None and not any(sides)
             here, one = f"{name} is a {type(module).__name__} in the model", _beside(module)
             if not nothing and (one is None or one not in applied[parent]):
                 what = _ACTIVATION if one is None else one[0]

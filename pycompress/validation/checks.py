@@ -240,15 +240,9 @@ class ConvolutionCheck(Check):
         fixed = layer.canonical().input_range
         q = ops.int8_quantize(x.flatten(1), layer.activation_bits, fixed)[0].view(x.shape)
         acc = ops.int8_conv2d_accumulate(
-            walk.filled(x),
-            layer.packed,
-            layer.form,
-            walk.kernel_size,
-            walk.stride,
-            walk.sides,
-            walk.dilation,
-            walk.groups,
+            walk.as_image(walk.filled(x)), layer.packed, layer.form, *walk.plane, walk.groups
         )[0]
+        acc = walk.from_image(acc)
 
         def rows(z: Tensor) -> Tensor:
             return kind.results(z)[chosen]
@@ -297,7 +291,9 @@ CHECKS: dict[tuple[str, str], Callable[[str, CompressedLayer, onnxruntime.Infere
     ("linear", "int4"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
     ("linear", "sparse"): lambda *args: (SparseCheck if args[1].settings["bits"] == 32 else StepsCheck)(*args),
     ("conv2d", "int8"): ConvolutionCheck,
+    ("conv1d", "int8"): ConvolutionCheck,
     ("conv2d", "sparse"): SparseCheck,
+    ("conv1d", "sparse"): SparseCheck,
     ("linear", "low_rank"): StepsCheck,
     ("conv2d", "low_rank"): FactorsCheck,
     ("embedding", "low_rank"): FactorsCheck,

@@ -92,6 +92,8 @@ VARIANTS: dict[tuple[str, str], dict[str, Method]] = {
         "7": Int8(7, 7),
         "static": Int8(activation="static", observer=Known(-3.0, 2.5)),
     },
+    ("conv1d", "int8"): {"8": Int8(), "static": Int8(7, activation="static", observer=Known(-3.0, 2.5))},
+    ("conv1d", "sparse"): {"float32": Sparse(0.3), "density 0": Sparse(0.0)},
     ("conv2d", "sparse"): {"float32": Sparse(0.3), "16x1": Sparse(0.3, "16x1"), "density 0": Sparse(0.0)},
     ("conv2d", "low_rank"): {
         "channel": low_rank(4, decomposition="channel"),

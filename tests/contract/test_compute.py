@@ -132,8 +132,10 @@ CHANGES: list[Callable[[Tensor], Tensor]] = [
 
 
 def lies_as_it_may(y: Tensor, x: Tensor) -> bool:
-    """Contiguous; of images with the channels last, these last too."""
+    """Contiguous; of images, or sequences, with the channels last, these last too."""
     last = torch.channels_last
+    if x.dim() == 3 and x.transpose(1, 2).is_contiguous() and y.transpose(1, 2).is_contiguous():
+        return True
     return y.is_contiguous() or (
         x.dim() == 4 and x.is_contiguous(memory_format=last) and y.is_contiguous(memory_format=last)
     )

@@ -35,8 +35,9 @@ def as_parents_do(module: Any, x: Tensor) -> Tensor:
             module.scale_grad_by_freq,
             module.sparse,
         )
-    if module.weight.dim() == 4:
-        return F.conv2d(x, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
+    if module.weight.dim() > 2:
+        convolve = F.conv2d if module.weight.dim() == 4 else F.conv1d
+        return convolve(x, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups)
     if x.dtype == torch.float32:
         return F.linear(x.float(), module.weight.float(), module.bias)
     return F.linear(x, module.weight, module.bias)

@@ -435,7 +435,8 @@ def test_hostile_entries(case: Case, path: Path, snapshot: Snapshot) -> None:
         for name, value in {} if layer.geometry is None else layer.geometry.settings().items():
             yield f"{name} missing", drop(*entry, "geometry", name), "layer layer: .*the settings are "
             for bad in (bad for bad in wrong(value) if bad is not value):
-                message = rf"layer layer: .*{name} is |in the model, .*{name}={bad!r} in the file"
+                shown = rf"\({bad[0]},\)" if isinstance(bad, list) else repr(bad)
+                message = rf"layer layer: .*{name} is |in the model, .*{name}={shown}.* in the file"
                 yield f"{name} {bad!r}", edit(*entry, "geometry", name, value=bad), message
         if layer.geometry is not None:
             yield "geometry", edit(*entry, "geometry", "code", value=1), "layer layer: .*the settings are .*'code'"
