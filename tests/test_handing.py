@@ -212,6 +212,9 @@ def test_who_is_left_alone() -> None:
 
     model = compressed(Steps().eval(), x)
     assert assigned(model) is None and isinstance(assigned(model.body), HandOn)
+    mirrored = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.Conv2d(3, 3, 3)).eval()
+    assert isinstance(assigned(compressed(mirrored, x)), HandOn)
+    assert assigned(compressed(mirrored[::-1], x)) is None
     huge = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)).eval()
     nn.init.constant_(huge[0].weight, 1e13)
     assert assigned(compressed(huge, x)) is None

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from pycompress.nn.assigned import HOOKS, original_class, watched_everywhere
-from pycompress.ops.checks import nobody_looks
+from pycompress.ops.checks import Ints, nobody_looks
 from pycompress.ops.cpu import int8_conv
 
 _LARGEST = 1e12  # of a result before its activation: no float overflows then, so that bytes lose no Inf
 
+Walked = tuple[Ints, Ints, Ints, Ints, int]  # kernel size, stride, sides, dilation, groups
 Kinds = tuple[tuple[str, str], ...]  # the name of each module, and that of its class
 _active: ContextVar[_Call | None] = ContextVar("pycompress_handing", default=None)
 _found: WeakKeyDictionary[nn.Module, _Links] = WeakKeyDictionary()
@@ -48,7 +49,7 @@ class HandOn:
             links = _found[module] = _Links.of(module, self)
         if not links.targets or links.watched():
             return None
-        before = _active.set(_Call(links.targets))
+        before = _active.set(_Call(links))
         try:
             return (original_class(module).forward(module, *args, **kwargs),)
         finally:
@@ -67,12 +68,14 @@ class _Links:
 
     Attributes:
         targets: for each layer that hands on, the one that takes.
+        walks: what the op is told of the geometry of all of them.
         held: the places of the modules, of forwards of their own, which none has, and of the packed weights: a dictionary, a key,
             what stands there.
         hooks: all dictionaries of hooks.
     """
 
     targets: Mapping[nn.Module, _Target]
+    walks: Mapping[nn.Module, Walked]
     held: list[tuple[dict[str, Any], str, Any]]
     hooks: list[Any]
 
@@ -83,15 +86,18 @@ class _Links:
             (one._modules, key, child) for one in inside for key, child in one._modules.items()
         ]
         held += [(vars(one), "forward", None) for one in inside]
-        targets = {}
+        targets: dict[nn.Module, _Target] = {}
+        walks: dict[nn.Module, Walked] = {}
         if kinds_of(module) == call.kinds and not any(place.get(key) is not what for place, key, what in held):
             for names in call.pairs:
-                layer, taker = map(module.get_submodule, names)
+                pair: list[Any] = [module.get_submodule(name) for name in names]
+                layer, taker = pair
                 target = target_of(layer, taker)
                 if target is not None:
                     targets[layer] = _Target(taker, target)
-                held += [(one._buffers, "packed", one._buffers["packed"]) for one in (layer, taker)]
-        return cls(targets, held, [getattr(one, name) for one in inside for name in HOOKS])
+                    walks |= {one: (*one.geometry.plane, one.geometry.groups) for one in pair}
+                held += [(one._buffers, "packed", one._buffers["packed"]) for one in pair]
+        return cls(targets, walks, held, [getattr(one, name) for one in inside for name in HOOKS])
 
     def holds(self) -> bool:
         return all(place.get(key) is what for place, key, what in self.held)
@@ -108,7 +114,7 @@ class _Call:
         taking: the layers that get bytes next, and whether the channels of their results are to lie last.
     """
 
-    targets: Mapping[nn.Module, _Target]
+    links: _Links
     taking: dict[nn.Module, bool] = field(default_factory=dict)
 
 
@@ -118,16 +124,16 @@ def handed(layer: Any, x: Tensor) -> Tensor | None:
     if call is None:
         return None
     last = call.taking.pop(layer, None) if x.dtype is torch.uint8 else None
-    target = call.targets.get(layer)
+    target = call.links.targets.get(layer)
     if last is None:
         if target is None or layer.training or x.dtype is not torch.float32 or x.dim() != 4:
             return None
         if not x.is_cpu or not nobody_looks(x):
             return None
-        last = int8_conv.is_channels_last(x)
-    own, to = layer._buffers, layer.geometry
+        last, x = int8_conv.is_channels_last(x), layer._image(x)
+    own = layer._buffers
     y = int8_conv.hand_on(
-        x, own["packed"], layer.form, own["bias"], to.kernel_size, to.stride, to.sides, to.dilation, to.groups, layer.activation,
+        x, own["packed"], layer.form, own["bias"], *call.links.walks[layer], layer.activation,
         None if target is None else target.range, last,
     )  # fmt: skip
     if y is not None and target is not None:
@@ -144,9 +150,9 @@ def kinds_of(module: nn.Module) -> Kinds:
 
 
 def target_of(layer: Any, taker: Any) -> int8_conv.Target | None:
-    """By what an ``Int8Conv2d`` quantizes for the next one; None where one of them has no fixed range, or the first one's results
-    may be so large that their activation overflows."""
-    if not (layer.packed.is_cpu and taker.packed.is_cpu):
+    """By what an ``Int8Conv2d`` quantizes for the next one; None where one of them has no fixed range, the next one repeats values
+    around its input, or the first one's results may be so large that their activation overflows."""
+    if not (layer.packed.is_cpu and taker.packed.is_cpu) or any(taker.geometry.repeated):
         return None
     own, target = (int8_conv.input_target(one.packed, one.form) for one in (layer, taker))
     if own is None or target is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -114,23 +115,43 @@ def result(
     Raises:
         ValueError: x, the form and the geometry do not fit each other.
     """
-    shape = _shape(x, form, kernel_size, stride, padding, dilation, groups)
-    memory = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory)
+    return _empty(
+        _shape(x.shape, form, kernel_size, stride, padding, dilation, groups),
+        dtype or x.dtype,
+        is_channels_last(x),
+        x.device,
+    )
+
+
+def _empty(shape: Ints, dtype: torch.dtype, channels_last: bool, device: torch.device | str = "cpu") -> Tensor:
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory)
 
 
 def _shape(
-    x: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+    x: Ints, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> tuple[int, ...]:  # fmt: skip
+    """Of the result for x of a shape. Raises ValueError where that, the form and the geometry do not fit each other."""
     op, own = "int8_conv2d", parse(form)
-    shape = conv2d_shape(op, x.shape, own.n, kernel_size, stride, padding, dilation)
+    shape = conv2d_shape(op, x, own.n, kernel_size, stride, padding, dilation)
     check(
         own.layout == LAYOUT and tuple(kernel_size) == (own.kernel_h, own.kernel_w) and groups == own.groups,
         f"{op}: kernel_size is {tuple(kernel_size)} and groups {groups}, the packed weight is {form!r}",
     )
     expected = own.k // (own.kernel_h * own.kernel_w) * own.groups
-    check(x.shape[-3] == expected, f"{op}: x has {x.shape[-3]} channels, the packed weight expects {expected}")
+    check(x[-3] == expected, f"{op}: x has {x[-3]} channels, the packed weight expects {expected}")
     return shape
+
+
+_remembered_shape = lru_cache(maxsize=1 << 12)(_shape)  # of numbers: a compiler's symbols cannot be looked up
+
+
+def _shape_now(
+    x: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> Ints:
+    """Of a call that is run: of the same layer and input there are many, and this takes as long as a small one."""
+    geometry = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _remembered_shape(tuple(x.shape), form, *geometry)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -140,22 +161,21 @@ def is_channels_last(x: Tensor) -> bool:
 
 def _run(
     x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints,
-    dilation: Ints, groups: int, activation: str, dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and scale and zero point of each image."""
+    dilation: Ints, groups: int, activation: str, dtype: torch.dtype | None = None, image_scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y; scale and zero point of each image go where they are wanted."""
     op = "int8_conv2d"
     check_float(op, x)
-    y = result(x, form, kernel_size, stride, padding, dilation, groups, dtype)
-    last = is_channels_last(x)
-    if not last or x.is_neg():
-        x, last = rows_of(op, x.contiguous())[0], False  # (a negated view loses its order: so be it)
-        y = y if y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    shape = _shape_now(x, form, kernel_size, stride, padding, dilation, groups)
+    last = is_channels_last(x) and not x.is_neg()
+    if not last:
+        x = rows_of(op, x.contiguous())[0]  # (a negated view loses its order: so be it)
+    y = _empty(shape, dtype or x.dtype, last)
     operands = _operands(op, x, last, packed, form, bias, stride, padding, dilation, activation, y)
-    images = x.shape[0] if x.dim() == 4 else 1
-    image_scale = torch.empty(images, dtype=torch.float32, device="cpu")
-    zero_point = torch.empty(images, dtype=torch.int32, device="cpu")
-    native._C.int8_conv2d(*operands, image_scale.data_ptr(), zero_point.data_ptr(), torch.get_num_threads())
-    return y, image_scale, zero_point
+    ranges = (0, 0) if image_scale is None or zero_point is None else (image_scale.data_ptr(), zero_point.data_ptr())
+    native._C.int8_conv2d(*operands, *ranges, torch.get_num_threads())
+    return y
 
 
 def _operands(
@@ -173,14 +193,19 @@ def _operands(
 
 
 def conv2d(*operands: Any) -> Tensor:
-    return _run(*operands)[0]
+    return _run(*operands)
 
 
 def accumulate(
     x: Tensor, packed: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The sums int32 in the place of y, scale float32 [images], zero point int32 [images]."""
-    return _run(x, packed, form, None, kernel_size, stride, padding, dilation, groups, "none", torch.int32)
+    images = x.shape[0] if x.dim() == 4 else 1
+    scale = torch.empty(images, dtype=torch.float32, device="cpu")
+    zero_point = torch.empty(images, dtype=torch.int32, device="cpu")
+    walk = (kernel_size, stride, padding, dilation, groups)
+    y = _run(x, packed, form, None, *walk, "none", torch.int32, scale, zero_point)
+    return y, scale, zero_point
 
 
 def input_target(packed: Tensor, form: str) -> Target | None:
@@ -205,18 +230,14 @@ def hand_on(
         None where an image is not finite, which bytes cannot say.
     """
     op = "int8_conv2d"
-    shape = _shape(x, form, kernel_size, stride, padding, dilation, groups)
+    shape = _shape_now(x, form, kernel_size, stride, padding, dilation, groups)
     is_bytes, depthwise = x.dtype == torch.uint8, groups == x.shape[1] == shape[1]
     y_last = channels_last or to is not None or (depthwise and is_bytes)
     last = is_bytes or is_channels_last(x) or (depthwise and y_last)
     y_last = last if depthwise else y_last  # whose kernels walk both alike
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     behind = x.untyped_storage().nbytes() - x.storage_offset() - x.numel() if is_bytes else 0
-    if to is not None:
-        y = _bytes(shape)
-    else:
-        memory = torch.channels_last if y_last else torch.contiguous_format
-        y = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory)
+    y = _empty(shape, torch.float32, y_last) if to is None else _bytes(shape)
     operands = _operands(op, x, last, packed, form, bias, stride, padding, dilation, activation, y)
     finite = native._C.int8_conv2d_hand_on(*operands, y_last, *(to or NO_TARGET), behind, torch.get_num_threads())
     if to is None:

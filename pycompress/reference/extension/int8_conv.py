@@ -55,7 +55,7 @@ def int8_conv2d_pack(
 def int8_conv2d(*all_operands: Any) -> None:
     *operands, scale, zero_point, _threads = all_operands
     scales, zeros = _convolve(*operands, channels_last_of_y=operands[2])
-    if len(scales):
+    if len(scales) and scale:
         memory.view(scale, np.float32, len(scales))[:] = scales
         memory.view(zero_point, np.int32, len(scales))[:] = zeros
 
