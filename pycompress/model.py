@@ -133,10 +133,10 @@ def compress(
             they are in memory together. Otherwise a copy is returned, which shares nothing with ``model``, except functions; the
             dense weights that are replaced are never copied.
         progress: show a progress bar; None: on a terminal, where the model is large.
-        blocks: have transformer blocks of known classes, and the embeddings and means around them, run as one op each
-            (:mod:`pycompress.passes.whole`). Each is tried beside its original first, and stays as it was where they differ; with
-            hooks inside, gradients, in training, or with attentions asked for, the original forward runs. Where ``only_if_faster``
-            is set, those stay with which the model is not slower.
+        blocks: have transformer blocks of known classes, and the embeddings and means around them, run as one op each, and static
+            int8 convolutions hand on bytes (:mod:`pycompress.passes.whole`). Each block is tried beside its original first, and
+            stays as it was where they differ; with hooks inside, gradients, in training, or with attentions asked for, the original
+            forward runs. Where ``only_if_faster`` is set, those blocks stay with which the model is not slower.
         skip_padding: have blocks compute no token that their mask hides from all others; they give zeros there, where the model
             would give numbers that nobody reads. All other tokens get what they would get in a sequence of their own.
         correct_bias: where the calibration saw a layer that has a bias, have the bias keep the mean of the outputs
