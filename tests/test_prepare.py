@@ -131,6 +131,54 @@ def test_gates_come_to_the_density_that_is_asked_for() -> None:
         assert round(0.1 * count) - 2 <= round(layer.density * count) <= round(0.1 * count)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("plan", [Int4(), Int4(64, symmetric=True)], ids=repr)
+def test_learned_scales_come_nearer_and_are_what_is_stored(plan: Any) -> None:
+    torch.manual_seed(0)
+    dense, x = model(), torch.randn(64, 32)
+    losses = []
+    for learn_scales in (False, True):
+        own = copy.deepcopy(dense)
+        training = prepare(own, plan, steps=150, ramp=Ramp.constant(end=10, every=5), learn_scales=learn_scales)
+        train(own, training, steps=9, x=x)
+        assert not holder(own[0]).learned(), "the ramp is not over"
+        train(own, training, steps=1, x=x)
+        before = canonical(own[0]).scale  # type: ignore[attr-defined]
+        train(own, training, x=x)
+        frozen = compress(own.eval())
+        assert torch.equal(own(x), frozen(x))
+        after = frozen[0].canonical().scale
+        assert torch.equal(before, after) is not learn_scales
+        losses.append(float((own(x) - x[:, :16]).square().mean()))
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("plan", [Int4(), {"0": Int8(), "2": Int4(64, symmetric=True)}], ids=repr)
+@pytest.mark.parametrize("at", [3, 14])
+def test_a_checkpoint_goes_on_with_the_scales_that_were_learned(plan: Any, at: int) -> None:
+    dense, x = model(), torch.randn(12, 32)
+
+    def begun(learn_scales: bool = True) -> tuple[nn.Module, Training, Any]:
+        own = copy.deepcopy(dense)
+        training = prepare(own, plan, steps=20, ramp=Ramp(0, 8, every=4), learn_scales=learn_scales)
+        return own, training, torch.optim.AdamW(own.parameters(), 5e-3)
+
+    whole, training, optimizer = begun()
+    train(whole, training, optimizer, x=x)
+    first, training, optimizer = begun()
+    train(first, training, optimizer, steps=at, x=x)
+    state = copy.deepcopy((first.state_dict(), training.state_dict(), optimizer.state_dict()))
+    second, training, optimizer = begun()
+    second.load_state_dict(state[0])
+    training.load_state_dict(state[1])
+    optimizer.load_state_dict(state[2])
+    assert torch.equal(second.eval()(x), first.eval()(x))
+    train(second, training, optimizer, x=x)
+    assert torch.equal(second.eval()(x), whole.eval()(x))
+    _, other, _ = begun(learn_scales=False)
+    with pytest.raises(ValueError, match="the state has learn_scales=True, expected False"):
+        other.load_state_dict(state[1])
+
+
 @pytest.mark.parametrize("selection", ["magnitude", "movement", "l0"])
 @pytest.mark.parametrize("plan", [PLANS[3], PLANS[5], PLANS[7], PLANS[10]], ids=repr)
 def test_a_checkpoint_in_mid_ramp_goes_on_with_equal_results(plan: Any, selection: str, tmp_path: Any) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import Int4, Int8, Known, LowRank, Sparse, compress
-from pycompress.methods.held import HeldFactors, Projected, held
+from pycompress.methods.held import HeldFactors, HeldInt4, Projected, held
 from pycompress.nn import CompressedLayer
 from pycompress.nn.rounded import quantized_rows, rounded_rows
-from pycompress.nn.trained import as_dense, can_train, canonical, is_trained, train_as
+from pycompress.nn.trained import as_dense, can_train, canonical, holder, is_trained, train_as
 from pycompress.reference import int8 as reference
 
 METHODS = [
@@ -98,6 +98,60 @@ def test_the_image_is_the_canonical_weight(method: Any) -> None:
             assert torch.equal(image, factor)
     else:
         assert torch.equal(state.held.image(linear.weight), canonical(linear).decompress())
+
+
+INT4 = [Int4(), Int4(64, symmetric=True, activation_bits=16)]
+
+
+def learned(linear: nn.Module) -> nn.Parameter:
+    """What the scales of a twin are learned by, moved from where it begins, so that some weights are clipped."""
+    keep = holder(linear)
+    assert isinstance(keep, HeldInt4)
+    (log,) = keep.learn()
+    nn.init.normal_(log, -0.2, 0.3)
+    return log
+
+
+@pytest.mark.parametrize("method", INT4, ids=repr)
+def test_with_learned_scales_the_image_is_the_canonical_weight_too(method: Any) -> None:
+    linear, x = layer(), torch.randn(6, 72)
+    compressed = twin(linear, method)
+    keep: Any = holder(linear)
+    begun = canonical(linear).decompress()
+    keep.learn()
+    assert torch.equal(canonical(linear).decompress(), begun), "nothing was learned yet"
+    log = learned(linear)
+    fit(linear, x)
+    assert log.grad is not None and bool(log.grad.any())
+    now: Any = canonical(linear)
+    assert torch.equal(keep.image(linear.weight), now.decompress())
+    assert now.scale.dtype == torch.bfloat16, "the scale is what the weight can store"
+    assert torch.equal(linear.eval()(x), type(compressed).replacing(linear, now)(x))
+    log.data += 0.5
+    assert not torch.equal(linear(x), type(compressed).replacing(linear, now)(x)), "scales alone changed"
+    for other in (pickle.loads(pickle.dumps(linear)), copy.deepcopy(linear)):
+        assert torch.equal(other(x), linear(x))
+
+
+@pytest.mark.parametrize("method", INT4, ids=repr)
+def test_the_gradient_of_a_scale_is_that_of_lsq(method: Any) -> None:
+    """Of torch's own operators in float64, where rounding passes gradients on as they are."""
+    linear, g = layer(), torch.randn(40, 72)
+    twin(linear, method)
+    log, keep = learned(linear), holder(linear)
+    assert isinstance(keep, HeldInt4)
+    (keep.image(linear.weight) * g).sum().backward()
+    w = linear.weight.detach().double().requires_grad_()
+    scale, zero_point = (part.double() for part in keep.grid)
+    own = torch.zeros_like(scale, requires_grad=True)
+    steps = nn.functional.pad(w, (0, -72 % keep.group)).view(-1, keep.group) / (scale * own.exp())
+    rounded = (steps + (steps.round() - steps).detach()).clamp(-zero_point, 15 - zero_point)
+    ((rounded * scale * own.exp()).view(40, -1)[:, :72] * g).sum().backward()
+    assert linear.weight.grad is not None and log.grad is not None and w.grad is not None and own.grad is not None
+    assert torch.allclose(linear.weight.grad.double(), w.grad)
+    assert bool((w.grad == 0).any()), "some are beyond the grid"
+    factor = (torch.maximum(15 - zero_point, zero_point) * keep.group).rsqrt()
+    assert torch.allclose(log.grad.double(), factor * own.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)

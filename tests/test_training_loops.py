@@ -128,14 +128,17 @@ def worker(rank: int, folder: str, selection: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-    training = prepare(model, {"0": Sparse(0.3), "2": Int8()}, steps=20, ramp=Ramp(0, 15, every=4), selection=selection)
+    ramp = Ramp(0, 15 if selection == "l0" else 8, every=4)
+    training = prepare(
+        model, {"0": Sparse(0.3), "2": Int4()}, steps=20, ramp=ramp, selection=selection, learn_scales=True
+    )
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     generator = torch.Generator().manual_seed(rank)
     for _ in range(20):
         x = torch.randn(8, 16, generator=generator)
         optimizer.zero_grad()
-        (parallel(x) - x[:, :4]).square().mean().backward()
+        ((parallel(x) - x[:, :4]).square().mean() + training.penalty()).backward()
         optimizer.step()
         training.step()
     torch.save([canonical(model[i]).decompress() for i in (0, 2)], f"{folder}/{rank}.pt")
@@ -187,7 +190,7 @@ def test_shards_of_two_processes_train_one_model(selection: str, tmp_path: Path)
     assert int((canonical(model[0]).decompress() != 0).sum()) == round(0.3 * 16 * 32)
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "movement"])
+@pytest.mark.parametrize("selection", ["magnitude", "movement", "l0"])
 def test_two_processes_have_equal_masks_and_weights(selection: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -241,7 +244,7 @@ def test_a_compiled_training_step_is_the_same(plan: Any) -> None:
 
     def trained(compiled: bool) -> nn.Module:
         own = copy.deepcopy(dense)
-        training = prepare(own, plan, steps=6, ramp=Ramp(0, 4, every=1))
+        training = prepare(own, plan, steps=6, ramp=Ramp(0, 4, every=1), learn_scales=True)
         forward = torch.compile(own, backend="eager") if compiled else own
         optimizer = torch.optim.SGD(own.parameters(), 0.1)
         for x in batches:

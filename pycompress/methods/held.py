@@ -7,13 +7,14 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from pycompress.methods.groups import Grid, Rounded
+from pycompress.methods.groups import Grid, Rounded, valid_scale
+from pycompress.methods.learned import learned_scale, logarithms, on_learned_scale
 from pycompress.methods.method import Method
 from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight, Weight
-from pycompress.weights.int4 import pack_nibbles
+from pycompress.weights.int4 import TOP, pack_nibbles
 from pycompress.weights.int8 import range_tensors
 
 
@@ -39,6 +40,9 @@ class Held(Protocol):
 
     def image(self, weight: Tensor) -> Tensor:
         """``compress(weight).decompress()`` for a float32 [n, k], to the bit, with a gradient."""
+
+    def learned(self) -> list[nn.Parameter]:
+        """What it depends on besides the weight, and what an optimizer moves."""
 
     def state(self) -> dict[str, Tensor]:
         """What it keeps of what was chosen: what another one of its class, for another weight, is made the same by."""
@@ -94,6 +98,9 @@ class Projected:
     def image(self, weight: Tensor) -> Tensor:
         return through(weight, self.compress(weight).decompress(), self.pull)
 
+    def learned(self) -> list[nn.Parameter]:
+        return []
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
@@ -116,6 +123,9 @@ class HeldMask:
 
     def image(self, weight: Tensor) -> Tensor:
         return weight * self.mask
+
+    def learned(self) -> list[nn.Parameter]:
+        return []
 
     def state(self) -> dict[str, Tensor]:
         return {"mask": self.mask}
@@ -154,6 +164,9 @@ class HeldInt8:
         steps, scale = self._rounded(kept.detach())
         return through(kept, steps.mul_(scale[:, None]))
 
+    def learned(self) -> list[nn.Parameter]:
+        return []
+
     def state(self) -> dict[str, Tensor]:
         own = {"scale": self.scale}
         if self.input_range is not None:
@@ -181,33 +194,59 @@ class HeldInt8:
 
 
 class HeldInt4:
-    """4-bit weights on the grids of their groups."""
+    """4-bit weights on the grids of their groups, whose scales may be learned."""
 
     name: ClassVar[str] = "int4"
 
     def __init__(self, weight: Int4Weight) -> None:
-        self.grid = Grid(weight.scale.float().view(-1, 1), weight.zero_points().float().view(-1, 1))
+        self._begun = Grid(weight.scale.float().view(-1, 1), weight.zero_points().float().view(-1, 1))
+        self.log_scale: nn.Parameter | None = None
         self.shape, self.group, self.symmetric = weight.shape, weight.group, weight.symmetric
         self.activation_bits, self.input_range = weight.activation_bits, None
 
+    @property
+    def grid(self) -> Grid:
+        if self.log_scale is None:
+            return self._begun
+        # Learned in float32, and rounded to what the weight can store.
+        return self._begun._replace(scale=valid_scale(learned_scale(self._begun.scale, self.log_scale)))
+
     def compress(self, weight: Tensor) -> Int4Weight:
-        rounded = Rounded.joined(self.grid, self._steps(weight.detach()), self.shape)
+        grid = self.grid
+        rounded = Rounded.joined(grid, grid.steps(self._groups(weight.detach())), self.shape)
         zero_point = None if self.symmetric else pack_nibbles(rounded.zero_point)
         packed = pack_nibbles(rounded.integers)
         return Int4Weight(packed, rounded.scale, zero_point, self.shape[1], self.group, self.activation_bits)
 
     def image(self, weight: Tensor) -> Tensor:
-        steps = self._steps(weight.detach()).mul_(self.grid.scale)
-        return through(weight, steps.view(self.shape[0], -1)[:, : self.shape[1]])
+        grid, rows = self.grid, self._groups(weight)
+        image = grid.steps(rows.detach()).mul_(grid.scale)
+        if self.log_scale is None:
+            return through(weight, self._joined(image))
+        return self._joined(on_learned_scale(rows, self.log_scale, image, *grid, TOP))
+
+    def learn(self) -> list[nn.Parameter]:
+        """Makes of its scales what is learned, from what they are now."""
+        self.log_scale = logarithms(self._begun.scale)
+        return [self.log_scale]
+
+    def learned(self) -> list[nn.Parameter]:
+        return [] if self.log_scale is None else [self.log_scale]
 
     def state(self) -> dict[str, Tensor]:
-        return self.grid._asdict()
+        own = self._begun._asdict()
+        return own if self.log_scale is None else {**own, "log_scale": self.log_scale.detach()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.grid = Grid(**state)
+        self._begun = Grid(state["scale"], state["zero_point"])
+        self.log_scale = nn.Parameter(state["log_scale"].clone()) if "log_scale" in state else None
 
-    def _steps(self, w: Tensor) -> Tensor:
-        return self.grid.steps(pad(w, (0, -self.shape[1] % self.group)).view(-1, self.group))
+    def _groups(self, w: Tensor) -> Tensor:
+        short = -self.shape[1] % self.group
+        return (pad(w, (0, short)) if short else w).reshape(-1, self.group)
+
+    def _joined(self, groups: Tensor) -> Tensor:
+        return groups.view(self.shape[0], -1)[:, : self.shape[1]]
 
 
 class HeldFactors:
@@ -257,6 +296,10 @@ class HeldFactors:
         if self.down is None or self.up is None:
             return down, up
         return self.down.image(down), self.up.image(up)
+
+    def learned(self) -> list[nn.Parameter]:
+        """As :meth:`Held.learned`."""
+        return []
 
     def state(self) -> dict[str, Tensor]:
         """As :meth:`Held.state`."""

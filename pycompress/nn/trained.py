@@ -167,6 +167,7 @@ def _native(module: nn.Module, state: _State) -> CompressedLayer:
     ``.data``.
     """
     sources = [parameter.detach() for parameter in module._parameters.values() if parameter is not None]
+    sources += [tensor.detach() for tensor in state.held.learned()]
     if state.native is not None:
         before, layer = state.native
         if len(before) == len(sources) and all(map(torch.equal, before, sources)):

@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycompress.methods import Sparse
-from pycompress.methods.held import Held, HeldFactors, HeldInt8, HeldMask, Projected, held, through
+from pycompress.methods.held import Held, HeldFactors, HeldInt4, HeldInt8, HeldMask, Projected, held, through
 from pycompress.methods.masks import BLOCKS, N_OF_M
 from pycompress.methods.method import GradualMethod, Method
 from pycompress.train.gates import Gates
@@ -107,6 +107,13 @@ class Choice:
         if self.recent is not None and torch.is_grad_enabled():
             return _Scored.apply(weight, image, self.recent, self.pull)  # type: ignore[no-any-return]
         return through(weight, image, self.pull)
+
+    def learn(self) -> list[nn.Parameter]:
+        """The scales, to be learned from now on. Those of 8 bits follow the weight, and clip nothing: none of them."""
+        return self.now.learn() if isinstance(self.now, HeldInt4) else []
+
+    def learned(self) -> list[nn.Parameter]:
+        return [*([self.gates.logits] if self.gated and self.gates is not None else []), *self.now.learned()]
 
     def state(self) -> dict[str, Tensor]:
         own = {f"now.{name}": value for name, value in self.now.state().items()}

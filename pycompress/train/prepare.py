@@ -22,11 +22,11 @@ from pycompress.passes import whole
 from pycompress.plan import Plan, Target, settle_methods, targets_of
 from pycompress.surgery import switch_off_fast_paths
 from pycompress.train.choice import SELECTIONS, Choice, at
+from pycompress.train.own import Own
 from pycompress.train.ramps import Ramp
 from pycompress.weights import LowRankWeight
 
 ONCE = Ramp.constant()
-GATES_LR = 0.05
 
 
 @dataclass
@@ -64,14 +64,15 @@ class Training:
     """
 
     def __init__(
-        self, model: nn.Module, layers: list[_Layer], left: dict[str, str], steps: int, ramp: Ramp, l1: float, group: float
+        self, model: nn.Module, layers: list[_Layer], left: dict[str, str], steps: int, ramp: Ramp, l1: float, group: float,
+        learn_scales: bool,
     ) -> None:  # fmt: skip
         self.steps, self.done, self.left = steps, 0, left
         self._model, self._layers, self._ramp = model, layers, ramp
-        self._l1, self._group = l1, group
-        gates = [layer.choice.gates for layer in layers if isinstance(layer.choice, Choice) and layer.choice.gates]
-        own = [parameter for one in gates for parameter in (one.logits, one.multipliers)]
-        self._gates = torch.optim.Adam(own, GATES_LR) if own else None
+        self._l1, self._group, self._learn_scales = l1, group, learn_scales
+        gates = [layer.choice.gates for layer in layers if isinstance(layer.choice, Choice)]
+        self._own = Own([one for one in gates if one is not None])
+        self._begin_to_learn()
 
     @property
     def strength(self) -> float:
@@ -90,20 +91,19 @@ class Training:
                 f"Training: step {self.done + 1} of {self.steps}, expected no more: prepare has the number of steps"
             )
         self.done += 1
-        self._move_gates()
+        self._own.step(1 - (self.done - 1) / self.steps)
         if self._ramp.due(self.done):
             self._choose()
 
-    def _move_gates(self) -> None:
-        """A step of the gates, with the multipliers, which rise, against it."""
-        if self._gates is None:
-            return
-        for layer in self._layers:
-            gates = layer.choice.gates if isinstance(layer.choice, Choice) else None
-            if gates is not None and gates.multipliers.grad is not None:
-                gates.multipliers.grad.neg_()
-        self._gates.step()
-        self._gates.zero_grad()
+    @property
+    def _learns(self) -> bool:
+        """From the end of the ramp on, grids stay, and their scales are learned."""
+        return self._learn_scales and self.done >= self._ramp.end
+
+    def _begin_to_learn(self) -> None:
+        if self._learns:
+            choices = [layer.choice for layer in self._layers if isinstance(layer.choice, Choice)]
+            self._own.learn([parameter for choice in choices for parameter in choice.learn()])
 
     @torch.no_grad()
     def _choose(self) -> None:
@@ -119,6 +119,7 @@ class Training:
                 layer.choice.open = not over
             for module in layer.modules:
                 hold(module, layer.choice)
+        self._begin_to_learn()
 
     def _refactor(self, layer: _Layer) -> None:
         """Takes the rank down to what the ramp has now: the factors of the best approximation to their product, in the same
@@ -162,8 +163,8 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides those of model and optimizer: tensors, numbers and strings."""
         own = {layer.names[0]: holder(layer.modules[0]).state() for layer in self._layers}
-        gates = None if self._gates is None else self._gates.state_dict()
-        return {"done": self.done, "steps": self.steps, "layers": own, "gates": gates}
+        numbers = {"done": self.done, "steps": self.steps, "learn_scales": self._learn_scales}
+        return {**numbers, "layers": own, **self._own.state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -178,6 +179,8 @@ class Training:
                 f"Training: the state is of {len(state['layers'])} layers and {state['steps']} steps, expected these "
                 f"{len(names)} layers and {self.steps} steps"
             )
+        if (learned := state.get("learn_scales", False)) != self._learn_scales:
+            raise ValueError(f"Training: the state has learn_scales={learned}, expected {self._learn_scales}")
         self.done = int(state["done"])
         for layer in self._layers:
             if isinstance(layer.choice, Choice):
@@ -186,8 +189,9 @@ class Training:
             layer.choice.load(dict(state["layers"][layer.names[0]]))
             for module in layer.modules:
                 hold(module, layer.choice)
-        if self._gates is not None:
-            self._gates.load_state_dict(state["gates"])
+        if self._learns:
+            self._own.learn([parameter for layer in self._layers for parameter in layer.choice.learned()])
+        self._own.load(state)
 
     def _chosen(self) -> int:
         """The step at which was chosen last."""
@@ -235,6 +239,7 @@ def prepare(
     selection: str = "magnitude",
     l1: float = 0.0,
     group: float = 0.0,
+    learn_scales: bool = False,
     calibration: Mapping[str, InputStatistics] | None = None,
 ) -> Training:
     """Makes of the layers that a plan names twins that train as the compressed ones will compute; in place.
@@ -264,6 +269,8 @@ def prepare(
         selection: what of a ``Sparse`` weight stays: the largest in ``magnitude``; those with the largest ``movement`` away from
             zero; or ``l0``: gates learn it while the ramp is not over, and :meth:`Training.penalty` holds their density to the
             ramp's (float32 values only; from 90 % of zeros on is where the latter two pay).
+        learn_scales: from the end of the ramp on the scales of ``Int4`` weights are learned, too (LSQ, Esser et al. 2020,
+            arXiv:1902.08153), in steps that come to rest with the training. Those of 8 bits grow with their weights anyway.
         l1, group: weights of the sum of magnitudes, and of that of the norms of a pattern's blocks, in :meth:`Training.penalty`.
     Returns:
         The :class:`Training`, whose :meth:`~Training.step` belongs behind each step of the optimizer.
@@ -295,7 +302,7 @@ def prepare(
         for module in layer.modules:
             train_as(module, layer.choice, start if isinstance(start, LowRankWeight) else None)
     switch_off_fast_paths(model)
-    return Training(model, [layer for layer, _ in made], left, steps, ramp, l1, group)
+    return Training(model, [layer for layer, _ in made], left, steps, ramp, l1, group, learn_scales)
 
 
 def _check(steps: int, ramp: Ramp, pull: float, selection: str, l1: float, group: float) -> None:
