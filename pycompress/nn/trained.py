@@ -139,6 +139,7 @@ def _call(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) ->
     state: _State = vars(module)[_STATE]
     if not module.training:
         return (_native(module, state)(*args, **keywords),)
+    state.native = None  # it would be a second copy of the weights
     (x,) = (*args, *keywords.values())
     if isinstance(state.held, HeldFactors):
         return (_with_factors(module, state, state.held, x),)
