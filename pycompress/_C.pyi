@@ -91,6 +91,11 @@ def embed_tensors(
     tables: list[Any], scales: list[Any], ids: list[Any], padding: int, weight: object, shift: object, eps: float,
     norm: bool, y: object, threads: int, /,
 ) -> bool: ...  # fmt: skip
+def int8_recurrent(
+    cell: int, x: int, x_type: int, rows: int, k: int, ldx: int, of_input: tuple[int, int, int, int],
+    of_hidden: tuple[int, int, int, int], batch_sizes: int, steps: int, batch: int, size: int, reverse: bool, h: int, c: int,
+    y: int, ldy: int, threads: int, /,
+) -> None: ...  # fmt: skip
 def pool_tensors(x: object, mask: object, normalize: bool, y: object, threads: int, /) -> bool: ...
 def kernels() -> list[dict[str, Any]]: ...
 def instruction_sets() -> dict[str, bool]: ...

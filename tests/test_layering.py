@@ -259,6 +259,7 @@ BUILDS_ON: dict[str, set[str]] = {
     "pool": {"common"},
     "int8": {"common", "cuda"},
     "conv": {"common", "int8"},
+    "recurrent": {"common", "int8"},
     "int4": {"common", "int8"},
     "sparse": {"common", "cuda", "int8"},
     "sparse/bitmap": {"common", "cuda"},

@@ -447,7 +447,7 @@ from pycompress.nn import Int4Linear, Int8Linear, LowRankLinear, SparseLinear
 reason = ops.extension_error()
 assert reason and "_C" in reason, reason
 found = {kernel["op"]: kernel["name"] for kernel in ops.kernels() if kernel["available"]}
-expected = ("dense", "embed", "int4", "int8", "int8_conv2d", "pool", "sparse", "weight_only")
+expected = ("dense", "embed", "int4", "int8", "int8_conv2d", "pool", "recurrent", "sparse", "weight_only")
 assert found == dict.fromkeys(expected, "numba"), found
 case = torch.load(sys.argv[1])
 parts = {"values": case["values"], "scale": torch.ones(24)}

@@ -13,6 +13,7 @@
 #include "../int8/gemm.h"
 #include "../peak/peak.h"
 #include "../pool/pool.h"
+#include "../recurrent/recurrent.h"
 #include "../sparse/gemm.h"
 #include "../weight_only/gemm.h"
 #include "python.h"
@@ -32,6 +33,7 @@ void for_ops(F&& f) {
   f(block::kernels());
   f(embed::kernels());
   f(pool::kernels());
+  f(recurrent::kernels());
 }
 
 py::list kernels() {
@@ -85,6 +87,7 @@ PYBIND11_MODULE(_C, m) {
   bind_int8(m);
   bind_low_rank(m);
   bind_pool(m);
+  bind_recurrent(m);
   bind_sparse(m);
   m.def("kernels", &kernels);
   m.def("instruction_sets", &instruction_sets);

@@ -37,6 +37,7 @@ void bind_int4(py::module_& m);
 void bind_int8(py::module_& m);
 void bind_low_rank(py::module_& m);
 void bind_pool(py::module_& m);
+void bind_recurrent(py::module_& m);
 void bind_sparse(py::module_& m);
 
 }  // namespace pycompress

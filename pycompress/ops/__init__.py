@@ -25,6 +25,7 @@ from pycompress.ops.int8_conv import int8_conv2d, int8_conv2d_accumulate
 from pycompress.ops.int8_fused import int8_fused_linear
 from pycompress.ops.low_rank import low_rank_intermediate, low_rank_linear, low_rank_residual
 from pycompress.ops.pool import pool
+from pycompress.ops.recurrent import int8_recurrent
 from pycompress.ops.registry import OPS, Op
 from pycompress.ops.sparse import SPARSE_FORMATS, sparse_accumulate, sparse_conv2d, sparse_linear
 
@@ -56,6 +57,7 @@ __all__ = [
     "int8_fused_linear",
     "int8_linear",
     "int8_quantize",
+    "int8_recurrent",
     "int8_round",
     "kernels",
     "low_rank_intermediate",

@@ -16,5 +16,6 @@ int main() {
               {"block", test_block},
               {"embed", test_embed},
               {"pool", test_pool},
+              {"recurrent", test_recurrent},
               {"weight only", test_weight_only}});
 }

@@ -52,6 +52,7 @@ void test_int4();            // the kernels of int4_linear, each alone and end t
 void test_block();           // the driver of blocks, and what lies between products, each kernel alone
 void test_embed();           // embeddings: each kernel alone, and the ways of the ids
 void test_pool();            // means: each kernel alone
+void test_recurrent();       // LSTMs and GRUs: the gates of each kernel alone, and the driver
 void test_weight_only();     // integer weights on float activations: their kernels alone and end to end
 
 }  // namespace native

@@ -21,6 +21,7 @@ from pycompress.reference.extension.int8_conv import (
     int8_conv2d_unpack,
 )
 from pycompress.reference.extension.low_rank import low_rank_header, low_rank_linear, low_rank_pack, low_rank_unpack
+from pycompress.reference.extension.recurrent import int8_recurrent
 from pycompress.reference.extension.sparse import (
     SPARSE_FORMATS,
     sparse_conv2d,
@@ -49,6 +50,7 @@ __all__ = [
     "int8_linear",
     "int8_pack",
     "int8_quantize",
+    "int8_recurrent",
     "int8_round",
     "int8_unpack",
     "kernels",
@@ -72,7 +74,7 @@ def kernels() -> list[dict[str, Any]]:
     return [
         {"op": "int8", **numba},
         *sparse,
-        *({"op": op, **numba} for op in ("int8_conv2d", "dense", "int4", "weight_only", "embed", "pool")),
+        *({"op": op, **numba} for op in ("int8_conv2d", "dense", "int4", "weight_only", "embed", "pool", "recurrent")),
     ]
 
 

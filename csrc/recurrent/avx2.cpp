@@ -1,0 +1,18 @@
+// 8 units at a time. The divisions bind: five for each vector of an LSTM, three of a GRU.
+#include "../common/avx2_vector.h"
+#include "gates.h"
+#include "kernel_list.h"
+
+namespace pycompress::recurrent {
+namespace {
+
+struct Some {
+  static Vector load(const float* p, int count) { return load_up_to(p, count); }
+  static void store(float* p, Vector v, int count) { store_up_to(p, v, count); }
+};
+
+}  // namespace
+
+const Kernel kAvx2{"avx2", Isa::avx2, 1, 8, 1, lstm_units<Vector, Some>, gru_units<Vector, Some>};
+
+}  // namespace pycompress::recurrent
