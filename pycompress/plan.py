@@ -266,8 +266,9 @@ class _Owners:
 
     def foreign(self, target: Target) -> str:
         """The name of a module that needs the target's weight as it is, or ''."""
-        parameter = id(target.kind.parameter(target.module))
-        owners = (self._alone if target.kind.shares else self._all).get(parameter, [])
+        table = self._alone if target.kind.shares else self._all
+        parameters = target.kind.parameters(target.module)
+        owners = [owner for parameter in parameters for owner in table.get(id(parameter), [])]
         return next((name or "the model itself" for name, module in owners if module is not target.module), "")
 
 
@@ -294,7 +295,7 @@ def _why_dense(target: Target, model: nn.Module, owners: _Owners) -> str:
         return reason
     if foreign := owners.foreign(target):
         return f"its weight is shared with {foreign}: compressing it would add bytes"
-    for name, tensor in (("weight", kind.stored(module)), ("bias", getattr(module, "bias", None))):
+    for name, tensor in kind.tensors(module).items():
         if tensor is not None and (reason := _oddity(tensor)):
             return f"its {name} is {reason}"
     shape = kind.shape(module)
@@ -394,7 +395,7 @@ def _give_inputs(targets: list[Target], calibration: Mapping[str, InputStatistic
         if target.kind.has_rows(target.module) or needs_of(target.method) & OF_VALUES:
             told_of.append(target)
         else:
-            target.record.note = "not calibrated: in groups each meets rows of its own"
+            target.record.note = f"not calibrated: {target.kind.no_rows}"
     for group in _users(told_of).values():
         inputs = _joined_inputs(group, calibration)
         told: list[tuple[Method, Method]] = []  # what is the same method stays the same

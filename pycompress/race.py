@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.calls import Inputs, call_model, evaluating, only_argument
+from pycompress.calls import Inputs, call_model, evaluating
 from pycompress.kinds import emptied, without_pruning
 from pycompress.measure import interleaved_us
 from pycompress.nn import CompressedLayer
@@ -62,10 +62,11 @@ def keep_faster_layers(
 def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:
     """The shapes, strides and dtypes in which the example inputs reach each target: tensors without data, one a call."""
     calls: dict[int, list[Tensor]] = {id(t.module): [] for t in targets}
-    owners = {t.first: t.module for t in targets}
+    owners = {t.first: t for t in targets}
 
     def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls[id(owners[module])].append(torch.empty_like(only_argument(args, keywords), device="meta"))
+        target = owners[module]
+        calls[id(target.module)].append(torch.empty_like(target.kind.input_of(args, keywords), device="meta"))
 
     handles = [first.register_forward_pre_hook(note, with_kwargs=True) for first in owners]
     try:

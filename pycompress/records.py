@@ -57,7 +57,7 @@ class LayerRecord:
         self.activation = layer.activation
         self.density, self.rank = getattr(layer, "density", None), getattr(layer, "rank", None)
         self.bits = getattr(layer, "bits", None)
-        self.bytes = 4 * _size(layer.bias) + (0 if shares_weight else layer.canonical_bytes())
+        self.bytes = 4 * _size(layer.bias32) + (0 if shares_weight else layer.canonical_bytes())
 
 
 @dataclass
@@ -224,7 +224,8 @@ def _noted(record: LayerRecord, module: nn.Module) -> LayerRecord:
 def _compressed(name: str, layer: CompressedLayer, record: LayerRecord | None, shares_weight: bool) -> LayerRecord:
     """A compressed layer as it is now, with what compress() knew of it."""
     if record is None:
-        size = layer.dtype.itemsize * (_size(layer.bias) + (0 if shares_weight else layer.n * layer.k))
+        count = layer.kind.count(layer.n, layer.k, layer.geometry)
+        size = layer.dtype.itemsize * (_size(layer.bias32) + (0 if shares_weight else count))
         record = LayerRecord(name, layer.kind.title, layer.dense_shape, size)
     record = replace(record, name=name)
     record.describe(layer, shares_weight=shares_weight)

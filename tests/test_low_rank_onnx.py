@@ -25,7 +25,7 @@ from pycompress.methods import Dense, Int4, Int8, LowRank, Method, Sparse  # noq
 from pycompress.nn import CompressedLayer, LowRankConv2d, LowRankEmbedding, LowRankLinear  # noqa: E402
 from pycompress.onnx import lower, session  # noqa: E402
 from pycompress.onnx.graph import Graph  # noqa: E402
-from pycompress.validation.checks import check_of  # noqa: E402
+from pycompress.validation.table import check_of  # noqa: E402
 from pycompress.weights.low_rank_conv import DECOMPOSITIONS, composed  # noqa: E402
 
 Array = npt.NDArray[Any]

@@ -199,7 +199,7 @@ def test_what_the_tables_do_not_have_stays_dense() -> None:
     lines = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(4, 4))
     found = pc.summary(pc.compress(lines, pc.Int8())).layers
     assert [record.reason for record in found] == [
-        "int8 takes linear layers, convolutions, 1-D convolutions and embeddings only",
+        "int8 takes linear layers, convolutions, 1-D convolutions, embeddings, LSTMs and GRUs only",
         "",
     ]
 

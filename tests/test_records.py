@@ -34,7 +34,7 @@ class Everything(nn.Module):
         self.token = nn.Parameter(torch.randn(8))
         self.layer, self.again = nn.Linear(8, 8), nn.Linear(8, 8)
         self.norms = nn.Sequential(*(nn.LayerNorm(8) for _ in range(3)))
-        self.experts, self.recurrent = nn.ModuleList([Experts(), Experts()]), nn.LSTM(8, 8)
+        self.experts, self.recurrent = nn.ModuleList([Experts(), Experts()]), nn.RNN(8, 8)
         self.attention, self.table = nn.MultiheadAttention(8, 2), nn.Embedding(5, 8)
         self.wide, self.batch = nn.Conv1d(8, 8, 3), nn.BatchNorm1d(8)
         self.positions = nn.Module()
@@ -155,7 +155,7 @@ def test_the_reasons() -> None:
     assert reasons["again"] == reasons["lazy"] == "no glob of the plan matches it"
     assert reasons["norms.0"] == "no compressed layer for LayerNorm"
     assert reasons["experts.0"] == "no compressed layer for Experts, with gate_up 4x16x8, down 4x8x8"
-    assert reasons["recurrent"] == "no compressed layer for LSTM"
+    assert reasons["recurrent"] == "no compressed layer for RNN"
     assert reasons["attention"] == "it reads its weights itself"
     assert reasons["attention.out_proj"] == "the plan keeps 'attention.*' dense"
     assert reasons["table"] == "no plan was for it"
@@ -169,7 +169,7 @@ def test_the_reasons() -> None:
 
 def test_the_table_is_short() -> None:
     model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(25)), nn.LayerNorm(9), nn.GRU(8, 8)
+        *(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(25)), nn.LayerNorm(9), nn.RNN(8, 8)
     )
     found = pc.summary(pc.compress(model, pc.Int8()))
     lines = str(found).splitlines()
@@ -178,7 +178,7 @@ def test_the_table_is_short() -> None:
         "no compressed layer for LayerNorm"
     )
     assert f"{25 * 2 * 32 + 2 * 36:,}" in lines[26]
-    assert lines[27].startswith("26  ") and lines[27].endswith("no compressed layer for GRU")
+    assert lines[27].startswith("26  ") and lines[27].endswith("no compressed layer for RNN")
     assert len(found.others) == 27
 
 

@@ -82,7 +82,11 @@ class Watch:
     def __init__(self, model: nn.Module, positions: Positions, needs: Needs, room: Room) -> None:
         self.model, self.positions, self.room = model, positions, room
         names = names_of(model)
-        kinds = {module: kind for module in names if (kind := kind_of(module)) is not None and not kind.misfit(module)}
+        kinds = {
+            module: kind
+            for module in names
+            if (kind := kind_of(module)) is not None and not (kind.recurrent or kind.misfit(module))
+        }
         told = {module for module, kind in kinds.items() if kind.has_rows(module)}
         if not told:
             raise ValueError(

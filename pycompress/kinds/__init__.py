@@ -14,25 +14,31 @@ from pycompress.kinds.linear import Linear
 from pycompress.kinds.nn_conv1d import Conv1d, Conv1dGeometry
 from pycompress.kinds.padded import surrounded, zeros_around
 from pycompress.kinds.pruned import has_foreign_hooks, pruned_names, without_pruning
+from pycompress.kinds.recurrent import Gru, Lstm, Recurrent, RecurrentGeometry
 
 LINEAR, CONV1D, CONV2D, EMBEDDING, CONVOLUTION = Linear(), Conv1D(), Conv2d(), Embedding(), Convolution()
 NN_CONV1D = Conv1d()  # torch's; CONV1D is transformers', a linear layer
+LSTM, GRU = Lstm(), Gru()
 # The first one that matches a module is its kind. ``nn.register`` puts the kind of somebody else's layer in front.
-KINDS: list[Kind] = [LINEAR, CONV1D, CONV2D, NN_CONV1D, EMBEDDING, CONVOLUTION]
+KINDS: list[Kind] = [LINEAR, CONV1D, CONV2D, NN_CONV1D, EMBEDDING, LSTM, GRU, CONVOLUTION]
 
 __all__ = [
     "CONV1D",
     "CONV2D",
     "CONVOLUTION",
     "EMBEDDING",
+    "GRU",
     "KINDS",
     "LINEAR",
+    "LSTM",
     "NN_CONV1D",
     "Conv1dGeometry",
     "Conv2dGeometry",
     "EmbeddingGeometry",
     "Geometry",
     "Kind",
+    "Recurrent",
+    "RecurrentGeometry",
     "alteration",
     "channels_emptied",
     "emptied",

@@ -10,7 +10,7 @@ from torch import nn
 
 from pycompress.kinds.pruned import has_foreign_hooks, pruned_names
 
-_TENSORS = {"weight", "bias"}
+_TENSORS = ("weight", "bias")
 
 
 def alteration(module: nn.Module) -> str:
@@ -22,11 +22,13 @@ def alteration(module: nn.Module) -> str:
         return "it has hooks, which would be lost"
     if code := replaced_code(module):
         return code
-    if "weight" in vars(module) and "weight" not in pruned_names(module):
-        return "its weight is neither a parameter nor a buffer: who sets it may set it anew"
+    tensors: set[str] = {*_TENSORS, *getattr(module, "_flat_weights_names", ())}  # (of a recurrent layer)
+    for name in tensors - {"bias"} - pruned_names(module):
+        if name in vars(module):
+            return f"its {name} is neither a parameter nor a buffer: who sets it may set it anew"
     pruning = {f"{name}_{part}" for name in pruned_names(module) for part in ("orig", "mask")}
     for name in (*module._parameters, *module._buffers, *module._modules) if _is_known(type(module)) else ():
-        if name not in _TENSORS | pruning:
+        if name not in tensors | pruning:
             return f"it has a {name} besides, which would be lost"
     return ""
 

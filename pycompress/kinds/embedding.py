@@ -49,7 +49,7 @@ class Embedding(Kind):
     name, dense = "embedding", nn.Embedding
     phrase, plural = "an Embedding", "embeddings"
     geometry_type = EmbeddingGeometry
-    dims, tokens, epilogue, shares, always = 0, True, False, False, False
+    dims, tokens, biased, epilogue, shares, always = 0, True, False, False, False, False
 
     def geometry(self, module: nn.Module) -> EmbeddingGeometry:
         assert isinstance(module, nn.Embedding)

@@ -39,9 +39,12 @@ class Kind:
         geometry_type: what :meth:`geometry` gives; None where there is nothing to know.
         dims: how many dimensions of an input are one item: the features; channels, height and width; of tokens none.
         tokens: an input is whole numbers that choose rows of the matrix.
-        epilogue: a bias, and an activation, may follow the product.
+        biased: there may be a bias.
+        epilogue: an activation may follow the product.
         pads: zeros that a padding module puts around an input may become its own: its geometry has them as ``around``.
         shares: compressed layers of two modules with one weight can have one compressed weight.
+        recurrent: what a step gives is what the next one meets: there is more than the input to see, to calibrate and to train.
+        no_rows: why :meth:`rows` cannot tell, where :meth:`has_rows` says so.
         always: its layers are candidates of every plan, not only of one whose methods take them.
     """
 
@@ -52,9 +55,12 @@ class Kind:
     geometry_type: ClassVar[type[Geometry] | None] = None
     dims: ClassVar[int] = 1
     tokens: ClassVar[bool] = False
+    biased: ClassVar[bool] = True
     epilogue: ClassVar[bool] = True
     pads: ClassVar[bool] = False
     shares: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = False
+    no_rows: ClassVar[str] = "in groups each meets rows of its own"
     always: ClassVar[bool] = True
 
     def __repr__(self) -> str:
@@ -91,6 +97,15 @@ class Kind:
         """The parameter that keeps the weight; None where it is no parameter, but a buffer or computed."""
         return module._parameters.get("weight_orig" if "weight" in pruned_names(module) else "weight")
 
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """All that would be gone with the module's weight."""
+        weight = self.parameter(module)
+        return [] if weight is None else [weight]
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """What kernels have to be able to read, by name."""
+        return {"weight": self.stored(module), "bias": getattr(module, "bias", None)}
+
     def stored(self, module: nn.Module) -> Tensor:
         """The parameter (or buffer) that keeps the weight: as the module has it, unmasked where it is pruned."""
         weight = module.weight_orig if "weight" in pruned_names(module) else module.weight
@@ -114,7 +129,7 @@ class Kind:
 
     def bias(self, module: nn.Module) -> Tensor | None:
         """The [n] with which the module computes, or None."""
-        return current(module, "bias") if self.epilogue else None
+        return current(module, "bias") if self.biased else None
 
     def geometry(self, module: nn.Module) -> Any:
         """A ``geometry_type``, or None. Raises ValueError for what no geometry says."""
@@ -129,6 +144,10 @@ class Kind:
     def weight_shape(self, n: int, k: int, geometry: Any) -> tuple[int, ...]:
         """Of the module's weight whose matrix is [n, k]."""
         return n, k
+
+    def count(self, n: int, k: int, geometry: Any) -> int:
+        """How many weights the dense module has."""
+        return n * k
 
     def as_weight(self, matrix: Tensor, geometry: Any) -> Tensor:
         """The matrix [n, k] as the module keeps it, contiguous: the inverse of :meth:`matrix`."""
@@ -151,6 +170,12 @@ class Kind:
     def has_rows(self, module: nn.Module) -> bool:
         """Whether :meth:`rows` can tell what this module's matrix meets."""
         return True
+
+    def input_of(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+        """What a module was called with."""
+        x: Tensor
+        (x,) = (*args, *keywords.values())
+        return x
 
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
         """Whether a module takes such an input; of others it says itself what is wrong."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pycompress.methods import gptq
 from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.int8_recurrent import OfRecurrent
 from pycompress.methods.method import NEEDS_CALIBRATION, finite_matrix
 from pycompress.methods.notes import note
 from pycompress.methods.observers import MinMax, Observer
@@ -108,8 +109,13 @@ class Int8:
         return self.static and bool(self.observer.needs) and self.inputs is None
 
     def refuses(self, kind: str) -> str:
-        """Why it does not take layers of a kind, ``Linear``, ``Conv2d`` or ``Embedding``, for the sake of its options; or ''."""
-        return "Int8 takes embeddings with embeddings=True only" if kind == "Embedding" and not self.embeddings else ""
+        """Why it does not take layers of a kind, such as ``Linear`` or ``Embedding``, for the sake of its options; or ''."""
+        if kind == "Embedding" and not self.embeddings:
+            return "Int8 takes embeddings with embeddings=True only"
+        if kind in ("LSTM", "GRU") and (self.static or self.activation_bits == 16):
+            own = "static" if self.static else "16-bit"
+            return f"Int8 takes {kind}s with dynamic activations of 7 or 8 bits only, not with {own} ones"
+        return ""
 
     def for_embedding(self) -> Int8:
         """The method for an embedding: rows are chosen, and multiply nothing."""
@@ -118,6 +124,12 @@ class Int8:
     def for_convolution(self, shape: tuple[int, int, int, int], stride: tuple[int, int]) -> Int8:  # noqa: ARG002
         """The method for a convolution; where a channel is convolved alone, no kernel gains by a profile's range."""
         return replace(self, fit="none") if shape[1] == 1 else self
+
+    def for_recurrent(
+        self, cell: str, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool
+    ) -> OfRecurrent:
+        """The method for an LSTM or a GRU: each matrix by itself, without inputs."""
+        return OfRecurrent(replace(self, inputs=None), cell, input_size, hidden_size, num_layers, bidirectional)
 
     def with_inputs(self, statistics: InputStatistics) -> Int8:
         """The method for the layer that met these inputs."""

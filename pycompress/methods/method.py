@@ -61,6 +61,17 @@ class ConvolutionMethod(Protocol):
 
 
 @runtime_checkable
+class RecurrentMethod(Protocol):
+    """A method to which a recurrent layer is several matrices."""
+
+    def for_recurrent(
+        self, cell: str, input_size: int, hidden_size: int, num_layers: int, bidirectional: bool
+    ) -> Method:
+        """The method for an ``lstm`` or a ``gru``; it is given all matrices, one below another
+        (:func:`pycompress.weights.recurrent.stacked`)."""
+
+
+@runtime_checkable
 class EmbeddingMethod(Protocol):
     """A method to which an embedding is another thing than a layer that multiplies."""
 

@@ -55,6 +55,7 @@ class CompressedLayer(nn.Module):
         activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``quick_gelu``, ``relu6`` or ``hardswish``, fused behind
             the product.
         geometry: what its kind has to know besides weight and bias; None for a linear layer.
+        computes: the name of the method that is compared with other implementations.
         has_cuda_kernels: whether the layer runs on a CUDA device; others can be moved there, but not called.
 
     What is added as the bias stays float32 whatever ``.to(dtype)`` says.
@@ -64,6 +65,7 @@ class CompressedLayer(nn.Module):
     op: ClassVar[ops.Op | None] = None
     default_method: ClassVar[Method]
     kind: Kind
+    computes: ClassVar[str] = "forward"
     has_cuda_kernels: ClassVar[bool] = False
 
     __slots__ = ("_lazy",)  # outside of the state: what `weight` gave last
@@ -164,7 +166,7 @@ class CompressedLayer(nn.Module):
     def extra_repr(self) -> str:
         fused = "" if self.activation == "none" else f", activation={self.activation}"
         sizes = self.kind.describe(self.n, self.k, self.geometry)
-        bias = f", bias={self.bias32 is not None}" if self.kind.epilogue else ""
+        bias = f", bias={self.bias32 is not None}" if self.kind.biased else ""
         return f"{sizes}{bias}, {self._details()}{fused}"
 
     def _details(self) -> str:

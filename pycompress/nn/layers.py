@@ -7,6 +7,7 @@ from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.int8_conv import Int8Conv1d, Int8Conv2d
 from pycompress.nn.int8_embedding import Int8Embedding
+from pycompress.nn.int8_recurrent import Int8GRU, Int8LSTM
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.low_rank_conv import LowRankConv2d
@@ -31,6 +32,7 @@ for _layer in (
     Int8Conv2d, SparseConv2d, LowRankConv2d,
     Int8Conv1d, SparseConv1d,
     Int8Embedding, LowRankEmbedding,
+    Int8LSTM, Int8GRU,
 ):  # fmt: skip
     register(_layer)
 

@@ -39,9 +39,9 @@ class _State:
 
 
 def can_train(module: nn.Module, held: Held | HeldFactors) -> bool:
-    """Whether there is a compressed layer for it; of factors, a linear one."""
+    """Whether there is a compressed layer for it that is not recurrent; of factors, a linear one."""
     kind = kind_of(module)
-    if kind is None or layer_for(kind, held.name) is None:
+    if kind is None or kind.recurrent or layer_for(kind, held.name) is None:
         return False
     return not isinstance(held, HeldFactors) or (kind.dims == 1 and not kind.tokens)
 

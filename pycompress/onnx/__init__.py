@@ -2,7 +2,8 @@
 
 The operators are specified at https://onnx.ai/onnx/operators/ (for each the newest version up to OPSET): Mul,
 Add, Sub, Div, Neg, Min, Max, Less, Where, IsNaN, Round, Clip, Cast, ReduceMin, ReduceMax, ReduceSum, MatMul,
-MatMulInteger, DequantizeLinear, Conv, ConvInteger, Pad, Gather and Identity; for the activations Relu, Erf and Exp. ONNX has no
+MatMulInteger, DequantizeLinear, Conv, ConvInteger, Pad, Gather and Identity; for the activations Relu, Erf and Exp; for recurrent
+layers Scan, Shape, Reshape, Concat, Split, Unsqueeze and Abs. ONNX has no
 sparse product, so sparse weights are lowered with their zeros. 4-bit weights need a newer opset, BLOCKS_OPSET.
 """
 
@@ -25,6 +26,7 @@ from pycompress.onnx.graph import BLOCKS_OPSET, MAX_WEIGHT_BYTES, OPSET, Graph, 
 from pycompress.onnx.int4 import lower_int4_linear
 from pycompress.onnx.int8 import integers, lower_int8_embedding, lower_int8_linear
 from pycompress.onnx.int8_conv import lower_int8_conv
+from pycompress.onnx.int8_recurrent import lower_int8_recurrent
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
 
@@ -43,6 +45,8 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("conv1d", "int8"): lower_int8_conv,
     ("conv2d", "low_rank"): lower_low_rank_conv2d,
     ("embedding", "int8"): lower_int8_embedding,
+    ("lstm", "int8"): lower_int8_recurrent,
+    ("gru", "int8"): lower_int8_recurrent,
     ("embedding", "low_rank"): lower_low_rank_embedding,
 }
 # By kind: with the decompressed weight, for weights that have no lowering of their own.
@@ -60,8 +64,8 @@ def lowering_of(layer: CompressedLayer) -> Lowering | None:
 def lower(layer: nn.Module) -> onnx.ModelProto:
     """Lowers a compressed layer to a model of standard ONNX operators, which the ONNX checker has passed.
 
-    The input is x, the items of the layer's kind: float32 rows [m, k] or images, int64 tokens. The outputs are y, float32, and what
-    the lowering shows besides.
+    The input is x, the items of the layer's kind: float32 rows [m, k] or images, int64 tokens, or sequences [steps, batch, k],
+    beside which a recurrent layer takes its first states. The outputs are y, float32, and what the lowering shows besides.
 
     Raises:
         TypeError: there is no lowering for this type of layer. ValueError: the weights are larger than 2 GiB, alone or together.

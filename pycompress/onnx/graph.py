@@ -28,18 +28,26 @@ class Graph:
     Attributes:
         opset: raised by what needs a newer one.
         shown: the outputs besides y.
+        taken: the inputs besides x.
+        prefix: of the names of constants and of results without one, in a graph inside another.
     """
 
-    def __init__(self) -> None:
-        self.opset = OPSET
+    def __init__(self, prefix: str = "") -> None:
+        self.opset, self.prefix = OPSET, prefix
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.n_bytes = 0  # of these
         self.shown: list[onnx.ValueInfoProto] = []
+        self.taken: list[onnx.ValueInfoProto] = []
 
     def show(self, name: str, dtype: int, *size: str | int) -> None:
         """Makes a value an output; a string stands for any size."""
         self.shown.append(helper.make_tensor_value_info(name, dtype, list(size)))
+
+    def take(self, name: str, dtype: int, *size: str | int) -> str:
+        """Makes a value an input; a string stands for any size."""
+        self.taken.append(helper.make_tensor_value_info(name, dtype, list(size)))
+        return name
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
         """Stores the value as an initializer; one of this name and value serves again.
@@ -47,7 +55,7 @@ class Graph:
         Raises:
             ValueError: there is another one of this name.
         """
-        return self._stored(numpy_helper.from_array(np.asarray(value, dtype, order="C"), name))
+        return self._stored(numpy_helper.from_array(np.asarray(value, dtype, order="C"), self.prefix + name))
 
     def weight(self, name: str, values: npt.NDArray[Any]) -> str:
         """Stores a weight. Raises ValueError where it is larger than a file can be."""
@@ -75,7 +83,7 @@ class Graph:
 
     def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         """Applies a one-output operator of the standard domain."""
-        output = output or f"{operator.lower()}_{len(self.nodes)}"
+        output = output or f"{self.prefix}{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
         return output
 
@@ -117,7 +125,7 @@ class Graph:
         sizes = layer.kind.sizes(layer.n, layer.k, layer.geometry)
         x = helper.make_tensor_value_info("x", TensorProto.INT64 if layer.kind.tokens else TensorProto.FLOAT, sizes[0])
         y = helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes[1])
-        proto = helper.make_graph(self.nodes, layer.kind.name, [x], [y, *self.shown], self.initializers)
+        proto = helper.make_graph(self.nodes, layer.kind.name, [x, *self.taken], [y, *self.shown], self.initializers)
         opset = helper.make_opsetid("", self.opset)
         # The oldest file version that holds this opset, so that older runtimes read it too.
         ir_version = helper.find_min_ir_version_for([opset])

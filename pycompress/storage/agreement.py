@@ -98,7 +98,7 @@ class _Agreement:
         if kind is None or kind.name != entry.layer.kind.name:
             raise self.fail(f"{name} is a {type(module).__name__} in the model, expected {entry.layer.kind.phrase}")
         if isinstance(module, CompressedLayer):
-            shape, bias, geometry = (module.n, module.k), module.bias is not None, module.geometry
+            shape, bias, geometry = (module.n, module.k), module.bias32 is not None, module.geometry
         else:
             try:
                 shape, bias, geometry = kind.shape(module), kind.bias(module) is not None, kind.geometry(module)

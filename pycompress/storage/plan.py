@@ -81,7 +81,7 @@ def _described(layer: CompressedLayer) -> dict[str, Any]:
         "version": layer.weight_type.version,
         "settings": layer.settings,
         "shape": [layer.n, layer.k],
-        "bias": layer.bias is not None,
+        "bias": layer.bias32 is not None,
         "activation": layer.activation,
     }
 
@@ -207,8 +207,8 @@ def _entry(path: FilePath, name: str, entry: dict[str, Any], plan_version: int) 
     if not isinstance(weight, str) or (kind, weight) not in LAYERS:
         raise bad("weight", " or ".join(map(repr, weights_of(kind))))
     layer = LAYERS[kind, weight]
-    if type(bias) is not bool or (bias and not layer.kind.epilogue):
-        raise bad("bias", "true or false" if layer.kind.epilogue else "false")
+    if type(bias) is not bool or (bias and not layer.kind.biased):
+        raise bad("bias", "true or false" if layer.kind.biased else "false")
     known = tuple(ops.ACTIVATIONS) if layer.kind.epilogue else ("none",)
     if not isinstance(activation, str) or activation not in known:
         raise bad("activation", f"one of {known}")

@@ -36,7 +36,7 @@ def fisher(model: nn.Module, batches: Iterable[Inputs], loss: Scalar | None = No
     kinds = {
         name: kind
         for name, module in model.named_modules()
-        if (kind := kind_of(module)) is not None and not kind.tokens
+        if (kind := kind_of(module)) is not None and not (kind.tokens or kind.recurrent)
     }
     sums: dict[str, Tensor] = {}
     generator = torch.Generator(device="cpu").manual_seed(0)

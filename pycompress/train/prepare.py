@@ -338,6 +338,8 @@ def _layer(
     assert first.method is not None
     method = first.kind.fitted(first.method, first.module)
     names, modules = [target.name for target in targets], [target.module for target in targets]
+    if first.kind.recurrent:
+        return None, None, f"{first.kind.phrase} cannot be trained as its compressed layer"
     try:
         return _begun(first, method, names, modules, ramp, pull, selection, seed)
     except Refused as refused:

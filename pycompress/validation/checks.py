@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pycompress import ops
+from pycompress.calls import only_argument
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.int8_conv import Int8Conv2d
@@ -63,6 +64,10 @@ class Check:
         self.relative_error = self.share_of_bound = 0.0
         self.integer_reasons: list[str] = []
         self.output_reasons: list[str] = []
+
+    def seen(self, args: tuple[Any, ...], keywords: Mapping[str, Any], y: Any) -> None:
+        """Compares one call of what the layer computes with."""
+        self(only_argument(args, keywords).detach(), y)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Compares one call: x gave y. Where an item of x makes several rows of y, in rows that lie evenly spread."""
@@ -211,7 +216,7 @@ class StepsCheck(FloatCheck):
         result, native = formulas.numpy_steps(x32, layer), _native_steps(x, layer)
         for name, expected in result.exact.items():
             own = {"native": native[name].cpu().numpy()} if name in native else {}
-            self.integer_reasons += _disagreements(name, {**own, "ONNX Runtime": runtime[name], "NumPy": expected})
+            self.integer_reasons += disagreements(name, {**own, "ONNX Runtime": runtime[name], "NumPy": expected})
         if self.floats:
             to_the_bit = result.v.dtype == np.float32 and layer.activation in formulas.UNROUNDED_ACTIVATIONS
             bound_numpy = np.zeros(y.shape) if to_the_bit else None
@@ -248,10 +253,10 @@ class ConvolutionCheck(Check):
             return kind.results(z)[chosen]
 
         parties = {"native": q.numpy(), "ONNX Runtime": runtime["q"], "NumPy": numpy.q}
-        self.integer_reasons += _disagreements("q", {name: z.reshape(len(z), -1) for name, z in parties.items()})
+        self.integer_reasons += disagreements("q", {name: z.reshape(len(z), -1) for name, z in parties.items()})
         theirs = rows(torch.from_numpy(runtime["acc"])).numpy()
         sums = {"native": rows(acc).numpy(), "ONNX Runtime": theirs, "NumPy": numpy.acc}
-        self.integer_reasons += _disagreements("acc", sums)
+        self.integer_reasons += disagreements("acc", sums)
         bound = torch.from_numpy(formulas.activation_bound(numpy.v, layer.activation))
         self._compare_y({"native": y, "ONNX Runtime": rows(torch.from_numpy(runtime["y"])).to(y.dtype)}, bound)
 
@@ -285,32 +290,12 @@ def _native_product(
     return found if sums is None else {**found, prefix + "acc": sums(x, *packed())[0]}
 
 
-# By kind of layer and weight, as in nn.LAYERS; a layer that is not there is compared by FloatCheck.
-CHECKS: dict[tuple[str, str], Callable[[str, CompressedLayer, onnxruntime.InferenceSession], Check]] = {
-    ("linear", "int8"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
-    ("linear", "int4"): lambda *args: (WeightOnlyCheck if weight_only(args[1]) else StepsCheck)(*args),
-    ("linear", "sparse"): lambda *args: (SparseCheck if args[1].settings["bits"] == 32 else StepsCheck)(*args),
-    ("conv2d", "int8"): ConvolutionCheck,
-    ("conv1d", "int8"): ConvolutionCheck,
-    ("conv2d", "sparse"): SparseCheck,
-    ("conv1d", "sparse"): SparseCheck,
-    ("linear", "low_rank"): StepsCheck,
-    ("conv2d", "low_rank"): FactorsCheck,
-    ("embedding", "low_rank"): FactorsCheck,
-}
-
-
-def check_of(name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> Check:
-    """The check that fits the layer's kind and weight."""
-    return CHECKS.get((layer.kind.name, layer.weight_type.name), FloatCheck)(name, layer, session)
-
-
 def weight_only(layer: CompressedLayer) -> bool:
     """Whether the layer has quantized weights and leaves its input in floating point."""
     return layer.settings.get("activation_bits") == 16
 
 
-def _disagreements(what: str, parties: Mapping[str, Array]) -> list[str]:
+def disagreements(what: str, parties: Mapping[str, Array]) -> list[str]:
     """One line for every two parties whose values [rows, columns] are not equal; NaN equals NaN."""
     reasons = []
     for (name_a, a), (name_b, b) in combinations(parties.items(), 2):

@@ -16,6 +16,7 @@ from pycompress.nn.factors import FactorsLayer
 from pycompress.nn.int4 import Int4Linear
 from pycompress.nn.int8 import Int8Linear
 from pycompress.nn.int8_conv import Int8Conv2d
+from pycompress.nn.int8_recurrent import Int8Recurrent
 from pycompress.nn.layer import CompressedLayer
 from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.low_rank_conv import LowRankConv2d
@@ -23,6 +24,7 @@ from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.sparse import SparseLayer, SparseLinear
 from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight
 from pycompress.weights.low_rank_conv import composed
+from pycompress.weights.recurrent import Matrix
 
 UNROUNDED_ACTIVATIONS = ("none", "relu", "relu6")  # they choose among numbers that are there
 EXACT_ACTIVATIONS = (*UNROUNDED_ACTIVATIONS, "hardswish")  # in float32 steps that give everybody the same bits
@@ -479,3 +481,76 @@ def _nonfinite(x: Array, weight: Array) -> Array:
     down = meets(x == np.inf, weight < 0) | meets(x == -np.inf, weight > 0)
     undefined = meets(np.isnan(x), weight != 0) | (up & down)
     return np.where(undefined, np.nan, np.where(up, np.inf, np.where(down, -np.inf, 0.0)))
+
+
+# --- recurrent layers -------------------------------------------------------------------------------------------------
+
+
+def recurrent(x: Tensor, states: list[Tensor], layer: Int8Recurrent) -> dict[str, Array]:
+    """An int8 LSTM or GRU in NumPy, float32 step by float32 step: y [steps, batch, directions * size], ``h_n``, ``c_n``, and of
+    each matrix q and acc, those of the hidden state with the steps in front."""
+    weight, directions, size = layer.canonical(), layer.geometry.directions, layer.geometry.hidden_size
+    bias = None if layer.bias32 is None else float32(layer.bias32)
+    input_, (steps, batch) = float32(x), x.shape[:2]
+    last = [float32(one).copy() for one in states]
+    found: dict[str, Array] = {}
+
+    def product(matrix: Matrix, rows: Array) -> tuple[Product, Array]:
+        part = weight[matrix.name]
+        made = int8_product(rows, part.values, part.scale, part.activation_bits)
+        return made, made.v if bias is None else made.v + bias[matrix.rows]
+
+    for number in range(layer.geometry.num_layers):
+        outputs = np.empty((steps, batch, directions * size), np.float32)
+        for direction in range(directions):
+            at = number * directions + direction
+            of_input, of_hidden = weight.matrices[2 * at : 2 * at + 2]
+            made, gates = product(of_input, input_.reshape(steps * batch, -1))
+            found |= {f"{of_input.name}_q": made.q, f"{of_input.name}_acc": made.acc}
+            each: list[Product] = [made] * steps
+            for t in range(steps)[:: -1 if direction else 1]:
+                each[t], hidden = product(of_hidden, last[0][at])
+                _cell([one[at] for one in last], gates.reshape(steps, batch, -1)[t], hidden)
+                outputs[t, :, direction * size : (direction + 1) * size] = last[0][at]
+            found[f"{of_hidden.name}_q"] = np.stack([one.q for one in each])
+            found[f"{of_hidden.name}_acc"] = np.stack([one.acc for one in each])
+        input_ = outputs
+    return {"y": input_, **dict(zip(("h_n", "c_n"), last, strict=False)), **found}
+
+
+def _cell(states: list[Array], gx: Array, gh: Array) -> None:
+    """The states of the next step, in place."""
+    with np.errstate(all="ignore"):
+        if len(states) == 2:
+            h, c = states
+            i, f, g, o = np.split(gx + gh, 4, axis=1)
+            c[:] = _sigmoid(f) * c + _sigmoid(i) * _tanh(g)
+            h[:] = _sigmoid(o) * _tanh(c)
+            return
+        (h,) = states
+        (rx, zx, nx), (rh, zh, nh) = np.split(gx, 3, axis=1), np.split(gh, 3, axis=1)
+        n = _tanh(nx + _sigmoid(rx + rh) * nh)
+        h[:] = (h - n) * _sigmoid(zx + zh) + n
+
+
+def _sigmoid(u: Array) -> Array:
+    e = _exp_negative(-np.abs(u))
+    return np.where(np.isnan(u), u, np.where(u < 0, e, np.float32(1)) * (np.float32(1) / (np.float32(1) + e)))
+
+
+def _tanh(u: Array) -> Array:
+    e = _exp_negative(np.float32(-2) * np.abs(u))
+    positive = (np.float32(1) - e) / (np.float32(1) + e)
+    return np.where(np.isnan(u), u, np.where(u < 0, -positive, positive))
+
+
+def _exp_negative(x: Array) -> Array:
+    """As ``csrc/common/activation.h`` has it, of float32 up to 0; 0 below -87."""
+    inside = np.where(x > -87, x, np.float32(-87))
+    n = np.rint(inside * np.float32(1.44269504))
+    r = inside - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
+    p: Array = np.asarray(np.float32(1) / np.float32(5040))
+    for divisor in (720, 120, 24, 6, 2):
+        p = p * r + np.float32(1) / np.float32(divisor)
+    p = p * r * r + r + np.float32(1)
+    return np.where(x > -87, np.ldexp(p, n.astype(np.int32)), np.float32(0))

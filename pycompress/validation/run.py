@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,17 @@ from pycompress.calls import Inputs, only_argument, uncompiled
 from pycompress.nn.layer import CompressedLayer
 from pycompress.passes import whole
 from pycompress.surgery import compressed_layers
-from pycompress.validation.checks import Check, check_of
+from pycompress.validation.checks import Check
 from pycompress.validation.formulas import EXACT_ACTIVATIONS, array
 from pycompress.validation.outputs import compare_outputs, outputs_of
+from pycompress.validation.recurrent import RecurrentCheck
 from pycompress.validation.report import PERTURBATION, Report
+from pycompress.validation.table import check_of
 
 if TYPE_CHECKING:  # an optional dependency, imported by validate()
     import onnxruntime
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 
 
 def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None = None) -> Report:
@@ -45,7 +47,8 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     - low-rank layers: as float32 weights are, by the bounds of :func:`numpy_steps` and :func:`numpy_factors`; q and
       acc of what is int8 in them must be equal, what lies between int8 factors to the bit, and so y where nothing is float32;
       of a residual in int4 q must be equal, and ONNX Runtime's y lie within a bound for the order of its sums;
-    - weights that ``validation.checks.CHECKS`` does not know: all three within the bounds of :func:`numpy_dense`.
+    - recurrent layers: the integers of every step, y and the last states must be equal;
+    - weights that ``validation.table.CHECKS`` does not know: all three within the bounds of :func:`numpy_dense`.
 
     A convolution is compared as a linear layer on what each position of its result is made of, an embedding token by token.
 
@@ -80,20 +83,23 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     in_order: list[Check] = []
 
     def checked(layer: CompressedLayer, native: Forward) -> Forward:
-        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if checks[layer].calls == 0:
                 in_order.append(checks[layer])
             y = native(*args, **kwargs)
-            checks[layer](only_argument(args, kwargs).detach(), y)
+            checks[layer].seen(args, kwargs, y)
             return y
 
         return forward
 
     def by_onnxruntime(layer: CompressedLayer, native: Forward) -> Forward:
-        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            check = checks[layer]
+            if isinstance(check, RecurrentCheck):
+                return check.by_runtime(*args)
             x = only_argument(args, kwargs).detach()
             y = _run_session(layer, sessions[layer], x)
-            if checks[layer].floats and not bool(x.isfinite().all()):
+            if check.floats and not bool(x.isfinite().all()):
                 broken = ~x.flatten(-layer.kind.dims).isfinite().all(dim=-1)
                 y[broken] = native(*args, **kwargs)[broken]
             return y
@@ -135,20 +141,20 @@ def _choose(layers: Mapping[str, CompressedLayer], patterns: Iterable[str] | Non
 
 @contextmanager
 def _forwards(layers: Iterable[CompressedLayer], make: Callable[[CompressedLayer, Forward], Forward]) -> Iterator[None]:
-    """Replaces the layers' forward by ``make(layer, forward)`` for the length of the block.
+    """Replaces the layers' forward, or what of it computes, by ``make(layer, forward)`` for the length of the block.
 
     In the instances and not by hooks: a model's own hooks may change what a hook sees before or after them.
     """
-    own = {layer: layer.__dict__.get("forward") for layer in layers}
+    own = {layer: layer.__dict__.get(layer.computes) for layer in layers}
     try:
         for layer in own:
-            layer.__dict__["forward"] = make(layer, layer.forward)
+            layer.__dict__[layer.computes] = make(layer, getattr(layer, layer.computes))
         yield
     finally:
         for layer, forward in own.items():
-            layer.__dict__.pop("forward", None)
+            layer.__dict__.pop(layer.computes, None)
             if forward is not None:
-                layer.__dict__["forward"] = forward
+                layer.__dict__[layer.computes] = forward
 
 
 def _run_session(layer: CompressedLayer, session: onnxruntime.InferenceSession, x: Tensor) -> Tensor:
@@ -164,7 +170,7 @@ def _perturbed() -> Callable[[CompressedLayer, Forward], Forward]:
     generator = torch.Generator(device="cpu").manual_seed(0)  # the model's own random numbers stay the same
 
     def make(_layer: CompressedLayer, native: Forward) -> Forward:
-        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             y = native(*args, **kwargs)
             step = max(PERTURBATION, torch.finfo(y.dtype).eps)
             moved = torch.rand(y.shape, generator=generator, dtype=torch.float32, device="cpu") < PERTURBATION / step
