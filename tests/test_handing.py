@@ -219,3 +219,20 @@ def test_who_is_left_alone() -> None:
     nn.init.constant_(huge[0].weight, 1e13)
     assert assigned(compressed(huge, x)) is None
     assert isinstance(compressed(huge, x)[0], Int8Conv2d)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_what_repeats_an_images_own_values_is_put_there_in_floats(mode: str, handed: list[Any], same: Same) -> None:
+    """And zeros that a padding module put there lie around bytes as around floats."""
+    layers = [
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode), nn.ReLU6(),
+        nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(8, 8, 3), nn.ZeroPad2d(1), nn.Conv2d(8, 8, 3, stride=2),
+    ]  # fmt: skip
+    x, dense = torch.randn(2, 3, 12, 11), nn.Sequential(*layers).eval()
+    model = compressed(dense, x)
+    with torch.no_grad():
+        y = model(x)
+        assert handed == [(FLOATS, BYTES), (BYTES, FLOATS)]
+        with whole.without(model):
+            assert same(y, model(x))
+        torch.testing.assert_close(y, dense(x), rtol=0.1, atol=0.1)

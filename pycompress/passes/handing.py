@@ -27,7 +27,8 @@ def install(model: nn.Module) -> None:
 
 
 def _is_static(module: nn.Module) -> bool:
-    return type(module) is Int8Conv2d and bool(module.static)
+    """A static convolution, which has nothing but zeros around its input: what else lies there is put there in floats."""
+    return type(module) is Int8Conv2d and bool(module.static) and not any(module.geometry.repeated)
 
 
 def _pairs(model: nn.Module, graph: Graph) -> tuple[tuple[str, str], ...]:
