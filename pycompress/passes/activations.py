@@ -1,20 +1,21 @@
 """An activation that follows a layer directly goes into its kernel, which applies it while the result is in registers.
 
-That it follows is read from the source of the parent's ``forward``; that nothing else is done with them, from the rest of the code.
+That it follows is read from the source of the parent's ``forward``, or from its graph, if it is one of torch.fx; that nothing
+else is done with them, from the rest of the code.
 """
 
 from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import fx, nn
 
 from pycompress.calls import Inputs
 from pycompress.kinds import has_foreign_hooks, replaced_code
-from pycompress.passes.code import Code
+from pycompress.passes.code import Code, graph_of
 from pycompress.passes.edit import TakeActivation
 from pycompress.plan import Target
 from pycompress.references import References, held
@@ -63,11 +64,7 @@ def take_over(model: nn.Module, targets: Sequence[Target], _: Inputs | None = No
     with which code may do what cannot be seen. Calls from outside the model cannot be seen from here.
     """
     layers = {target.last: target for target in targets if target.kind.epilogue}
-    parents = [
-        module
-        for module in model.modules()
-        if any(child in layers for child in module.children()) and any(map(activation_name, module.children()))
-    ]
+    parents = [module for module in model.modules() if _may_call_both(module, layers)]
     return [
         TakeActivation(layers[layer], activation, activation=name)
         for layer, activation in read_pairs(model, parents)
@@ -76,6 +73,12 @@ def take_over(model: nn.Module, targets: Sequence[Target], _: Inputs | None = No
         and not has_foreign_hooks(activation)
         and not replaced_code(activation)
     ]
+
+
+def _may_call_both(parent: nn.Module, layers: Container[nn.Module]) -> bool:
+    """Whether a layer and an activation are its own; those of a graph lie anywhere inside."""
+    own = [*(parent.modules() if isinstance(parent, fx.GraphModule) else parent.children())]
+    return any(child in layers for child in own) and any(map(activation_name, own))
 
 
 def read_pairs(model: nn.Module, parents: Sequence[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
@@ -90,7 +93,10 @@ def read_pairs(model: nn.Module, parents: Sequence[nn.Module]) -> list[tuple[nn.
 
 
 def _pairs(model: nn.Module, parent: nn.Module, code: Code) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Children of ``parent`` of which the second gets all that the first gives, and only that."""
+    """Children of ``parent`` of which the second gets all that the first gives, and only that; of a graph, modules inside."""
+    if (graph := graph_of(parent)) is not None:
+        yield from _followed_in(graph, parent)
+        return
     if isinstance(parent, nn.Sequential):
         if _is_plain(parent) and not _is_asked_for_items(model, parent, code):
             for pair in pairwise(parent._modules.values()):
@@ -104,6 +110,16 @@ def _pairs(model: nn.Module, parent: nn.Module, code: Code) -> Iterator[tuple[nn
             continue
         if all(code.mentions.get(id(child)) == [call] for child, call in zip((first, second), calls, strict=True)):
             yield first, second
+
+
+def _followed_in(graph: fx.Graph, parent: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for second in graph.nodes:
+        first = second.args[0] if second.op == "call_module" and len(second.args) == 1 and not second.kwargs else None
+        if not isinstance(first, fx.Node) or first.op != "call_module" or [*first.users] != [second]:
+            continue
+        if calls[first.target] == calls[second.target] == 1:
+            yield parent.get_submodule(str(first.target)), parent.get_submodule(str(second.target))
 
 
 def _is_plain(parent: nn.Sequential) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pycompress.references import References, attributes_of
 
@@ -93,6 +93,11 @@ class Code:
 
     def _read_class(self, module: nn.Module) -> None:
         kind = type(module)
+        if (graph := graph_of(module)) is not None:
+            for node in graph.nodes:
+                if node.op == "get_attr":  # the tensors of the module in front of the last dot
+                    self.hidden.add(id(module.get_submodule(str(node.target).rpartition(".")[0])))
+            return
         if kind in _CONTAINERS or all(child is None for child in module._modules.values()):
             return
         done: set[str] = (
@@ -135,6 +140,17 @@ class Code:
                 seen.add(kind)
                 for base in kind.__mro__:
                     self.names.update(name for function in _functions(base) for name in _names_in(function.__code__))
+
+
+def graph_of(module: nn.Module) -> fx.Graph | None:
+    """The graph of a ``torch.fx.GraphModule``, where a call of it runs the code of that graph and nothing else."""
+    kind = type(module)
+    if not isinstance(module, fx.GraphModule) or kind.__mro__[1] is not fx.GraphModule or "forward" in vars(module):
+        return None
+    forward = vars(kind).get("forward")
+    made = isinstance(forward, FunctionType) and forward.__code__.co_filename.startswith("<eval_with_key>")
+    graph: fx.Graph = module.graph
+    return graph if made and module.code == graph.python_code("self").src else None
 
 
 def _is_torchs(value: Any) -> bool:

@@ -20,6 +20,7 @@ from pycompress.calls import evaluating
 from pycompress.kinds import has_foreign_hooks, replaced_code
 from pycompress.nn import CompressedLayer
 from pycompress.passes.activations import read_pairs
+from pycompress.passes.code import graph_of
 from pycompress.surgery import Swap, names_of
 
 _OPTIONAL = 2  # arguments: with each more there are twice as many ways
@@ -162,6 +163,9 @@ class _Tracer(fx.Tracer):
 def _traced(model: nn.Module) -> _Calls | None:
     """None where it cannot be traced."""
     calls = _Calls(model)
+    if (graph := graph_of(model)) is not None:
+        calls.add(graph)
+        return calls
     if replaced_code(model) or type(model).__call__ is not nn.Module.__call__:
         return None  # what is traced is the forward of its class
     try:
