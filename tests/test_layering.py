@@ -54,17 +54,19 @@ ALLOWED: dict[str, set[str]] = {
     "train": HOUSE | {"calibration", "copying", "model", "passes", "plan", "progress", "records"},
     "integrations": {"train"},
     "onnx": HOUSE,
+    "interchange": {"onnx"},
     "validation": HOUSE | {"onnx", "passes"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
     "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
-    "__init__": HOUSE | {"train", "validation", "storage", "model", "passes", "calibration", "structure"},
+    "__init__": HOUSE
+    | {"interchange", "train", "validation", "storage", "model", "passes", "calibration", "structure"},
 }
 CHAIN = [
     "structure", "model", "race", "passes", "plan", "calibration", "records", "copying", "surgery", "references", "calls", "state",
     "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
 ]  # fmt: skip
-ABOVE = {"onnx", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations"}
+ABOVE = {"interchange", "onnx", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations"}
 OUTSIDE = {"onnx", "onnxruntime", "click", "rich", "transformers", "matplotlib", "sentence_transformers"}
 
 
