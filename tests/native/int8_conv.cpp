@@ -64,6 +64,41 @@ std::vector<int> integers_of(const Shape& s, const float* x, int bits, const int
   return result;
 }
 
+// The same from bytes, which are the integers already, and to bytes, which are what the quantizer makes of the floats.
+void run_bytes(const Shape& s, Convolution problem, const std::vector<int>& q, const std::vector<int64_t>& expected,
+               const int8::Range& range, int number) {
+  const size_t behind = number % 2 ? static_cast<size_t>(kBehind) : 0;
+  Guarded<uint8_t> x(s.pixels() + behind, Edge::end);
+  for (size_t i = 0; i < q.size(); ++i) x[i] = static_cast<uint8_t>(q[i] + range.zero_point);
+  Guarded<int32_t> sums(s.results(), Edge::end);
+  sums.fill(0x55);
+  problem.x = x.data(), problem.type = Type::uint8, problem.behind = static_cast<int64_t>(behind);
+  problem.y = sums.data();
+  conv2d(problem);
+  expect(std::equal(expected.begin(), expected.end(), sums.data()) && sums.intact(), "sums of bytes");
+
+  std::vector<float> scale(static_cast<size_t>(s.n)), bias(scale.size()), y(s.results());
+  for (size_t i = 0; i < scale.size(); ++i) scale[i] = 1e-3f + 1e-4f * static_cast<float>(i), bias[i] = 3.0f - scale[i];
+  problem.weight_scale = scale.data(), problem.bias = bias.data();
+  problem.activation = static_cast<Activation>(number % kActivations);
+  problem.y = y.data(), problem.y_type = Type::float32;
+  conv2d(problem);
+  if (y.empty()) return;
+  const int8::Range next{0.03f, 57};
+  std::vector<uint8_t> wanted(y.size());
+  std::vector<float> row_scale(1);
+  std::vector<int32_t> zero(1);
+  const int64_t count = static_cast<int64_t>(y.size());
+  int8::quantize(int8::kernel_named("scalar_4x8"), y.data(), Type::float32, 1, count, count, 8, &next, wanted.data(),
+                 row_scale.data(), zero.data());
+  Guarded<uint8_t> bytes(y.size(), Edge::end);
+  bytes.fill(0x55);
+  problem.y = bytes.data(), problem.y_type = Type::uint8;
+  problem.to = int8::requantize(next.scale, next.zero_point, 255);
+  expect(conv2d(problem), "finite");
+  expect(std::equal(wanted.begin(), wanted.end(), bytes.data()) && bytes.intact(), "bytes of what comes out");
+}
+
 void run(const Shape& s, const int8::Kernel& product, int bits, bool last, int number) {
   begin(text(s.name(), " product=", product.name, " bits=", bits, " last=", last, " static=", number % 3 == 1,
              " case=", number));
@@ -107,13 +142,14 @@ void run(const Shape& s, const int8::Kernel& product, int bits, bool last, int n
   Convolution problem = problem_of(s, packed);
   problem.x = x.data();
   problem.y = y.data();
-  problem.channels_last = last;
+  problem.channels_last = problem.y_channels_last = last;
   for (const int threads : {1, 2, 3}) {
     y.fill(0x55);
     problem.threads = threads;
     conv2d(problem);
     expect(std::equal(expected.begin(), expected.end(), y.data()) && y.intact(), text("sums, ", threads, " threads"));
   }
+  if (range != nullptr && last) run_bytes(s, problem, q, expected, *range, number);
 }
 
 void test_refusals() {
