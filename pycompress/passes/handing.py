@@ -27,8 +27,7 @@ def install(model: nn.Module) -> None:
 
 
 def _is_static(module: nn.Module) -> bool:
-    """A static convolution, which has nothing but zeros around its input: what else lies there is put there in floats."""
-    return type(module) is Int8Conv2d and bool(module.static) and not any(module.geometry.repeated)
+    return type(module) is Int8Conv2d and bool(module.static)
 
 
 def _pairs(model: nn.Module, graph: Graph) -> tuple[tuple[str, str], ...]:
