@@ -283,7 +283,7 @@ CORRUPTED: dict[str, tuple[Callable[[], CompressedLayer], str, str]] = {
     "int8 residual": (lambda: linear("int8"), "residual_weight", "residual_acc: native and ONNX Runtime differ"),
     "its scale": (lambda: linear("int8"), "residual_weight_scale", "y: native and ONNX Runtime differ"),
     "its scale behind gelu": (lambda: linear("int8", 8, "gelu"), "residual_weight_scale", "y: native and ONNX"),
-    "sparse residual": (lambda: linear("sparse"), "residual", "y: native and ONNX Runtime differ"),
+    "sparse residual": (lambda: linear("sparse"), "residual_values", "y: native and ONNX Runtime differ"),
     "int4 residual's scale": (lambda: linear("int4", 8), "residual_weight_scale", "y: native and ONNX Runtime differ"),
     "int4 residual's rows": (lambda: linear("int4"), "half_amax_255", "residual_q: native and ONNX Runtime differ"),
     "dense residual": (lambda: linear("dense", 8), "residual", "y: native and ONNX Runtime differ"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -306,7 +307,7 @@ def test_sparse_int8_equals_the_formula_to_the_bit(k: int, n: int, activation_bi
 
 
 def test_sparse_int8_is_the_graph_of_the_dense_int8_layer() -> None:
-    sparse = make_sparse(64, 33, 7, activation="gelu")
+    sparse = make_sparse(64, 33, 7, activation="gelu")  # (so small that its zeros stay)
     values, scale = dense_integers(sparse.canonical()), sparse.canonical().scale
     dense = Int8Linear.from_weight(Int8Weight(values, scale, 7, 8), sparse.bias, "gelu")
     assert lower(sparse) == lower(dense)
@@ -356,12 +357,34 @@ def test_sparse_float32_multiplies_the_zeros_too(bad: float) -> None:
     np.testing.assert_array_equal(np.isfinite(own[1]), layer.weight.numpy()[:, 5] == 0)
 
 
-def test_the_sparse_weight_is_stored_once() -> None:
-    layer = make_sparse(96, 48)
+@pytest.mark.parametrize("k", [96, 99])
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_the_sparse_weight_is_stored_without_its_zeros(k: int, activation_bits: int | None) -> None:
+    layer = make_sparse(k, 148, activation_bits)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in lower(layer).graph.initializer}
-    assert stored["weight"].dtype == np.float32
-    np.testing.assert_array_equal(stored["weight"], layer.weight.numpy().T)
-    assert sum(array.size for array in stored.values()) == 96 * 48 + 48
+    weight = layer.canonical()
+    assert "weight" not in stored
+    np.testing.assert_array_equal(stored["weight_mask"][:, :, 0], weight.mask.numpy())
+    assert stored["weight_values"].dtype == (np.float32 if activation_bits is None else np.int8)
+    np.testing.assert_array_equal(stored["weight_values"], [0, *weight.values.numpy()])
+
+
+def test_a_sparse_weight_that_would_save_nothing_keeps_its_zeros() -> None:
+    for layer in (make_sparse(40, 20), make_sparse(96, 148, density=0.98), make_sparse(96, 148, 8, density=0.9)):
+        stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in lower(layer).graph.initializer}
+        values = layer.canonical().decompress() if layer.bits == 32 else dense_integers(layer.canonical())
+        np.testing.assert_array_equal(stored["weight"], values.numpy().T)
+
+
+def test_a_runtime_makes_the_sparse_weight_once(tmp_path: Path) -> None:
+    """When it loads the model: what is left to run is the product."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    model = lower(make_sparse(99, 148)).SerializeToString()
+    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+    assert left <= {"MatMul", "Add", "Gemm"}
 
 
 def test_sparse_without_weights() -> None:

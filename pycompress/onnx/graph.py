@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from pycompress.kinds.padded import Sides
 from pycompress.kinds.walk import Walk
 from pycompress.nn.layer import CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
+from pycompress.weights.sparse import nonzero
 
 OPSET = 20  # what torch.onnx.export writes by default; onnxruntime reads it since 1.17
 BLOCKS_OPSET = 21  # the first with 4-bit integers, and with a DequantizeLinear that has a scale per block
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch's padding
+LEAST_SAVED = 2**12  # bytes for which a weight is stored without its zeros, twice what the nodes take that put them in
 MAX_WEIGHT_BYTES = 2**31 - 2**20  # of all weights together: a protobuf message ends at 2 GiB
 
 
@@ -27,13 +29,15 @@ class Graph:
 
     Attributes:
         opset: raised by what needs a newer one.
+        unsigned: int8 weights are stored as uint8, 128 more, which is their zero point: for weights that several nodes multiply
+            with. ONNX Runtime makes that of int8 weights itself (see :func:`session`), but fails at the second node.
         shown: the outputs besides y.
         taken: the inputs besides x.
         prefix: of the names of constants and of results without one, in a graph inside another.
     """
 
-    def __init__(self, prefix: str = "") -> None:
-        self.opset, self.prefix = OPSET, prefix
+    def __init__(self, prefix: str = "", *, unsigned: bool = False) -> None:
+        self.opset, self.prefix, self.unsigned = OPSET, prefix, unsigned
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.n_bytes = 0  # of these
@@ -62,6 +66,55 @@ class Graph:
         _check_size(f"the weight {list(values.shape)} has", values.nbytes)
         return self.constant(name, values, values.dtype)
 
+    def matrix(self, name: str, values: npt.NDArray[Any]) -> str:
+        """Stores a weight, float32 or int8 [n, k], and gives the name of its transpose [k, n]: stored as it is, or, where that is
+        smaller, without its zeros. int8 goes with :meth:`zero_points`. Raises as :meth:`weight` does."""
+        return self._without_zeros(name, values) or self.weight(name, self._signless(values).T)
+
+    def kernels(self, name: str, values: npt.NDArray[Any]) -> str:
+        """As :meth:`matrix`, for the weight of a convolution [n, channels, *kernel size], which it gives as it is."""
+        stored = self._without_zeros(name, values.reshape(len(values), -1))
+        if not stored:
+            return self.weight(name, self._signless(values))
+        shape = self.constant(f"{name}_shape", values.shape, np.int64)
+        return self.node("Reshape", self.node("Transpose", stored, perm=[1, 0]), shape)
+
+    def zero_points(self, *shape: int, prefix: str = "") -> str:
+        """The zero points of int8 weights."""
+        zeros = self._signless(np.zeros(shape, np.int8))
+        return self.constant(f"{prefix}zero_point", zeros, zeros.dtype)
+
+    def _signless(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return values.view(np.uint8) ^ np.uint8(128) if self.unsigned and values.dtype == np.int8 else values
+
+    def _without_zeros(self, name: str, values: npt.NDArray[Any]) -> str:
+        """A matrix [n, k] as the bits of what is there and those values row after row, from which the graph makes [k, n], what a
+        runtime does once when it loads the file; '' where nothing is saved."""
+        there = nonzero(values)
+        mask = np.packbits(there, axis=1, bitorder="little")
+        kept = self._signless(np.concatenate([np.zeros(1, values.dtype), values[there]]))
+        if values.nbytes - mask.nbytes - kept.nbytes < LEAST_SAVED or values.size >= 2**31:  # (places are int32)
+            return ""
+        n, k = values.shape
+        bits = self.node(
+            "BitwiseAnd",
+            self.weight(f"{name}_mask", mask[:, :, None]),
+            self.constant("bits", 2 ** np.arange(8), np.uint8),
+        )
+        bits = self.node("Cast", bits, to=TensorProto.BOOL)
+        bits = self.node("Reshape", bits, self.constant(f"{name}_padded", [n, mask.shape[1] * 8], np.int64))
+        bits = self.node("Transpose", bits, perm=[1, 0])
+        first, rows = self.constant("first", 0, np.int64), self.constant("first_axis", [0], np.int64)
+        if k % 8:
+            bits = self.node("Slice", bits, rows, self.constant(f"{name}_end", [k], np.int64), rows)
+        # Where each value lies: behind those of its row's earlier columns, and of all earlier rows. Number 0 is a zero.
+        counts = self.node("Cast", bits, to=TensorProto.INT32)
+        sums = self.node("ReduceSum", counts, rows, keepdims=0)
+        before = self.node("CumSum", sums, first, exclusive=1)
+        place = self.node("Add", self.node("CumSum", counts, first), before)
+        place = self.node("Where", bits, place, self.constant("no_place", 0, np.int32))
+        return self.node("Gather", self.weight(f"{name}_values", kept), place)
+
     def nibbles(self, name: str, values: npt.NDArray[np.uint8]) -> str:
         """Stores integers from 0 to 15 as uint4: two a byte, the earlier one in the low half, across the ends of rows. Raises as
         :meth:`weight` does."""
@@ -88,15 +141,19 @@ class Graph:
         return output
 
     def matmul(self, x: str, name: str, weight: npt.NDArray[np.float32]) -> str:
-        """x [m, k] . weight^T, the float32 weight [n, k] stored as [k, n] under this name."""
-        return self.node("MatMul", x, self.weight(name, weight.T))
+        """x [..., k] . weight^T, the float32 weight [n, k] stored under this name as :meth:`matrix` does."""
+        return self.node("MatMul", x, self.matrix(name, weight))
 
     def conv(
         self, x: str, name: str, weight: npt.NDArray[np.float32], geometry: Walk, bias: Tensor | None = None
     ) -> str:
         """The convolution of x with a float32 weight [n, channels, *kernel size], stored under this name."""
-        x = self.filled(x, geometry)
-        operands = [x, self.weight(name, weight), *([] if bias is None else [self.constant("bias", array(bias))])]
+        operands = [x, self.kernels(name, weight), *([] if bias is None else [self.constant("bias", array(bias))])]
+        return self.convolved(operands, geometry)
+
+    def convolved(self, operands: Sequence[str], geometry: Walk) -> str:
+        """Conv of x, a weight and, it may be, a bias."""
+        operands = [self.filled(operands[0], geometry), *operands[1:]]
         return self.node(
             "Conv", *operands, kernel_shape=geometry.kernel_size, strides=geometry.stride,
             pads=[*geometry.sides[::2], *geometry.sides[1::2]], dilations=geometry.dilation, group=geometry.groups,

@@ -22,7 +22,7 @@ def lower_int4_linear(graph: Graph, x: str, layer: Int4Linear) -> str:
     """
     weight = layer.canonical()
     if layer.activation_bits == 16:
-        return graph.activation(graph.bias(graph.node("MatMul", x, _dequantized(graph, weight)), layer), layer)
+        return graph.activation(graph.bias(graph.node("MatMul", x, dequantized_blocks(graph, weight)), layer), layer)
     v, broken = int4_product(graph, x, weight)
     return poisoned(graph, graph.activation(graph.bias(v, layer), layer), broken)
 
@@ -41,11 +41,11 @@ def int4_product(graph: Graph, x: str, weight: Int4Weight, prefix: str = "") -> 
     q, scale, zero_point = quantized(graph, clean, 255, prefix + "q")
     graph.show(q, TensorProto.UINT8, "m", weight.k)
     steps = graph.node("Sub", graph.node("Cast", q, to=TensorProto.FLOAT), zero_point)
-    product = graph.node("MatMul", steps, _dequantized(graph, weight, prefix))
+    product = graph.node("MatMul", steps, dequantized_blocks(graph, weight, prefix))
     return graph.node("Mul", product, scale), broken
 
 
-def _dequantized(graph: Graph, weight: Int4Weight, prefix: str = "") -> str:
+def dequantized_blocks(graph: Graph, weight: Int4Weight, prefix: str = "") -> str:
     """float32 [k, n]. The last block is short where k is no multiple of the group."""
     values = graph.nibbles(prefix + "weight", weight.integers().numpy().T)
     scale = graph.constant(prefix + "weight_scale", array(weight.scale).T)

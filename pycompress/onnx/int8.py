@@ -37,7 +37,8 @@ def lower_int8_linear(graph: Graph, x: str, layer: Int8Linear | SparseLinear) ->
     DequantizeLinear and MatMul, the layer's up to rounding. NaN and Inf spread as they do in the layer.
     """
     if layer.settings["activation_bits"] == 16:
-        v = graph.node("MatMul", x, _dequantized(graph, layer.canonical()))
+        values, weight_scale, _ = integers(layer.canonical())
+        v = graph.node("MatMul", x, dequantized(graph, values, weight_scale))
         return graph.activation(graph.bias(v, layer), layer)
     weight = layer.canonical()
     v, broken = int8_product(graph, x, *integers(weight), input_range=getattr(weight, "input_range", None))
@@ -54,13 +55,14 @@ def lower_int8_embedding(graph: Graph, x: str, layer: Int8Embedding) -> str:
     return graph.node("Mul", graph.node("Cast", rows, to=TensorProto.FLOAT), scale)
 
 
-def _dequantized(graph: Graph, weight: Int8Weight | SparseWeight) -> str:
-    """float32 [k, n]."""
-    assert isinstance(weight, Int8Weight)
-    values_t = graph.weight("weight", weight.values.cpu().numpy().T)
+def dequantized(
+    graph: Graph, values: npt.NDArray[np.int8], weight_scale: npt.NDArray[np.float32], prefix: str = ""
+) -> str:
+    """float32 [k, n], of int8 [n, k] and float32 [n]."""
+    values_t = graph.matrix(f"{prefix}weight", values)
     # ONNX Runtime's session.x64quantprecision gives a weight without zero points one for all channels, and then refuses it.
-    zero_point = graph.constant("zero_point", np.zeros(len(weight.scale)), np.int8)
-    scale = graph.constant("weight_scale", array(weight.scale))
+    zero_point = graph.zero_points(len(values), prefix=prefix)
+    scale = graph.constant(f"{prefix}weight_scale", weight_scale)
     return graph.node("DequantizeLinear", values_t, scale, zero_point, axis=1)
 
 
@@ -98,17 +100,18 @@ def int8_product(
         q, scale, zero_point = quantized(graph, clean, amax, prefix + "q")
     else:
         q, scale, zero_point = quantized_statically(graph, clean, amax, prefix, input_range)
-    values_t = graph.weight(prefix + "weight", values.T)
+    values_t = graph.matrix(prefix + "weight", values)
+    zero = ["", graph.zero_points()] if graph.unsigned else []
     column_sum = graph.constant(prefix + "column_sum", values.sum(axis=1, dtype=np.int32)[None, :], np.int32)
     shift = graph.node("Mul", graph.node("Cast", zero_point, to=TensorProto.INT32), column_sum)
-    acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t), shift, output=prefix + "acc")
+    acc = graph.node("Sub", graph.node("MatMulInteger", q, values_t, *zero), shift, output=prefix + "acc")
     graph.show(q, TensorProto.UINT8, "m", values.shape[1])
     graph.show(acc, TensorProto.INT32, "m", values.shape[0])
     v = graph.node("Mul", graph.node("Cast", acc, to=TensorProto.FLOAT), scale)
     return graph.node("Mul", v, graph.constant(prefix + "weight_scale", weight_scale[None, :])), broken
 
 
-def without_broken(graph: Graph, x: str, axes: Sequence[int] = (1,)) -> tuple[str, str]:
+def without_broken(graph: Graph, x: str, axes: Sequence[int] = (-1,)) -> tuple[str, str]:
     """x [m, k] with zeros in the rows that hold NaN or Inf; and bool [m, 1]: which these are. A row is what lies along ``axes``."""
     zero, row = graph.constant("zero", 0.0), graph.constant("row", [*axes], np.int64)
     # x * 0 is NaN where x is NaN or Inf.
@@ -122,7 +125,7 @@ def poisoned(graph: Graph, v: str, broken: str, output: str = "") -> str:
     return graph.node("Where", broken, graph.constant("nan", np.nan), v, output=output)
 
 
-def quantized(graph: Graph, x: str, amax: int, output: str, axes: Sequence[int] = (1,)) -> tuple[str, str, str]:
+def quantized(graph: Graph, x: str, amax: int, output: str, axes: Sequence[int] = (-1,)) -> tuple[str, str, str]:
     """Quantizes every row of x, what lies along ``axes``: the names of q uint8 [m, k] (the output's), scale and zero point, both
     float32 [m, 1]."""
     zero, row = graph.constant("zero", 0.0), graph.constant("row", [*axes], np.int64)

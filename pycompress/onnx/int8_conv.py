@@ -34,9 +34,10 @@ def lower_int8_conv(graph: Graph, x: str, layer: Int8Conv2d) -> str:
     inside = graph.node("Sub", graph.node("Cast", q, to=TensorProto.INT32), zero)
     inside = graph.node("Pad", graph.filled(inside, geometry), graph.sides("sides", geometry.sides))
     wide = graph.node("Add", inside, zero)
-    stored = graph.weight("weight", values.reshape(n, -1, *geometry.kernel_size))
+    stored = graph.kernels("weight", values.reshape(n, -1, *geometry.kernel_size))
+    unsigned = ["", graph.zero_points()] if graph.unsigned else []
     sums = graph.node(
-        "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), stored, kernel_shape=geometry.kernel_size,
+        "ConvInteger", graph.node("Cast", wide, to=TensorProto.UINT8), stored, *unsigned, kernel_shape=geometry.kernel_size,
         strides=geometry.stride, dilations=geometry.dilation, group=geometry.groups,
     )  # fmt: skip
     by_channel = (1, n, *(1,) * geometry.dims)

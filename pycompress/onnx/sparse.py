@@ -1,4 +1,4 @@
-"""The sparse layers, with their zeros: ONNX has no sparse product."""
+"""The sparse layers: stored without their zeros (``Graph.matrix``), and multiplied with them, for ONNX has no sparse product."""
 
 from __future__ import annotations
 

@@ -290,8 +290,15 @@ def test_a_wrong_constant_is_found(case: Case) -> None:
     model = nn.Sequential(layer)
     stored = constants(lower(layer))
     for name, array in stored.items():
-        if array.size == 1 or array.dtype == np.int64 or not stored.get(name.removesuffix("_scale"), array).any():
+        if (
+            array.size == 1
+            or array.dtype == np.int64
+            or name == "bits"
+            or not stored.get(name.removesuffix("_scale"), array).any()
+        ):
             continue  # a step of the formula, or the scales of no integers
+        if name.endswith("_mask") and array.max() % 2 == 0:
+            continue  # one less has more bits than there are values, which ONNX Runtime says itself
         with pytest.MonkeyPatch.context() as patch:
             corrupt(patch, layer, name, one_off)
             report = pc.validate(model, x)
