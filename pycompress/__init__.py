@@ -1,7 +1,7 @@
 """Compressed layers for PyTorch: native int8, int4, sparse and low-rank kernels, put into a model, proved against ONNX Runtime."""
 
 from pycompress.calibration import calibrate
-from pycompress.interchange import from_onnx
+from pycompress.interchange import export, from_onnx
 from pycompress.methods import (
     Entropy,
     Int4,
@@ -42,6 +42,7 @@ __all__ = [
     "calibrate",
     "compress",
     "equalize",
+    "export",
     "fisher",
     "fold_norms",
     "from_onnx",

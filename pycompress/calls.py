@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
     Raises:
         TypeError: inputs of another type; or with which the model failed, and which do not fit its signature or hold no tensor.
     """
-    args, keywords = _arguments(inputs)
+    args, keywords = arguments_of(inputs)
     try:
         return model(*args, **keywords)
     except Exception as error:
@@ -34,7 +35,8 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
         raise
 
 
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of :func:`call_model`'s call. Raises TypeError for inputs of another type."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, Tensor):
@@ -68,6 +70,21 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or any(
         isinstance(part, Tensor) for part in getattr(value, "__dict__", {}).values()
     )
+
+
+def tensors_in(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested tuples, lists, dicts (also transformers' ModelOutput) and dataclasses, each with where it is."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(item, f"{path}[{key!r}]")
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from tensors_in(item, f"{path}[{i}]")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
 
 
 def only_argument(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:

@@ -1,10 +1,56 @@
-"""Models out of files of other frameworks."""
+"""Models out of files of other frameworks, and into such files."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
-from torch import fx
+from torch import fx, nn
+
+from pycompress.calls import Inputs
+from pycompress.replacing import FilePath
+
+
+def export(
+    model: nn.Module,
+    path: FilePath,
+    example_inputs: Inputs,
+    dynamic: Mapping[int, str] | Mapping[str, Mapping[int, str]] | None = None,
+    *,
+    form: str = "exact",
+) -> None:
+    """Writes a compressed model as one ONNX file of standard operators, in which its weights stay compressed.
+
+    ``torch.onnx`` traces the model in evaluation mode, with each compressed layer as one node, in whose place its lowering
+    (:func:`pycompress.onnx.lower`) is put. Blocks, embeddings and poolings that run as one op are traced as the modules that they
+    were. A layer's nodes and constants bear its name; weights that layers share are stored once. The file is checked, and takes the
+    place of an older one whole or not at all; weights of more than 2 GiB go to a second file beside it. What it says of itself
+    (``metadata_props``, ``pycompress``) is JSON: our version, the form, and of each layer method and settings.
+
+    Open it by :func:`pycompress.onnx.session`, which sets what ONNX Runtime needs to compute what the model does. What
+    ``pc.validate(model, inputs, exported=path)`` finds is whether it does.
+
+    Args:
+        model: has at least one compressed layer. It is left as it was.
+        example_inputs: as for :func:`validate`. Their tensors are the inputs of the file, by the names of the model's parameters,
+            or the keys of a mapping in them; what else is in them is fixed.
+        dynamic: which dimensions may have other sizes, by names: ``{0: "batch", 1: "length"}`` of every input, or
+            ``{"input_ids": {0: "batch"}, ...}``. None: the first one of every input, and the second one of those of whole numbers
+            (tokens, masks).
+        form: ``exact``: the integers of our kernels. ``fused``: what runtimes have one operator for (DequantizeLinear and MatMul;
+            QuantizeLinear too where ranges are static); layers that quantize each row of their input leave it in floating point.
+    Raises:
+        ValueError: the model has no compressed layer, or one that is prepared for training; a form or dimension that is not there;
+            a layer's weight that is read as numbers by another module, or larger than 2 GiB.
+        TypeError: a layer without a lowering (it is named); inputs of another type.
+        RuntimeError: ``torch.export`` could not trace the model, or ``torch.onnx`` not convert it.
+        OSError: the file could not be written; an older one is as it was.
+        ImportError: the extra ``pycompress[onnx]`` is not installed.
+    """
+    from pycompress import onnx  # first: its error names the extra  # noqa: F401
+    from pycompress.onnx.whole_model import export_model
+
+    export_model(model, path, example_inputs, dynamic, form)
 
 
 def from_onnx(path: str | os.PathLike[str]) -> fx.GraphModule:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,9 @@ class Conv2d(Kind):
 
     def results(self, y: Tensor) -> Tensor:
         return y.movedim(-self.dims, -1).reshape(-1, y.shape[-self.dims])
+
+    def result_shape(self, shape: Sequence[Any], n: int, k: int, geometry: Walk) -> tuple[Any, ...]:
+        return *shape[: -self.dims], n, *geometry.positions(tuple(shape[1 - self.dims :]))
 
     def sizes(self, n: int, k: int, geometry: Walk) -> tuple[tuple[int | str, ...], tuple[int | str, ...]]:
         return ("images", geometry.in_channels, "height", "width"), ("images", n, "out_height", "out_width")

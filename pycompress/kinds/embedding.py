@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,9 @@ class Embedding(Kind):
     def accepts(self, module: nn.Module, x: Tensor) -> bool:
         whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
         return whole and int(x.min()) >= 0 and int(x.max()) < self.shape(module)[0]
+
+    def result_shape(self, shape: Sequence[Any], n: int, k: int, geometry: Any) -> tuple[Any, ...]:
+        return *shape, k
 
     def sample(self, module: nn.Module, like: Tensor) -> Tensor:
         return torch.randint_like(like, self.shape(module)[0], device="cpu")

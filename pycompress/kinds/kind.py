@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -207,6 +207,10 @@ class Kind:
     def results(self, y: Tensor) -> Tensor:
         """The rows [m, n] of a result."""
         return y.reshape(-1, y.shape[-1])
+
+    def result_shape(self, shape: Sequence[Any], n: int, k: int, geometry: Any) -> tuple[Any, ...]:
+        """Of the result of an input of this shape; sizes may be torch's symbols."""
+        return *shape[:-1], n
 
     def sample(self, module: nn.Module, like: Tensor) -> Tensor:
         """A random input on the CPU of the shape, stride and dtype of one without data."""

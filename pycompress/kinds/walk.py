@@ -133,7 +133,7 @@ class Walk:
         return wide.contiguous(memory_format=torch.channels_last) if last else wide
 
     def positions(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of the result for an input of these sizes."""
+        """The sizes of the result for an input of these sizes, which may be torch's symbols."""
         wide = (size + sum(self.margins[2 * at : 2 * at + 2]) for at, size in enumerate(sizes))
         steps = zip(wide, self.kernel_size, self.dilation, self.stride, strict=True)
         return tuple((size - step * (kernel - 1) - 1) // stride + 1 for size, kernel, step, stride in steps)

@@ -1,13 +1,17 @@
-"""Lower one compressed layer to ONNX: standard operators only, so that any ONNX runtime can run or check it.
+"""Lower compressed layers to ONNX: standard operators only, so that any ONNX runtime can run or check them.
 
 The operators are specified at https://onnx.ai/onnx/operators/ (for each the newest version up to OPSET): Mul,
 Add, Sub, Div, Neg, Min, Max, Less, Where, IsNaN, Round, Clip, Cast, ReduceMin, ReduceMax, ReduceSum, MatMul,
 MatMulInteger, DequantizeLinear, Conv, ConvInteger, Pad, Gather and Identity; for the activations Relu, Erf and Exp; for recurrent
-layers Scan, Shape, Reshape, Concat, Split, Unsqueeze and Abs. ONNX has no
-sparse product, so sparse weights are lowered with their zeros. 4-bit weights need a newer opset, BLOCKS_OPSET.
+layers Scan, Shape, Reshape, Concat, Split, Unsqueeze and Abs. ONNX has no sparse product, so sparse weights are multiplied with
+their zeros, which BitwiseAnd, Reshape, Transpose, Slice and CumSum put in. 4-bit weights need a newer opset, BLOCKS_OPSET.
+
+A lowering of rows or tokens takes any leading dimensions: whole models (:mod:`pycompress.onnx.whole_model`) give it theirs.
 """
 
 from __future__ import annotations
+
+import os
 
 from torch import nn
 
@@ -22,6 +26,7 @@ except ImportError as error:
 from pycompress.nn import LAYERS, CompressedLayer
 from pycompress.onnx.activation import ACTIVATIONS
 from pycompress.onnx.dense import lower_conv, lower_linear
+from pycompress.onnx.fused import FUSED
 from pycompress.onnx.graph import BLOCKS_OPSET, MAX_WEIGHT_BYTES, OPSET, Graph, Lowering
 from pycompress.onnx.int4 import lower_int4_linear
 from pycompress.onnx.int8 import integers, lower_int8_embedding, lower_int8_linear
@@ -29,10 +34,11 @@ from pycompress.onnx.int8_conv import lower_int8_conv
 from pycompress.onnx.int8_recurrent import lower_int8_recurrent
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
+from pycompress.replacing import FilePath
 
 __all__ = [
-    "ACTIVATIONS", "BLOCKS_OPSET", "DENSE", "LOWERINGS", "MAX_WEIGHT_BYTES", "OPSET", "Graph", "integers", "lower", "lowering_of",
-    "session",
+    "ACTIVATIONS", "BLOCKS_OPSET", "DENSE", "FORMS", "FUSED", "LOWERINGS", "MAX_WEIGHT_BYTES", "OPSET", "Graph", "integers",
+    "lower", "lowering_of", "session",
 ]  # fmt: skip
 
 # By kind of layer and weight, as in nn.LAYERS.
@@ -53,9 +59,14 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
 DENSE: dict[str, Lowering] = {"linear": lower_linear, "conv2d": lower_conv, "conv1d": lower_conv}
 
 
-def lowering_of(layer: CompressedLayer) -> Lowering | None:
+FORMS = ("exact", "fused")  # of a whole model: the layers' own numbers, or what runtimes have one operator for
+
+
+def lowering_of(layer: CompressedLayer, form: str = "exact") -> Lowering | None:
     """A layer's lowering: that of its kind and weight, a method ``lower(graph, x)`` of its own, or the dense one of its kind."""
-    found = LOWERINGS.get((layer.kind.name, layer.weight_type.name))
+    key = layer.kind.name, layer.weight_type.name
+    found = FUSED.get(key) if form == "fused" else None
+    found = found or LOWERINGS.get(key)
     if found is None and hasattr(layer, "lower"):
         return lambda graph, x, layer: layer.lower(graph, x)
     return found or DENSE.get(layer.kind.name)
@@ -81,20 +92,21 @@ def lower(layer: nn.Module) -> onnx.ModelProto:
     return model
 
 
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """Opens a model in ONNX Runtime on the CPU, set for exact integers and for float32 products.
+def session(model: onnx.ModelProto | FilePath, *, threads: int = 1) -> onnxruntime.InferenceSession:
+    """Opens a model, or a file, in ONNX Runtime on the CPU, set for exact integers and for float32 products.
 
     On x86 without VNNI the u8 * s8 product of ONNX Runtime saturates unless x64quantprecision is set, and
     that entry is obeyed by a graph transformation that runs from ORT_ENABLE_EXTENDED on: with less
     optimisation the integers are wrong. From that level on DequantizeLinear and MatMul become one operator too
-    (MatMulNBits), which rounds x to 8 bits by blocks unless its accuracy level is set to 1, float32. One thread and
-    no spinning, so that no idle worker takes a core from what runs next.
+    (MatMulNBits), which rounds x to 8 bits by blocks unless its accuracy level is set to 1, float32. One thread, if not
+    said otherwise, and no spinning, so that no idle worker takes a core from what runs next.
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else os.fspath(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

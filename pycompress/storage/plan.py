@@ -43,7 +43,7 @@ def describe(model: nn.Module, aliases: dict[str, str], buffers: list[str]) -> s
         "folded": {name: norms for name, module in modules.items() if (norms := folded_into(module))},
         "activations": activations_of(modules),
         "dense": dense_layers_of(modules),
-        "layers": {name: _described(module) for name, module in modules.items() if isinstance(module, CompressedLayer)},
+        "layers": {name: entry_of(module) for name, module in modules.items() if isinstance(module, CompressedLayer)},
     })  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def _geometry_of(kind: Kind, module: nn.Module) -> dict[str, Any]:
     return {} if geometry is None else {"geometry": geometry.settings()}
 
 
-def _described(layer: CompressedLayer) -> dict[str, Any]:
-    """The plan's entry for a layer."""
+def entry_of(layer: CompressedLayer) -> dict[str, Any]:
+    """What a file says of a compressed layer besides its tensors."""
     geometry = {} if layer.geometry is None else {"geometry": layer.geometry.settings()}
     return {
         "kind": layer.kind.name,

@@ -58,8 +58,9 @@ class Check:
     floats = False  # whether floating-point products are added up, so that y depends on their order
     has_integers = False  # whether there are integers, which must be equal
 
-    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession) -> None:
-        self.name, self.layer, self.session = name, layer, session
+    def __init__(self, name: str, layer: CompressedLayer, session: onnxruntime.InferenceSession | None) -> None:
+        self.name, self.layer = name, layer
+        self.session: onnxruntime.InferenceSession = session
         self.calls = self.rows = self.rows_seen = self.max_ulp = 0
         self.relative_error = self.share_of_bound = 0.0
         self.integer_reasons: list[str] = []
@@ -288,6 +289,25 @@ def _native_product(
         return {}
     found, sums = {prefix + "q": ops.int8_quantize(x, bits, input_range)[0]}, accumulate[weight]
     return found if sums is None else {**found, prefix + "acc": sums(x, *packed())[0]}
+
+
+class Absent(Check):
+    """A layer of which an exported file has nothing, because the run that was exported never called it: nor must this one."""
+
+    exact = False
+
+    def __init__(self, name: str, layer: CompressedLayer) -> None:
+        super().__init__(name, layer, None)
+
+    def seen(self, args: tuple[Any, ...], keywords: Mapping[str, Any], y: Any) -> None:  # noqa: ARG002
+        """Counts a call."""
+        self.calls += 1
+
+    def record(self) -> LayerRecord:
+        """Never OK."""
+        found, said = ("diverged", "this run called it") if self.calls else ("not called", "nor did this run call it")
+        reason = f"the file has no such layer, {said}"
+        return LayerRecord(self.name, 0, 0, None, None, None, None, found, reason)
 
 
 def weight_only(layer: CompressedLayer) -> bool:

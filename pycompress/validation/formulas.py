@@ -22,7 +22,7 @@ from pycompress.nn.low_rank import LowRankLinear
 from pycompress.nn.low_rank_conv import LowRankConv2d
 from pycompress.nn.low_rank_embedding import LowRankEmbedding
 from pycompress.nn.sparse import SparseLayer, SparseLinear
-from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight
+from pycompress.weights import Int4Weight, Int8Weight, LowRankWeight, SparseWeight, Weight
 from pycompress.weights.low_rank_conv import composed
 from pycompress.weights.recurrent import Matrix
 
@@ -307,6 +307,63 @@ def numpy_dense(x: Array, layer: CompressedLayer) -> tuple[Array, Array]:
     if layer.kind.tokens:
         return weight[x], np.zeros((len(x), layer.k))
     return _summed(x, weight, np.abs(weight), layer.k, layer)
+
+
+def fused_chains(weight: Weight) -> list[list[Array]]:
+    """The float64 matrices [n, k] that x meets one behind the other, in chains whose results are added up, where all of it is in
+    floating point."""
+    if not isinstance(weight, LowRankWeight):
+        return [[float64(weight.decompress())]]
+    down, up = weight.factors()
+    beside = [] if weight.residual is None else [[float64(weight.residual.decompress())]]
+    return [[float64(down), float64(up)], *beside]
+
+
+def in_static_range(x: Array, weight: Weight) -> Array:
+    """x float32, rounded to the steps of a static weight's range as QuantizeLinear and DequantizeLinear do it; as it is without."""
+    fixed = getattr(weight, "input_range", None)
+    if fixed is None:
+        return x
+    step, zero, largest = np.float32(fixed[0]), np.float32(fixed[1]), np.float32(2**weight.activation_bits - 1)  # type: ignore[attr-defined]
+    if largest < 255:
+        x = np.clip(x, -zero * step, (largest - zero) * step)
+    with np.errstate(all="ignore"):
+        q = np.clip(np.rint(x / step) + zero, np.float32(0), largest)
+    rounded: Array = (q - zero) * step
+    return rounded
+
+
+def numpy_fused(x: Array, layer: CompressedLayer) -> tuple[Array, Array]:
+    """A layer of an exported file of the form ``fused`` in float64, activation included, and how far float32 may lie from it.
+
+    Args:
+        x: float32 [m, k], what the matrix of the layer's kind meets; of a convolution in groups [m * groups, k].
+    Returns:
+        float64 [m, n], both. The bound is Inf, which says nothing, for rows of x with NaN or Inf.
+    """
+    groups = getattr(layer.geometry, "groups", 1)
+    finite, broken = _without_broken(x)
+    rounded = in_static_range(finite.astype(np.float32), layer.canonical()).astype(np.float64)
+    v, size, products = np.zeros((len(x) // groups, layer.n)), np.zeros((len(x) // groups, layer.n)), 1
+    for chain in fused_chains(layer.canonical()):
+        part, paths, roundings = rounded, np.abs(rounded), 1  # (x itself, an integer times a scale)
+        for matrix in chain:
+            part, paths = _in_groups(part, matrix, groups), _in_groups(paths, np.abs(matrix), groups)
+            roundings += matrix.shape[1] + 2  # a sum of products, and weights that are an integer times a scale
+        v, size, products = v + part, size + paths, products + roundings
+    bias = _bias(layer)
+    v, size = v + bias, size + np.abs(bias)
+    bound = _sum_bound(v, size, products)
+    bound[broken.reshape(-1, groups).any(axis=1)] = np.inf
+    y, (bound,) = _activated(v, [bound], layer)
+    return y, bound
+
+
+def _in_groups(x: Array, matrix: Array, groups: int) -> Array:
+    """x [m * groups, k] times a matrix [n, k], of which each group has its rows: [m, n]."""
+    k = x.shape[1]
+    product: Array = np.einsum("mgk,gnk->mgn", x.reshape(-1, groups, k), matrix.reshape(groups, -1, k))
+    return product.reshape(len(product), -1)
 
 
 def _summed(x: Array, weight: Array, paths: Array, products: int, layer: CompressedLayer) -> tuple[Array, Array]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pycompress.calls import Inputs, call_model, evaluating
+from pycompress.calls import Inputs, call_model, evaluating, tensors_in
 from pycompress.validation.report import ModelRecord
 
 # A last-bit difference after gelu, silu or a float32 sum flips a rounding in a later layer, that flips more of them,
@@ -18,6 +14,9 @@ from pycompress.validation.report import ModelRecord
 # outputs; they are held against what the native model does to itself when the results of those layers move by
 # PERTURBATION.
 SMALLEST_COSINE = 0.999  # always good enough
+SMALLEST_COSINE_OF_FILES = (
+    1 - 1e-5
+)  # where the rest of the model, which is no compressed layer, has to be right as well
 PERTURBATION_FACTOR = 4.0  # on 1 - cosine
 LOWEST_LIMIT = 0.9  # for what that would allow less, the outputs say nothing any more: no verdict
 
@@ -28,7 +27,7 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
         result = call_model(model, inputs)
         outputs = {
             path: tensor.detach().to("cpu", torch.float64, copy=True)
-            for path, tensor in _tensors(result)
+            for path, tensor in tensors_in(result)
             if tensor.is_floating_point()
         }
     if not outputs:
@@ -37,26 +36,12 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return outputs
 
 
-def _tensors(value: Any, path: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists, dicts (also transformers' ModelOutput) and dataclasses."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _tensors(item, f"{path}[{key!r}]")
-    elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from _tensors(item, f"{path}[{i}]")
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
-
-
 def compare_outputs(
     expected: dict[str, Tensor],
     actual: dict[str, Tensor],
     perturbed: dict[str, Tensor] | None,
     again: dict[str, Tensor] | None = None,
+    smallest_cosine: float = SMALLEST_COSINE,
 ) -> ModelRecord:
     """perturbed: the outputs of the third run; None where the outputs must be equal. again: those of the last, native as the first
     was: where they are others, the model keeps something between runs, and nothing that differs tells of its layers."""
@@ -76,7 +61,7 @@ def compare_outputs(
         c = perturbed.get(path)
         own = _cosine(a, c) if c is not None and c.shape == a.shape else 0.0
         perturbed_smallest = min(perturbed_smallest, own)
-        limit = min(SMALLEST_COSINE, 1 - PERTURBATION_FACTOR * (1 - own))
+        limit = min(smallest_cosine, 1 - PERTURBATION_FACTOR * (1 - own))
         if difference != np.inf and limit < LOWEST_LIMIT:
             undecided.append(
                 f"{path} amplifies last bits: the native model moves to cosine {own:.6f} by itself, expected at least "

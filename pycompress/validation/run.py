@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from pycompress.calls import Inputs, only_argument, uncompiled
 from pycompress.nn.layer import CompressedLayer
 from pycompress.passes import whole
+from pycompress.replacing import FilePath
+from pycompress.storage.plan import entry_of
 from pycompress.surgery import compressed_layers
-from pycompress.validation.checks import Check
+from pycompress.validation.checks import Absent, Check
 from pycompress.validation.formulas import EXACT_ACTIVATIONS, array
-from pycompress.validation.outputs import compare_outputs, outputs_of
+from pycompress.validation.fused import FusedCheck, as_fused, differs
+from pycompress.validation.outputs import SMALLEST_COSINE, SMALLEST_COSINE_OF_FILES, compare_outputs, outputs_of
 from pycompress.validation.recurrent import RecurrentCheck
 from pycompress.validation.report import PERTURBATION, Report
 from pycompress.validation.table import check_of
@@ -27,7 +31,9 @@ if TYPE_CHECKING:  # an optional dependency, imported by validate()
 Forward = Callable[..., Any]
 
 
-def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None = None) -> Report:
+def validate(
+    model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None = None, exported: FilePath | None = None
+) -> Report:  # fmt: skip
     """Compares a compressed model with ONNX Runtime and NumPy, layer by layer and as a whole.
 
     The model runs three or four times, in evaluation mode and without gradients; it, the inputs and the random state are left as
@@ -61,14 +67,22 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
     where its outputs are not those of the first, the model keeps something between runs that could not be put back. Of such a
     model, and of one that moves far by itself, the report is not OK, and says that no verdict was reached.
 
+    With ``exported`` it is a file of :func:`pycompress.export` that is compared: each layer with the nodes and constants that the
+    file has for it, and the outputs with those of the whole file, run in ONNX Runtime on the same inputs. These are never equal to
+    the bit by promise, since what lies between the layers is in the file too: they must be SMALLEST_COSINE_OF_FILES close
+    (SMALLEST_COSINE, in the form ``fused``), or about as close as the native model is to itself when the results of its layers
+    move.
+
     Args:
         model: has at least one compressed layer; also one that ``torch.compile`` made, whose layers run eagerly here.
         inputs: a tensor, a sequence of positional or a mapping of keyword arguments for ``model``.
         layers: names or glob patterns of the layers to compare, all by default. Others always run natively.
+        exported: the path of a file that was exported from this model.
     Returns:
         The report. Layers that were never called are listed in it; a layer under several names is there once.
     Raises:
-        ValueError: the model has no compressed layer, or a pattern fits none.
+        ValueError: the model has no compressed layer, or a pattern fits none; the file is none that export wrote, or of another
+            model.
         TypeError: inputs of another type, or a model whose output holds no floating-point tensor.
         ImportError: the extra ``pycompress[onnx]`` is not installed.
     """
@@ -78,8 +92,18 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
 
     model = uncompiled(model)
     chosen = _choose(compressed_layers(model), layers)
-    sessions = {layer: onnx.session(onnx.lower(layer)) for layer in chosen}
-    checks = {layer: check_of(name, layer, sessions[layer]) for layer, name in chosen.items()}
+    file = None if exported is None else _opened(exported, model)
+    if file is None:
+        sessions = {layer: onnx.session(onnx.lower(layer)) for layer in chosen}
+    else:
+        sessions = {layer: onnx.session(file.layer(name)) for layer, name in chosen.items() if name in file.layers}
+    fused = [] if file is None or file.form == "exact" else [*filter(differs, compressed_layers(model).values())]
+    checks = {
+        layer: Absent(name, layer)
+        if layer not in sessions
+        else (FusedCheck if layer in fused else check_of)(name, layer, sessions[layer])
+        for layer, name in chosen.items()
+    }
     in_order: list[Check] = []
 
     def checked(layer: CompressedLayer, native: Forward) -> Forward:
@@ -106,20 +130,46 @@ def validate(model: nn.Module, inputs: Inputs, *, layers: Iterable[str] | None =
 
         return forward
 
-    inexact = [layer for layer in chosen if checks[layer].floats or layer.activation not in EXACT_ACTIVATIONS]
+    # (the rest of a file is computed by ONNX Runtime too, whose norms are not torch's to the bit)
+    inexact = [
+        layer
+        for layer in chosen
+        if file is not None or checks[layer].floats or layer.activation not in EXACT_ACTIVATIONS
+    ]
     perturbed = None
-    with whole.without(model):  # each layer is called
+    with whole.without(model), _forwards(fused, as_fused):  # each layer is called, and computes as the file has it
         with _forwards(chosen, checked):
             expected = outputs_of(model, inputs)
-        with _forwards(chosen, by_onnxruntime):
-            actual = outputs_of(model, inputs)
+        if file is None:
+            with _forwards(chosen, by_onnxruntime):
+                actual = outputs_of(model, inputs)
+        else:
+            actual = file.run(onnx.session(file.path), model, inputs)
         if inexact:
             with _forwards(inexact, _perturbed()):
                 perturbed = outputs_of(model, inputs)
         again = outputs_of(model, inputs)
     in_order += [check for check in checks.values() if check.calls == 0]
-    record = compare_outputs(expected, actual, perturbed, again)
+    # (what a runtime fuses it rounds in its own way: ONNX Runtime makes biases between static ranges integers)
+    smallest = SMALLEST_COSINE_OF_FILES if file is not None and file.form == "exact" else SMALLEST_COSINE
+    record = compare_outputs(expected, actual, perturbed, again, smallest)
     return Report([check.record() for check in in_order], record, onnxruntime.__version__)
+
+
+def _opened(path: FilePath, model: nn.Module) -> Any:
+    """The ``Exported`` file, whose layers have to be those of the model."""
+    from pycompress.onnx.exported import Exported
+
+    file, layers = Exported(path), compressed_layers(model)
+    for name, entry in file.layers.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise ValueError(f"validate: {path} has a layer {name}, which the model has not")
+        if own := [key for key, value in json.loads(json.dumps(entry_of(layer))).items() if entry.get(key) != value]:
+            raise ValueError(
+                f"validate: {path}: {own[0]} of {name} is {entry.get(own[0])!r}, of the model's layer {entry_of(layer)[own[0]]!r}"
+            )
+    return file
 
 
 def _choose(layers: Mapping[str, CompressedLayer], patterns: Iterable[str] | None) -> dict[CompressedLayer, str]:

@@ -1,0 +1,248 @@
+"""The lowerings of layers, put into a graph in the places of the nodes that stand for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from pycompress.nn.layer import CompressedLayer
+from pycompress.onnx.graph import Graph, Lowering
+from pycompress.onnx.traced import DOMAIN, PLACEHOLDER
+
+KEPT = 2**12  # bytes of the largest constant that is held; larger ones are made again when they are written
+COMMON = 8  # bytes of the largest constant that layers share by its name
+
+Find = Callable[[CompressedLayer], Lowering | None]
+
+
+class Lowered:
+    """A layer's lowering without its large constants.
+
+    Attributes:
+        graph: with tensors without data in the place of large ones.
+        y: the name of the result.
+        digests: of the constants, by name.
+        flat: whether x has to be the items of the layer's kind; else there may be more leading dimensions.
+    """
+
+    def __init__(self, graph: Graph, y: str, flat: bool) -> None:
+        self.graph, self.y, self.flat = graph, y, flat
+        self.digests: dict[str, bytes] = {}
+        self.n_bytes: dict[str, int] = {}
+        for tensor in graph.initializers:
+            self.digests[tensor.name] = hashlib.sha256(tensor.raw_data).digest()
+            self.n_bytes[tensor.name] = len(tensor.raw_data)
+            if len(tensor.raw_data) > KEPT:
+                tensor.ClearField("raw_data")
+
+    def int8_weights(self) -> set[bytes]:
+        """Their digests. (Zero points are equal in all layers.)"""
+        return {
+            self.digests[one.name]
+            for one in self.graph.initializers
+            if one.data_type == TensorProto.INT8 and not one.name.endswith("zero_point")
+        }
+
+
+class Lowerings:
+    """The lowerings of the layers of a model; at any time the constants of one layer are in memory."""
+
+    def __init__(self, find: Find) -> None:
+        self.find = find
+        self._last: tuple[CompressedLayer, Graph] | None = None
+
+    def lowered(self, name: str, layer: CompressedLayer, *, shared: bool = False) -> Lowered:
+        """A layer's, with a weight that several nodes multiply with where it is ``shared``.
+
+        Raises TypeError where there is no lowering for the layer, ValueError where its weights are too large.
+        """
+        lowering = self.find(layer)
+        if lowering is None:
+            raise TypeError(
+                f"export: {name} is {type(layer).__name__}, expected a layer whose kind and weight have a lowering in "
+                "onnx.LOWERINGS"
+            )
+        graph = Graph(unsigned=shared)
+        try:
+            y = lowering(graph, "x", layer)
+        except ValueError as error:
+            raise ValueError(f"export: {name}: {error}") from error
+        if graph.taken:
+            raise ValueError(
+                f"export: {name} is {type(layer).__name__}, which takes {', '.join(one.name for one in graph.taken)} beside x, "
+                "expected a layer with one input: recurrent layers are not exported yet"
+            )
+        return Lowered(graph, y, hasattr(layer, "lower"))
+
+    def tensor(self, layer: CompressedLayer, shared: bool, name: str) -> ir.TensorProtocol:
+        """One of its constants."""
+        if self._last is None or self._last[0] is not layer:
+            lowering, graph = self.find(layer), Graph(unsigned=shared)
+            assert lowering is not None
+            self._last = None  # (before the next one is made)
+            lowering(graph, "x", layer)
+            self._last = layer, graph
+        (found,) = (tensor for tensor in self._last[1].initializers if tensor.name == name)
+        return ir.serde.TensorProtoTensor(found)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer is in the graph: the names of its x, of its y, and of what its lowering shows besides."""
+
+    x: str
+    y: str
+    shown: dict[str, str]
+
+
+class Splice:
+    """Puts layers into a graph, in the places of the nodes that stand for them."""
+
+    def __init__(self, model: ir.Model, lowerings: Lowerings, lowered: Mapping[str, Lowered]) -> None:
+        self.graph, self.lowerings, self.lowered = model.graph, lowerings, dict(lowered)
+        self._stored: dict[Any, ir.Value] = {}
+        self._placeholders: list[tuple[str, ir.Node]] = [
+            (node.attributes["layer"].as_string(), node)
+            for node in ir.traversal.RecursiveGraphIterator(model.graph)
+            if (node.domain, node.op_type) == (DOMAIN, PLACEHOLDER)
+        ]
+
+    def run(self, layers: Mapping[str, CompressedLayer]) -> dict[str, list[Place]]:
+        """Returns where each layer is, once for each of its calls; [] for one that is never called."""
+        uses: Counter[bytes] = Counter()
+        for name, _ in self._placeholders:
+            uses.update(self.lowered[name].int8_weights())
+        for name, layer in layers.items():
+            if any(uses[digest] > 1 for digest in self.lowered[name].int8_weights()):
+                self.lowered[name] = self.lowerings.lowered(name, layer, shared=True)
+        places: dict[str, list[Place]] = {name: [] for name in layers}
+        for name, node in self._placeholders:
+            places[name].append(self._replace(node, name, layers[name], len(places[name])))
+        return places
+
+    def _replace(self, node: ir.Node, name: str, layer: CompressedLayer, call: int) -> Place:
+        lowered, old = self.lowered[name], node.outputs[0]
+        prefix = f"{name}." if name else ""
+        within = f"{prefix}{f'call_{call}.' if call else ''}"
+        new = _Nodes(within)
+        x, back = self._entered(new, node.inputs[0], layer, lowered.flat)
+        constants = {
+            tensor.name: self._constant(layer, prefix, tensor, lowered) for tensor in lowered.graph.initializers
+        }
+        values = {"": None, "x": x, **constants}
+        for proto in lowered.graph.nodes:
+            outputs = [ir.Value(name=within + one) for one in proto.output]
+            values.update(zip(proto.output, outputs, strict=True))
+            new.add(proto.op_type, [values[one] for one in proto.input], outputs, map(ir.from_proto, proto.attribute))
+        inner = values[lowered.y]
+        y = back(inner)
+        if y is x or y.producer() is None:  # (a value of its own, which may be the graph's output)
+            y = new("Identity", y)
+        place = Place(x.name, inner.name, {one.name: values[one.name].name for one in lowered.graph.shown})
+        y.shape, y.type = old.shape, old.type
+        graph = node.graph
+        graph.insert_before(node, new.nodes)
+        is_output = any(one is old for one in graph.outputs)
+        if is_output and y is inner:  # it takes the name of the graph's output
+            place = Place(place.x, old.name, place.shown)
+        if is_output:
+            y.name = old.name
+        for i, one in enumerate(graph.outputs):
+            if one is old:
+                graph.outputs[i] = y
+        ir.convenience.replace_all_uses_with(old, y)
+        graph.remove(node, safe=True)
+        return place
+
+    def _constant(self, layer: CompressedLayer, prefix: str, tensor: onnx.TensorProto, lowered: Lowered) -> ir.Value:
+        """One constant of a layer as a value of the graph; an equal one, of tied weights or of all layers, serves again."""
+        # (no two nodes share int8 ones: see Graph.unsigned)
+        own = prefix + tensor.name if tensor.data_type == TensorProto.INT8 else ""
+        key = tensor.data_type, tuple(tensor.dims), lowered.digests[tensor.name], own
+        common = lowered.n_bytes[tensor.name] <= COMMON
+        found = self._stored.get(key)
+        if found is not None:
+            return found
+        name = f"{DOMAIN}.{tensor.name}" if common else prefix + tensor.name
+        if name in self.graph.initializers:
+            name = prefix + tensor.name
+        if lowered.n_bytes[tensor.name] > KEPT:
+            made: ir.TensorProtocol = ir.LazyTensor(
+                partial(self.lowerings.tensor, layer, lowered.graph.unsigned, tensor.name), dtype=ir.DataType(tensor.data_type),
+                shape=ir.Shape(tensor.dims), name=name,
+            )  # fmt: skip
+        else:
+            made = ir.Tensor(ir.serde.TensorProtoTensor(tensor).numpy(), dtype=ir.DataType(tensor.data_type), name=name)
+        value = ir.Value(name=name, type=ir.TensorType(made.dtype), shape=made.shape, const_value=made)
+        self.graph.register_initializer(value)
+        self._stored[key] = value
+        return value
+
+    def _entered(
+        self, new: _Nodes, x: ir.Value, layer: CompressedLayer, flat: bool
+    ) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
+        """x as the lowering takes it, and what makes of its y that of the layer: in the dtype of x, with its leading dimensions."""
+        kind, outside = layer.kind, x
+        back: list[Callable[[ir.Value], ir.Value]] = []
+        if not kind.tokens and x.dtype != ir.DataType.FLOAT:
+            back.append(partial(new, "Cast", to=int(x.dtype)))
+            x = new("Cast", x, to=TensorProto.FLOAT)
+        elif kind.tokens and layer.dtype.itemsize != 4:
+            back.append(partial(new, "Cast", to=int(ir.DataType[_NAMES[str(layer.dtype)]])))
+        leading = len(outside.shape) - kind.dims
+        if flat and leading != 1 and kind.dims < 2:
+            sizes = new("Slice", new("Shape", outside), self._integers(0), self._integers(leading))
+            last = layer.k if kind.tokens else layer.n
+            sizes = new("Concat", sizes, self._integers(last), axis=0)
+            back.insert(0, lambda y: new("Reshape", y, sizes))
+            x = new("Reshape", x, self._integers(-1, *([] if kind.tokens else [layer.k])))
+        elif leading == 0 and kind.dims:
+            first = self._integers(0)
+            back.insert(0, lambda y: new("Squeeze", y, first))
+            x = new("Unsqueeze", x, first)
+
+        def through(y: ir.Value) -> ir.Value:
+            for one in back:
+                y = one(y)
+            return y
+
+        return x, through
+
+    def _integers(self, *numbers: int) -> ir.Value:
+        """An int64 vector."""
+        name = f"{DOMAIN}.integers_{'_'.join(map(str, numbers))}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor([*numbers], dtype=ir.DataType.INT64, name=name)
+            self.graph.register_initializer(
+                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
+
+_NAMES = {"torch.float16": "FLOAT16", "torch.bfloat16": "BFLOAT16", "torch.float64": "DOUBLE"}
+
+
+class _Nodes:
+    """Nodes in their order, whose names begin alike."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[ir.Node] = []
+
+    def add(self, operator: str, inputs: Any, outputs: Any, attributes: Any) -> None:
+        name = f"{self.prefix}{operator}_{len(self.nodes)}"
+        self.nodes.append(ir.Node("", operator, inputs, [*attributes], outputs=outputs, name=name))
+
+    def __call__(self, operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        """Adds a node between a layer and what is around it. Returns its result."""
+        output = ir.Value(name=f"{self.prefix}around_{len(self.nodes)}")
+        self.add(operator, inputs, [output], [ir.AttrInt64(key, value) for key, value in attributes.items()])
+        return output
