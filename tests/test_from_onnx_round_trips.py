@@ -200,7 +200,7 @@ def test_the_same_summary_and_bits(trip: Any, plan: str) -> None:
         assert canonical[0].keys() == canonical[1].keys()
         assert all(torch.equal(canonical[0][part], canonical[1][part]) for part in canonical[0]), key
         biases = [layer.bias for layer in layers]
-        assert biases[0] is biases[1] is None or torch.equal(*biases), key
+        assert biases[0] is biases[1] or torch.equal(*biases), key  # (of an LSTM whether it has any)
     if plan == "int8":  # beside rounding in what stands between the layers, which a rounding of theirs may make larger
         with torch.no_grad():
             for a, b in zip(tensors(imported(**one.other)), tensors(original(**one.other)), strict=True):

@@ -338,6 +338,12 @@ def test_padding_modes(mode: str, groups: int, same: Same) -> None:
         assert fake.shape == layer(x).shape
 
 
+def test_int8_weights_alone_leave_convolutions_dense() -> None:
+    model = pc.compress(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv1d(4, 4, 3), nn.Linear(4, 4)).eval(), pc.Int8(16))
+    reasons = [record.reason for record in pc.summary(model).layers]
+    assert reasons == ["Int8 takes convolutions with activations of 7 or 8 bits only, not with 16-bit ones"] * 2 + [""]
+
+
 def test_depthwise_weights_take_their_whole_range() -> None:
     """No kernel gains by the range that a profile leaves, and a filter of nine equal weights would lose a bit and more."""
     conv = nn.Conv2d(8, 8, 3, groups=8)

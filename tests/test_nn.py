@@ -20,7 +20,9 @@ from pycompress.nn import (
     Int8Conv1d,
     Int8Conv2d,
     Int8Embedding,
+    Int8GRU,
     Int8Linear,
+    Int8LSTM,
     LowRankConv2d,
     LowRankEmbedding,
     LowRankLinear,
@@ -28,7 +30,14 @@ from pycompress.nn import (
     SparseConv2d,
     SparseLinear,
 )  # fmt: skip
-from pycompress.weights import Int4Weight, Int8Weight, LowRankConv2dWeight, LowRankWeight, SparseWeight
+from pycompress.weights import (
+    Int4Weight,
+    Int8RecurrentWeight,
+    Int8Weight,
+    LowRankConv2dWeight,
+    LowRankWeight,
+    SparseWeight,
+)
 
 K, N = 71, 24
 BY_NAME = {repr(case): case for case in CASES}
@@ -45,6 +54,8 @@ TABLE = {
     ("conv2d", "low_rank"): (LowRankConv2d, LowRankConv2dWeight),
     ("embedding", "int8"): (Int8Embedding, Int8Weight),
     ("embedding", "low_rank"): (LowRankEmbedding, LowRankWeight),
+    ("lstm", "int8"): (Int8LSTM, Int8RecurrentWeight),
+    ("gru", "int8"): (Int8GRU, Int8RecurrentWeight),
 }
 # What a layer says of its weight.
 ATTRIBUTES = {

@@ -115,6 +115,8 @@ class Int8:
         if kind in ("LSTM", "GRU") and (self.static or self.activation_bits == 16):
             own = "static" if self.static else "16-bit"
             return f"Int8 takes {kind}s with dynamic activations of 7 or 8 bits only, not with {own} ones"
+        if kind in ("Conv1d", "Conv2d") and self.activation_bits == 16:
+            return "Int8 takes convolutions with activations of 7 or 8 bits only, not with 16-bit ones"
         return ""
 
     def for_embedding(self) -> Int8:

@@ -60,7 +60,9 @@ class RecurrentCheck(Check):
             for other, reference in (("ONNX Runtime", runtime), ("NumPy", expected)):
                 theirs = torch.from_numpy(np.ascontiguousarray(reference[name])).to(one.dtype).flatten(0, -2)
                 mine = one.flatten(0, -2)
-                self._compare_y({f"native {name}": mine, other: theirs}, torch.zeros(mine.shape, dtype=torch.float64))
+                self._compare_y(
+                    {f"native {name}": mine, other: theirs}, torch.zeros(mine.shape, dtype=torch.float64, device="cpu")
+                )
 
     def by_runtime(self, x: Tensor, states: list[Tensor], sizes: Tensor | None) -> list[Tensor]:
         """What ``run`` gives, computed by ONNX Runtime."""

@@ -399,7 +399,7 @@ def entries(layer: CompressedLayer) -> list[tuple[str, list[Any], str]]:
     if layer.geometry is not None:
         geometries = [None, [], 1, "3x3"], f"layer layer: geometry is .*, expected that of {kind.phrase}"
     return [
-        ("kind", ["lstm", ["linear"], None, 3], "layer layer: kind is .*, expected 'linear' or"),
+        ("kind", ["conv9d", ["linear"], None, 3], "layer layer: kind is .*, expected 'linear' or"),
         ("kind", [*(kinds - {kind.name})], "layer layer: "),
         (
             "weight",

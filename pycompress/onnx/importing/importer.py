@@ -473,7 +473,7 @@ def _constant(node: Node) -> Constant:
     }
     if others or (name != "value" and name not in dtypes):
         raise NotImplementedError(f"it has {list(node.attributes)}, expected one value of numbers")
-    held: Tensor = value if name == "value" else torch.tensor(value, dtype=dtypes[name])
+    held: Tensor = value if name == "value" else torch.tensor(value, dtype=dtypes[name], device="cpu")
     return Constant(held, node.outputs[0])
 
 

@@ -49,7 +49,7 @@ def _bias(value: Value | None, n: int) -> Tensor | None:
 def _linear(at: Importer, node: Node, weight: Tensor, bias: Tensor | None) -> None:
     """Takes the node as a layer with this weight [n, k]."""
     x, source, *_ = node.inputs
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     layer.weight = at.parameter(weight)
     if bias is not None:
         layer.bias = nn.Parameter(bias.clone())
@@ -188,7 +188,7 @@ def gather(at: Importer, node: Node) -> bool:
     if weight is None or isinstance(indices, Constant | Size) or node.attributes.get("axis", 0) not in (0, -2):
         return False
     rows, width = weight.shape
-    layer = nn.Embedding(rows, width, device="meta")
+    layer = nn.Embedding(rows, width, device="meta", dtype=weight.dtype)
     layer.weight = at.parameter(weight)
     rank = at.rank(indices)
     node.give(at.call_layer(node, layer, table, at.argument(indices), rank=None if rank is None else rank + 1))
@@ -227,7 +227,9 @@ def layer_norm(at: Importer, node: Node) -> bool:
         return False
     if (axis >= 0 and rank is None) or gain.dim() != (-axis if axis < 0 else (rank or 0) - axis):
         return False
-    layer = nn.LayerNorm(tuple(gain.shape), eps=said.get("epsilon", 1e-5), bias=shift is not None)
+    layer = nn.LayerNorm(
+        tuple(gain.shape), eps=said.get("epsilon", 1e-5), bias=shift is not None, device="meta", dtype=gain.dtype
+    )
     layer.weight = nn.Parameter(gain.clone())
     if shift is not None:
         layer.bias = nn.Parameter(shift.clone())

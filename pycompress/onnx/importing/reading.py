@@ -150,7 +150,7 @@ def tensor(proto: onnx.TensorProto, folder: Path) -> Tensor:
     if not count:
         if max(dims, default=0) > 2**31:
             raise ValueError(f"from_onnx: {name} has the shape {dims}, expected sizes up to 2^31")
-        return torch.empty(dims, dtype=dtype)
+        return torch.empty(dims, dtype=dtype, device="cpu")
     if kind in NIBBLES:
         pairs = torch.frombuffer(data, dtype=torch.uint8)
         values = torch.stack([pairs & 15, pairs >> 4], 1).flatten()[:count].to(dtype)

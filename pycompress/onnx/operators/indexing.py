@@ -34,7 +34,7 @@ def gather_nd(data: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     places = [_inside(one, data.shape[batch_dims + i]) for i, one in enumerate(indices.long().unbind(-1))]
     rank = indices.dim() - 1
     batch = [
-        torch.arange(size, device=data.device).reshape([-1 if i == j else 1 for j in range(rank)])
+        torch.arange(size, dtype=torch.int64, device=data.device).reshape([-1 if i == j else 1 for j in range(rank)])
         for i, size in enumerate(indices.shape[:batch_dims])
     ]
     return data[(*batch, *places)]

@@ -42,7 +42,7 @@ def number(sizes: Sizes) -> Any:
 def tensor_of(sizes: int | Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
     """Integers that are known as such, as a tensor; those of a shape that is traced stay what they are."""
     if not isinstance(sizes, Sequence):
-        return torch.full((), sizes, dtype=dtype)
+        return torch.full((), sizes, dtype=dtype, device="cpu")
     if any(isinstance(size, torch.SymInt) for size in sizes):
         return torch.stack([tensor_of(size, dtype) for size in sizes])
-    return torch.tensor(list(sizes), dtype=dtype)
+    return torch.tensor(list(sizes), dtype=dtype, device="cpu")

@@ -13,11 +13,11 @@ from pycompress.onnx.operators.operator import Row, Sizes, number, numbers
 
 
 def shape(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    return torch.tensor(list(x.shape[start:end]), dtype=torch.int64)
+    return torch.tensor(list(x.shape[start:end]), dtype=torch.int64, device="cpu")
 
 
 def size(x: Tensor) -> Tensor:
-    return torch.tensor(x.numel(), dtype=torch.int64)
+    return torch.tensor(x.numel(), dtype=torch.int64, device="cpu")
 
 
 def reshape(x: Tensor, shape: Sizes, *, allowzero: int = 0) -> Tensor:
@@ -114,10 +114,12 @@ def pad(
     behind = dict(zip(along, sides[len(along) :], strict=True))
     if mode == "constant":
         widths = [width for axis in reversed(range(x.dim())) for width in (before.get(axis, 0), behind.get(axis, 0))]
-        return functional.pad(x, widths, value=0 if value is None else torch.as_tensor(value).item())
+        return functional.pad(x, widths, value=0 if value is None else number(value))
     for axis in along:  # torch's own pads only the last dimensions so
         chosen = _outside(
-            torch.arange(-before[axis], x.shape[axis] + behind[axis], device=x.device), x.shape[axis], mode
+            torch.arange(-before[axis], x.shape[axis] + behind[axis], dtype=torch.int64, device=x.device),
+            x.shape[axis],
+            mode,
         )
         x = x.index_select(axis, chosen)
     return x
@@ -136,18 +138,20 @@ def _outside(i: Tensor, size: int, mode: str) -> Tensor:
 
 def constant_of_shape(shape: Sizes, *, value: Tensor | None = None) -> Tensor:
     """This value, float32 zero by default, everywhere."""
-    fill = torch.zeros(1) if value is None else value
-    return torch.full(numbers(shape), fill.item(), dtype=fill.dtype)
+    fill = torch.zeros(1, dtype=torch.float32, device="cpu") if value is None else value
+    return torch.full(numbers(shape), fill.item(), dtype=fill.dtype, device="cpu")
 
 
 def arange(start: Sizes, limit: Sizes, delta: Sizes) -> Tensor:
     like = next((one.dtype for one in (start, limit, delta) if isinstance(one, Tensor)), None)
-    return torch.arange(number(start), number(limit), number(delta), dtype=like)
+    numbers_ = (number(start), number(limit), number(delta))
+    usual = torch.float32 if any(isinstance(one, float) for one in numbers_) else torch.int64
+    return torch.arange(*numbers_, dtype=like or usual, device="cpu")
 
 
 def eye_like(x: Tensor, *, k: int = 0, dtype: torch.dtype | None = None) -> Tensor:
     """Ones on the diagonal that lies k above the main one, zeros elsewhere."""
-    rows, columns = (torch.arange(size, device=x.device) for size in x.shape)
+    rows, columns = (torch.arange(size, dtype=torch.int64, device=x.device) for size in x.shape)
     return (columns[None, :] - rows[:, None] == k).to(dtype or x.dtype)
 
 
