@@ -4,15 +4,7 @@
 #include "kernel_list.h"
 
 namespace pycompress::recurrent {
-namespace {
 
-struct Some {
-  static Vector load(const float* p, int count) { return load_up_to(p, count); }
-  static void store(float* p, Vector v, int count) { store_up_to(p, v, count); }
-};
-
-}  // namespace
-
-const Kernel kAvx512{"avx512", Isa::avx512_vnni, 1, 16, 1, lstm_units<Vector, Some>, gru_units<Vector, Some>};
+const Kernel kAvx512{"avx512", Isa::avx512_vnni, 1, 16, 1, lstm_units<Vector>, gru_units<Vector>};
 
 }  // namespace pycompress::recurrent

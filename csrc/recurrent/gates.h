@@ -1,5 +1,5 @@
-// The gates, written once over a vector type V that also has load_up_to(p, count) and store_up_to(p, v, count). In an
-// anonymous namespace, because each instruction-set file compiles its own copy.
+// The gates, written once over a vector type V, with whose load_up_to(p, count) and store_up_to(p, v, count) this file
+// is included. In an anonymous namespace, because each instruction-set file compiles its own copy.
 #pragma once
 
 #include "../common/activation.h"
@@ -30,35 +30,35 @@ inline V hyperbolic_tangent(V u) {
   return where_less(v, V::of(0.0f), V::of(0.0f) - positive, positive) + (v - v);
 }
 
-template <class V, class Load>
+template <class V>
 inline void lstm_units(const float* gx, const float* gh, int64_t size, float* c, float* h, float* y) {
   for (int64_t j = 0; j < size; j += V::kWidth) {
     const int count = static_cast<int>(size - j < V::kWidth ? size - j : V::kWidth);
     const auto gate = [&](int64_t g) {
       const int64_t at = g * size + j;
-      return Load::load(gx + at, count) + Load::load(gh + at, count);
+      return load_up_to(gx + at, count) + load_up_to(gh + at, count);
     };
     const V input = sigmoid(gate(0)), forget = sigmoid(gate(1));
     const V fresh = hyperbolic_tangent(gate(2)), output = sigmoid(gate(3));
-    const V cell = forget * Load::load(c + j, count) + input * fresh;
+    const V cell = forget * load_up_to(c + j, count) + input * fresh;
     const V hidden = output * hyperbolic_tangent(cell);
-    Load::store(c + j, cell, count);
-    Load::store(h + j, hidden, count);
-    Load::store(y + j, hidden, count);
+    store_up_to(c + j, cell, count);
+    store_up_to(h + j, hidden, count);
+    store_up_to(y + j, hidden, count);
   }
 }
 
-template <class V, class Load>
+template <class V>
 inline void gru_units(const float* gx, const float* gh, int64_t size, float* h, float* y) {
   for (int64_t j = 0; j < size; j += V::kWidth) {
     const int count = static_cast<int>(size - j < V::kWidth ? size - j : V::kWidth);
-    const auto x = [&](int64_t g) { return Load::load(gx + g * size + j, count); };
-    const auto hidden = [&](int64_t g) { return Load::load(gh + g * size + j, count); };
+    const auto x = [&](int64_t g) { return load_up_to(gx + g * size + j, count); };
+    const auto hidden = [&](int64_t g) { return load_up_to(gh + g * size + j, count); };
     const V reset = sigmoid(x(0) + hidden(0)), update = sigmoid(x(1) + hidden(1));
     const V fresh = hyperbolic_tangent(x(2) + reset * hidden(2));
-    const V next = (Load::load(h + j, count) - fresh) * update + fresh;
-    Load::store(h + j, next, count);
-    Load::store(y + j, next, count);
+    const V next = (load_up_to(h + j, count) - fresh) * update + fresh;
+    store_up_to(h + j, next, count);
+    store_up_to(y + j, next, count);
   }
 }
 

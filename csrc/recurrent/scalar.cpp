@@ -1,17 +1,20 @@
 // The specification, and what runs where no other kernel can.
-#include "gates.h"
-#include "kernel_list.h"
+#include "../common/activation.h"
 
 namespace pycompress::recurrent {
 namespace {
 
-struct One {
-  static Scalar load(const float* p, int) { return Scalar::load(p); }
-  static void store(float* p, Scalar v, int) { v.store(p); }
-};
+inline Scalar load_up_to(const float* p, int) { return Scalar::load(p); }
+inline void store_up_to(float* p, Scalar v, int) { v.store(p); }
 
 }  // namespace
+}  // namespace pycompress::recurrent
 
-const Kernel kScalar{"scalar", Isa::scalar, 1, 1, 1, lstm_units<Scalar, One>, gru_units<Scalar, One>};
+#include "gates.h"
+#include "kernel_list.h"
+
+namespace pycompress::recurrent {
+
+const Kernel kScalar{"scalar", Isa::scalar, 1, 1, 1, lstm_units<Scalar>, gru_units<Scalar>};
 
 }  // namespace pycompress::recurrent

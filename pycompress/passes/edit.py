@@ -32,7 +32,8 @@ class Edit:
 
     def through(self, x: Tensor) -> Tensor:
         """What the module does to a result of the layer, or to an input, as the layer would do it."""
-        raise NotImplementedError
+        y: Tensor = type(self.emptied).forward(self.emptied, x)
+        return y
 
     def hooks(self) -> list[RemovableHandle]:
         """Has the layer do in its calls what the module does."""
@@ -45,6 +46,11 @@ class Edit:
         """Changes the target, or notes why not."""
         raise NotImplementedError
 
+    def note(self, text: str) -> None:
+        """Adds to what the summary says of the layer."""
+        assert self.target is not None
+        self.target.record.note = "; ".join(filter(None, [self.target.record.note, text]))
+
 
 @dataclass(frozen=True)
 class TakeActivation(Edit):
@@ -53,15 +59,10 @@ class TakeActivation(Edit):
     done = "fused"
     activation: str = "none"
 
-    def through(self, x: Tensor) -> Tensor:
-        y: Tensor = type(self.emptied).forward(self.emptied, x)
-        return y
-
     def apply(self) -> None:
         assert self.target is not None
         if self.reason:
-            note = f"{self.activation} stays beside it: {self.reason}"
-            self.target.record.note = "; ".join(filter(None, [self.target.record.note, note]))
+            self.note(f"{self.activation} stays beside it: {self.reason}")
             return
         self.target.record.activation = self.activation
         self.target.fused = self.emptied
@@ -74,15 +75,10 @@ class TakePadding(Edit):
     done = "taken in"
     behind: bool = False
 
-    def through(self, x: Tensor) -> Tensor:
-        y: Tensor = type(self.emptied).forward(self.emptied, x)
-        return y
-
     def apply(self) -> None:
         assert self.target is not None
         if self.reason:
-            note = f"the {type(self.emptied).__name__} before it stays: {self.reason}"
-            self.target.record.note = "; ".join(filter(None, [self.target.record.note, note]))
+            self.note(f"the {type(self.emptied).__name__} before it stays: {self.reason}")
             return
         self.target.pad = self.emptied
 
