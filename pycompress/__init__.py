@@ -20,6 +20,7 @@ from pycompress.passes.equalize import equalize
 from pycompress.passes.fold_norm import fold_norms
 from pycompress.storage import load, save
 from pycompress.structure import Cut, fisher, shrink
+from pycompress.targets import deploy
 from pycompress.train import Distillation, Ramp, prepare, reconstruct
 from pycompress.validation import validate
 
@@ -41,6 +42,7 @@ __all__ = [
     "SparseLinear",
     "calibrate",
     "compress",
+    "deploy",
     "equalize",
     "export",
     "fisher",

@@ -17,10 +17,10 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="the extra pycompress[on
 pytest.importorskip("onnxscript", reason="the extra pycompress[onnx] is not installed")
 
 import pycompress as pc  # noqa: E402
+from pycompress.flat_call import dimensions, flat_call, output_names  # noqa: E402
 from pycompress.nn.int8 import Int8Linear  # noqa: E402
 from pycompress.onnx import session  # noqa: E402
 from pycompress.onnx.exported import KEY, Exported  # noqa: E402
-from pycompress.onnx.flat_call import dimensions, flat_call, output_names  # noqa: E402
 
 LARGE = {  # plans, and whether they need a calibration
     "int8": (pc.Int8(), False),

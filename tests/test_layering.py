@@ -53,20 +53,22 @@ ALLOWED: dict[str, set[str]] = {
     "storage": HOUSE | {"passes", "records", "references", "replacing"},
     "train": HOUSE | {"calibration", "copying", "model", "passes", "plan", "progress", "records"},
     "integrations": {"train"},
-    "onnx": HOUSE | {"passes", "replacing", "state", "storage"},
+    "flat_call": {"calls"},
+    "onnx": HOUSE | {"flat_call", "passes", "replacing", "state", "storage"},
     "interchange": {"calls", "onnx", "replacing"},
+    "targets": HOUSE | {"flat_call", "interchange", "onnx", "passes", "replacing", "state"},
     "validation": HOUSE | {"onnx", "passes", "replacing", "storage"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
     "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
     "__init__": HOUSE
-    | {"interchange", "train", "validation", "storage", "model", "passes", "calibration", "structure"},
+    | {"interchange", "targets", "train", "validation", "storage", "model", "passes", "calibration", "structure"},
 }
 CHAIN = [
-    "structure", "model", "race", "passes", "plan", "calibration", "records", "copying", "surgery", "references", "calls", "state",
-    "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
+    "structure", "model", "race", "passes", "plan", "calibration", "records", "copying", "surgery", "references", "flat_call",
+    "calls", "state", "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
 ]  # fmt: skip
-ABOVE = {"interchange", "onnx", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations"}
+ABOVE = {"interchange", "onnx", "targets", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations"}
 OUTSIDE = {
     "onnx", "onnx_ir", "onnxruntime", "onnxscript", "click", "rich", "transformers", "matplotlib", "sentence_transformers",
 }  # fmt: skip

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from pycompress.calls import Inputs
-from pycompress.onnx.flat_call import flat_call
+from pycompress.flat_call import flat_call
 from pycompress.replacing import FilePath
 
 KEY = "pycompress"  # in the metadata of the file

@@ -14,20 +14,16 @@ import torch.export
 import torch.onnx
 from torch import Tensor, nn
 
-from pycompress.calls import Inputs, evaluating, only_argument, tensors_in
+from pycompress.calls import Inputs, evaluating, only_argument
+from pycompress.flat_call import Flat, FlatCall, Refused, at_least_two, output_names
 from pycompress.nn.layer import CompressedLayer
-from pycompress.onnx.flat_call import FlatCall, output_names
 from pycompress.ops.checks import FLOATS
 from pycompress.passes import whole
 from pycompress.state import unwatched
 
 DOMAIN, PLACEHOLDER = "pycompress", "Layer"
-MODEL = "model"  # the attribute of the traced module that is the model
+MODEL = "model"  # the attribute of a Flat that is the model
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-class Refused(ValueError):  # noqa: N818 - it is raised as what it is
-    """What a layer says of a call that cannot be exported."""
 
 
 def traced(
@@ -49,12 +45,10 @@ def traced(
         raise RuntimeError(
             f"export: torch is {torch.__version__}, expected a later one, which has torch.onnx.ops.symbolic"
         )
-    paths: list[str] = []
     dynamic = {name: dict.fromkeys(own, torch.export.Dim.DYNAMIC) for name, own in sizes.items()}
-    # A size of 1 would be taken for a constant.
-    tensors = tuple(_at_least_two(x, sizes[name]) for name, x in call.tensors.items())
+    tensors = tuple(at_least_two(x, sizes[name]) for name, x in call.tensors.items())
     with whole.without(model), evaluating(model, inputs), unwatched(), _placeholders(layers):
-        flat = _Flat(model, call, paths).eval()
+        flat = Flat(model, call).eval()
         try:
             program = torch.export.export(
                 flat, tensors, dynamic_shapes={"tensors": tuple(dynamic.values())}, strict=False
@@ -64,7 +58,7 @@ def traced(
         except Exception as error:
             raise RuntimeError(f"export: torch.export could not trace the model: {_head(error)}") from error
         _check_operators(program)
-        outputs = dict(zip(output_names(paths, call.tensors), paths, strict=True))
+        outputs = dict(zip(output_names(flat.paths, call.tensors), flat.paths, strict=True))
         try:
             made = torch.onnx.export(
                 program, dynamo=True, verbose=False, opset_version=opset, input_names=[*call.tensors], output_names=[*outputs]
@@ -75,30 +69,6 @@ def traced(
     _name_sizes(made.model, sizes)
     _rename(made.model)
     return made.model, outputs
-
-
-class _Flat(nn.Module):
-    """The model with tensors as its arguments and results. Results that are arguments, or no tensors, are left out."""
-
-    def __init__(self, model: nn.Module, call: FlatCall, paths: list[str]) -> None:
-        super().__init__()
-        setattr(self, MODEL, model)
-        self._call, self._paths = call, paths
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        result = self._call.call(getattr(self, MODEL), tensors)
-        found = [(path, y) for path, y in tensors_in(result) if not any(y is x for x in tensors)]
-        if not found:
-            raise Refused(f"export: the model returned {type(result).__name__}, expected at least one tensor in it")
-        self._paths[:] = [path for path, _ in found]
-        return tuple(y for _, y in found)
-
-
-def _at_least_two(x: Tensor, sizes: Mapping[int, str]) -> Tensor:
-    for dimension in sizes:
-        if x.shape[dimension] == 1:
-            x = x.repeat_interleave(2, dimension)
-    return x
 
 
 @contextmanager

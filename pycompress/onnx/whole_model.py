@@ -16,10 +16,10 @@ from torch import nn
 
 from pycompress import __version__
 from pycompress.calls import Inputs, uncompiled
+from pycompress.flat_call import Dynamic, dimensions, flat_call
 from pycompress.nn.trained import is_trained
 from pycompress.onnx import FORMS, lowering_of
 from pycompress.onnx.exported import KEY, VERSION
-from pycompress.onnx.flat_call import Dynamic, dimensions, flat_call
 from pycompress.onnx.graph import OPSET
 from pycompress.onnx.spliced import Lowerings, Splice
 from pycompress.onnx.stored import write

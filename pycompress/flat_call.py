@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pycompress.calls import Inputs, arguments_of
+from pycompress.calls import Inputs, arguments_of, tensors_in
 
 Dynamic = (
     Mapping[int, str] | Mapping[str, Mapping[int, str]]
@@ -36,6 +36,39 @@ class FlatCall:
         leaves = [next(others) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, keywords = pytree.tree_unflatten(leaves, self._structure)
         return model(*args, **keywords)
+
+
+class Refused(ValueError):  # noqa: N818 - it is raised as what it is
+    """What a model, or a layer in it, says of a call that cannot be exported."""
+
+
+class Flat(nn.Module):
+    """A model with tensors as its arguments and results. Results that are arguments, or no tensors, are left out.
+
+    Attributes:
+        paths: where the model returned them when it was last called.
+    """
+
+    def __init__(self, model: nn.Module, call: FlatCall) -> None:
+        super().__init__()
+        self.model, self._call, self.paths = model, call, list[str]()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Raises Refused where the model returns no tensor."""
+        result = self._call.call(self.model, tensors)
+        found = [(path, y) for path, y in tensors_in(result) if not any(y is x for x in tensors)]
+        if not found:
+            raise Refused(f"export: the model returned {type(result).__name__}, expected at least one tensor in it")
+        self.paths[:] = [path for path, _ in found]
+        return tuple(y for _, y in found)
+
+
+def at_least_two(x: Tensor, sizes: Mapping[int, str]) -> Tensor:
+    """x with 2 where a dimension that may have other sizes has 1, which a trace would take for a constant."""
+    for dimension in sizes:
+        if x.shape[dimension] == 1:
+            x = x.repeat_interleave(2, dimension)
+    return x
 
 
 def flat_call(model: nn.Module, inputs: Inputs) -> FlatCall:

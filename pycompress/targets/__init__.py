@@ -1,0 +1,12 @@
+"""Places to deploy a compressed model to.
+
+Each says what of our weights it can carry, in which of its own encodings, and what that changes.
+"""
+
+from pycompress.targets.deployment import Checked, Deployment, deploy
+from pycompress.targets.onnxruntime import OnnxRuntime
+from pycompress.targets.target import Carried, Target
+
+__all__ = ["TARGETS", "Carried", "Checked", "Deployment", "Target", "deploy"]
+
+TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntime(),)}
