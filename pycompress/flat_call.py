@@ -43,15 +43,12 @@ class Refused(ValueError):  # noqa: N818 - it is raised as what it is
 
 
 class Flat(nn.Module):
-    """A model with tensors as its arguments and results. Results that are arguments, or no tensors, are left out.
+    """A model with tensors as its arguments and results. Results that are arguments, or no tensors, are left out."""
 
-    Attributes:
-        paths: where the model returned them when it was last called.
-    """
-
-    def __init__(self, model: nn.Module, call: FlatCall) -> None:
+    def __init__(self, model: nn.Module, call: FlatCall, paths: list[str] | None = None) -> None:
+        """paths: becomes where the model returns them. (A list of the caller's: torch.export puts attributes back.)"""
         super().__init__()
-        self.model, self._call, self.paths = model, call, list[str]()
+        self.model, self._call, self._paths = model, call, [] if paths is None else paths
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Raises Refused where the model returns no tensor."""
@@ -59,7 +56,7 @@ class Flat(nn.Module):
         found = [(path, y) for path, y in tensors_in(result) if not any(y is x for x in tensors)]
         if not found:
             raise Refused(f"export: the model returned {type(result).__name__}, expected at least one tensor in it")
-        self.paths[:] = [path for path, _ in found]
+        self._paths[:] = [path for path, _ in found]
         return tuple(y for _, y in found)
 
 

@@ -44,6 +44,11 @@ def stored(path: Path) -> dict[str, Any]:
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 
+def run(path: Path, inputs: dict[str, Any]) -> list[Any]:
+    """The outputs of a file, in the model's order."""
+    return session(path).run(list(Exported(path).metadata["outputs"]), inputs)  # type: ignore[no-any-return]
+
+
 def sentences(vocabulary: int, batch: int, length: int) -> dict[str, Tensor]:
     """Tokens, the first sentence of which is padded."""
     tokens = torch.randint(0, vocabulary, (batch, length))
@@ -538,18 +543,63 @@ def test_a_layer_without_a_lowering_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 class Sequences(nn.Module):
-    def __init__(self) -> None:
+    """Two recurrent layers, the second one of which begins where the first one ended; and a layer that is called twice."""
+
+    def __init__(self, cell: type[nn.LSTM | nn.GRU], **options: Any) -> None:
         super().__init__()
-        self.cell = nn.LSTM(16, 8)
+        self.first = cell(16, 16, **options)
+        self.second = cell(32 if options.get("bidirectional") else 16, 16, **options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.cell(x)[0]
-        return y
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y, state = self.first(x)
+        y, state = self.second(y, state)
+        again, _ = self.first(x + 1)
+        return {"y": y + again, "state": state}
 
 
-def test_recurrent_layers_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="export: cell is Int8LSTM, which takes h_0, c_0 beside x"):
-        pc.export(pc.compress(Sequences().eval(), pc.Int8()), tmp_path / "m", torch.randn(3, 2, 16))
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("options", [{}, {"batch_first": True, "num_layers": 2, "bidirectional": True, "bias": False}])
+def test_recurrent_layers_give_the_integers_of_every_step_and_their_states(
+    cell: type[nn.LSTM | nn.GRU], options: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, path = pc.compress(Sequences(cell, **options).eval(), pc.Int8()), tmp_path / "m.onnx"
+    pc.export(model, path, torch.randn(3, 2, 16), {0: "a", 1: "b"})
+    x = torch.randn(5, 4, 16)
+    report = pc.validate(model, x, exported=path)
+    assert report.ok, report.verdict
+    found = run(path, {"x": x.numpy()})
+    with torch.no_grad():
+        want = model(x)
+    states = want["state"] if cell is nn.LSTM else [want["state"]]
+    assert len(found) == 1 + len(states)
+    for y, expected in zip(found, (want["y"], *states), strict=True):
+        assert torch.equal(torch.from_numpy(y), expected)  # nothing but the layers, and an exact sum
+
+
+def test_a_recurrent_layer_alone_and_in_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = pc.compress(nn.LSTM(16, 8).eval(), pc.Int8()).half()
+    pc.export(model, tmp_path / "m.onnx", torch.randn(3, 2, 16).half(), {0: "steps", 1: "batch"})
+    x = torch.randn(6, 1, 16).half()
+    with torch.no_grad():
+        y, (h, c) = model(x)
+    for one, expected in zip(run(tmp_path / "m.onnx", {"input": x.numpy()}), (y, h, c), strict=True):
+        assert torch.equal(torch.from_numpy(one), expected)
+
+
+def test_packed_sequences_are_refused(tmp_path: Path) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRU(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.cell(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2])))[1]
+            return y
+
+    with pytest.raises(ValueError, match="export: cell is called with a PackedSequence"):
+        pc.export(pc.compress(Packed().eval(), pc.Int8()), tmp_path / "m", torch.randn(3, 2, 16), {})
     assert os.listdir(tmp_path) == []
 
 

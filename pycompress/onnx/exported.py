@@ -22,8 +22,8 @@ class Exported:
     """Attributes:
     model: the graph.
     metadata: ``pycompress``, the version that wrote it; ``form``; ``outputs``: by name, where the model returns them; ``layers``:
-        by name, what :func:`pycompress.storage.plan.entry_of` says of each, whether it takes ``tokens``, and how its ``x``, its
-        ``y`` and what its lowering shows besides (``shown``) are called in the graph.
+        by name, what :func:`pycompress.storage.plan.entry_of` says of each, whether it takes ``tokens``, and how its ``x``, what it
+        takes beside (``taken``), its ``y`` and what its lowering shows besides (``shown``) are called in the graph.
     """
 
     def __init__(self, path: FilePath) -> None:
@@ -55,15 +55,17 @@ class Exported:
         """One layer as a model of its own, with inputs and outputs called as :func:`pycompress.onnx.lower` does: the nodes and
         constants that the file has for it."""
         entry = self.layers[name]
-        names = {entry["x"]: "x", entry["y"]: "y", **{inside: shown for shown, inside in entry["shown"].items()}}
+        taken = entry.get("taken", {})  # (files of before there were such layers do not say)
+        given = {entry["x"]: "x", **{inside: own for own, inside in taken.items()}}
+        names = {**given, entry["y"]: "y", **{inside: shown for shown, inside in entry["shown"].items()}}
         chosen: set[int] = set()
         constants: dict[str, onnx.TensorProto] = {}
-        pending = [inside for inside, shown in names.items() if shown != "x"]
+        pending = [inside for inside in names if inside not in given]
         while pending:
             value = pending.pop()
             if value in self._constants:
                 constants[value] = self._constants[value]
-            elif value and value != entry["x"] and self._made_by[value] not in chosen:
+            elif value and value not in given and self._made_by[value] not in chosen:
                 chosen.add(self._made_by[value])
                 pending += self._nodes[self._made_by[value]].input
         nodes = []
@@ -74,8 +76,9 @@ class Exported:
             copy.output[:] = [names.get(one, one) for one in copy.output]
             nodes.append(copy)
         x = helper.make_tensor_value_info("x", TensorProto.INT64 if entry["tokens"] else TensorProto.FLOAT, None)
+        others = [helper.make_tensor_value_info(own, TensorProto.FLOAT, None) for own in taken]
         outputs = [helper.make_value_info(shown, onnx.TypeProto()) for shown in ("y", *entry["shown"])]
-        graph = helper.make_graph(nodes, name, [x], outputs, [*constants.values()])
+        graph = helper.make_graph(nodes, name, [x, *others], outputs, [*constants.values()])
         return helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
 
     def run(self, session: Any, model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

@@ -75,11 +75,6 @@ class Lowerings:
             y = lowering(graph, "x", layer)
         except ValueError as error:
             raise ValueError(f"export: {name}: {error}") from error
-        if graph.taken:
-            raise ValueError(
-                f"export: {name} is {type(layer).__name__}, which takes {', '.join(one.name for one in graph.taken)} beside x, "
-                "expected a layer with one input: recurrent layers are not exported yet"
-            )
         return Lowered(graph, y, hasattr(layer, "lower"))
 
     def tensor(self, layer: CompressedLayer, shared: bool, name: str) -> ir.TensorProtocol:
@@ -96,10 +91,11 @@ class Lowerings:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is in the graph: the names of its x, of its y, and of what its lowering shows besides."""
+    """Where a layer is in the graph: the names of its x, of what it takes beside it, of its y, and of what its lowering shows."""
 
     x: str
     y: str
+    taken: dict[str, str]
     shown: dict[str, str]
 
 
@@ -129,38 +125,42 @@ class Splice:
         return places
 
     def _replace(self, node: ir.Node, name: str, layer: CompressedLayer, call: int) -> Place:
-        lowered, old = self.lowered[name], node.outputs[0]
+        lowered = self.lowered[name]
         prefix = f"{name}." if name else ""
         within = f"{prefix}{f'call_{call}.' if call else ''}"
         new = _Nodes(within)
         x, back = self._entered(new, node.inputs[0], layer, lowered.flat)
+        taken = {
+            one.name: _as_float(new, value) for one, value in zip(lowered.graph.taken, node.inputs[1:], strict=True)
+        }
         constants = {
             tensor.name: self._constant(layer, prefix, tensor, lowered) for tensor in lowered.graph.initializers
         }
-        values = {"": None, "x": x, **constants}
+        values = {"": None, "x": x, **taken, **constants}
         for proto in lowered.graph.nodes:
             outputs = [ir.Value(name=within + one) for one in proto.output]
             values.update(zip(proto.output, outputs, strict=True))
             new.add(proto.op_type, [values[one] for one in proto.input], outputs, map(ir.from_proto, proto.attribute))
-        inner = values[lowered.y]
-        y = back(inner)
-        if y is x or y.producer() is None:  # (a value of its own, which may be the graph's output)
-            y = new("Identity", y)
-        place = Place(x.name, inner.name, {one.name: values[one.name].name for one in lowered.graph.shown})
-        y.shape, y.type = old.shape, old.type
-        graph = node.graph
+        # y, and of each state that it took the last one: h_0, h_n
+        given = [lowered.y, *(f"{one.removesuffix('_0')}_n" for one in taken)]
+        graph, fresh = node.graph, []
+        for old, inner in zip(node.outputs, (values[one] for one in given), strict=True):
+            y = back(inner) if inner is values[lowered.y] else _in_dtype(new, inner, old)
+            if y is x or y.producer() is None:  # (a value of its own, which may be the graph's output)
+                y = new("Identity", y)
+            y.shape, y.type = old.shape, old.type
+            fresh.append(y)
         graph.insert_before(node, new.nodes)
-        is_output = any(one is old for one in graph.outputs)
-        if is_output and y is inner:  # it takes the name of the graph's output
-            place = Place(place.x, old.name, place.shown)
-        if is_output:
-            y.name = old.name
-        for i, one in enumerate(graph.outputs):
-            if one is old:
-                graph.outputs[i] = y
-        ir.convenience.replace_all_uses_with(old, y)
+        for old, y in zip(node.outputs, fresh, strict=True):
+            for i, one in enumerate(graph.outputs):
+                if one is old:  # (it is called as the graph's output, then)
+                    graph.outputs[i], y.name = y, old.name
+            ir.convenience.replace_all_uses_with(old, y)
         graph.remove(node, safe=True)
-        return place
+        return Place(
+            x.name, values[lowered.y].name, {own: value.name for own, value in taken.items()},
+            {one.name: values[one.name].name for one in lowered.graph.shown},
+        )  # fmt: skip
 
     def _constant(self, layer: CompressedLayer, prefix: str, tensor: onnx.TensorProto, lowered: Lowered) -> ir.Value:
         """One constant of a layer as a value of the graph; an equal one, of tied weights or of all layers, serves again."""
@@ -194,7 +194,7 @@ class Splice:
         back: list[Callable[[ir.Value], ir.Value]] = []
         if not kind.tokens and x.dtype != ir.DataType.FLOAT:
             back.append(partial(new, "Cast", to=int(x.dtype)))
-            x = new("Cast", x, to=TensorProto.FLOAT)
+            x = _as_float(new, x)
         elif kind.tokens and layer.dtype.itemsize != 4:
             back.append(partial(new, "Cast", to=int(ir.DataType[_NAMES[str(layer.dtype)]])))
         leading = len(outside.shape) - kind.dims
@@ -246,3 +246,11 @@ class _Nodes:
         output = ir.Value(name=f"{self.prefix}around_{len(self.nodes)}")
         self.add(operator, inputs, [output], [ir.AttrInt64(key, value) for key, value in attributes.items()])
         return output
+
+
+def _as_float(new: _Nodes, x: ir.Value) -> ir.Value:
+    return x if x.dtype == ir.DataType.FLOAT else new("Cast", x, to=TensorProto.FLOAT)
+
+
+def _in_dtype(new: _Nodes, y: ir.Value, like: ir.Value) -> ir.Value:
+    return y if like.dtype == ir.DataType.FLOAT else new("Cast", y, to=int(like.dtype))

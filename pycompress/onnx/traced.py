@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from ast import literal_eval
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pycompress.calls import Inputs, evaluating, only_argument
 from pycompress.flat_call import Flat, FlatCall, Refused, at_least_two, output_names
+from pycompress.nn.int8_recurrent import Int8Recurrent
 from pycompress.nn.layer import CompressedLayer
 from pycompress.ops.checks import FLOATS
 from pycompress.passes import whole
@@ -48,7 +49,8 @@ def traced(
     dynamic = {name: dict.fromkeys(own, torch.export.Dim.DYNAMIC) for name, own in sizes.items()}
     tensors = tuple(at_least_two(x, sizes[name]) for name, x in call.tensors.items())
     with whole.without(model), evaluating(model, inputs), unwatched(), _placeholders(layers):
-        flat = Flat(model, call).eval()
+        paths: list[str] = []
+        flat = Flat(model, call, paths).eval()
         try:
             program = torch.export.export(
                 flat, tensors, dynamic_shapes={"tensors": tuple(dynamic.values())}, strict=False
@@ -58,7 +60,7 @@ def traced(
         except Exception as error:
             raise RuntimeError(f"export: torch.export could not trace the model: {_head(error)}") from error
         _check_operators(program)
-        outputs = dict(zip(output_names(flat.paths, call.tensors), flat.paths, strict=True))
+        outputs = dict(zip(output_names(paths, call.tensors), paths, strict=True))
         try:
             made = torch.onnx.export(
                 program, dynamo=True, verbose=False, opset_version=opset, input_names=[*call.tensors], output_names=[*outputs]
@@ -73,17 +75,19 @@ def traced(
 
 @contextmanager
 def _placeholders(layers: Mapping[str, CompressedLayer]) -> Iterator[None]:
-    """In the block each layer gives a node that stands for it, in the instance, so that hooks see it as they see the layer."""
-    own = {layer: layer.__dict__.get("forward") for layer in layers.values()}
+    """In the block what each layer computes is a node that stands for it, in the instance, so that hooks see it as they see the
+    layer."""
+    own = {layer: layer.__dict__.get(layer.computes) for layer in layers.values()}
     try:
         for name, layer in layers.items():
-            layer.__dict__["forward"] = _placeholder(name, layer)
+            make = _recurrent_placeholder if isinstance(layer, Int8Recurrent) else _placeholder
+            layer.__dict__[layer.computes] = make(name, layer)
         yield
     finally:
-        for layer, forward in own.items():
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.__dict__["forward"] = forward
+        for layer, computes in own.items():
+            layer.__dict__.pop(layer.computes, None)
+            if computes is not None:
+                layer.__dict__[layer.computes] = computes
 
 
 def _placeholder(name: str, layer: CompressedLayer) -> Callable[..., Tensor]:
@@ -102,12 +106,32 @@ def _placeholder(name: str, layer: CompressedLayer) -> Callable[..., Tensor]:
             raise Refused(f"export: {name} is called with {[*x.shape]}, expected {['...', *item]}")
         shape = kind.result_shape(x.shape, layer.n, layer.k, layer.geometry)
         dtype = layer.dtype if kind.tokens else x.dtype
-        y: Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{PLACEHOLDER}", (x,), {"layer": name}, dtype=dtype, shape=shape, version=1
-        )
+        (y,) = _symbol(name, [x], [(shape, dtype)])
         return y
 
     return forward
+
+
+def _recurrent_placeholder(name: str, layer: Int8Recurrent) -> Callable[..., list[Tensor]]:
+    def run(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
+        if batch_sizes is not None:
+            raise Refused(
+                f"export: {name} is called with a PackedSequence, expected a tensor: ONNX has no packed sequences"
+            )
+        y = (*x.shape[:2], layer.geometry.directions * layer.geometry.hidden_size)
+        return [*_symbol(name, [x, *states], [(y, x.dtype), *((one.shape, x.dtype) for one in states)])]
+
+    return run
+
+
+def _symbol(
+    name: str, inputs: Sequence[Tensor], outputs: Sequence[tuple[Sequence[Any], torch.dtype]]
+) -> Sequence[Tensor]:
+    made: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{PLACEHOLDER}", inputs, {"layer": name}, dtypes=[dtype for _, dtype in outputs],
+        shapes=[shape for shape, _ in outputs], version=1,
+    )  # fmt: skip
+    return made
 
 
 def _check_operators(program: Any) -> None:

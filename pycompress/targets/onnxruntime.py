@@ -24,8 +24,6 @@ class OnnxRuntime(Target):
     )
 
     def carried(self, layer: CompressedLayer) -> Carried:
-        if layer.kind.recurrent:
-            return Carried("refused", "", "whole models with recurrent layers are not exported")
         bits = getattr(layer, "bits", None)
         if layer.weight_type.name == "sparse":
             return Carried(

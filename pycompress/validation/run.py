@@ -219,13 +219,16 @@ def _perturbed() -> Callable[[CompressedLayer, Forward], Forward]:
     """Native forwards whose results move by PERTURBATION up or down; in 16 bits few do, by one step."""
     generator = torch.Generator(device="cpu").manual_seed(0)  # the model's own random numbers stay the same
 
+    def moved(y: Tensor) -> Tensor:
+        step = max(PERTURBATION, torch.finfo(y.dtype).eps)
+        some = torch.rand(y.shape, generator=generator, dtype=torch.float32, device="cpu") < PERTURBATION / step
+        sign = torch.randint(2, y.shape, generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
+        return y * (1 + step * sign * some).to(y.device, y.dtype)
+
     def make(_layer: CompressedLayer, native: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             y = native(*args, **kwargs)
-            step = max(PERTURBATION, torch.finfo(y.dtype).eps)
-            moved = torch.rand(y.shape, generator=generator, dtype=torch.float32, device="cpu") < PERTURBATION / step
-            sign = torch.randint(2, y.shape, generator=generator, dtype=torch.int64, device="cpu") * 2 - 1
-            return y * (1 + step * sign * moved).to(y.device, y.dtype)
+            return [moved(one) for one in y] if isinstance(y, list) else moved(y)  # (recurrent: the last states, too)
 
         return forward
 
