@@ -77,20 +77,23 @@ def traced(
 def _placeholders(layers: Mapping[str, CompressedLayer]) -> Iterator[None]:
     """In the block what each layer computes is a node that stands for it, in the instance, so that hooks see it as they see the
     layer."""
-    own = {layer: layer.__dict__.get(layer.computes) for layer in layers.values()}
+    before: list[tuple[CompressedLayer, str, Any]] = []
     try:
         for name, layer in layers.items():
-            make = _recurrent_placeholder if isinstance(layer, Int8Recurrent) else _placeholder
-            layer.__dict__[layer.computes] = make(name, layer)
+            make = _recurrent_placeholders if isinstance(layer, Int8Recurrent) else _placeholders_of
+            for method, instead in make(name, layer).items():
+                before.append((layer, method, layer.__dict__.get(method)))
+                layer.__dict__[method] = instead
         yield
     finally:
-        for layer, computes in own.items():
-            layer.__dict__.pop(layer.computes, None)
-            if computes is not None:
-                layer.__dict__[layer.computes] = computes
+        for layer, method, own in before:
+            layer.__dict__.pop(method)
+            if own is not None:
+                layer.__dict__[method] = own
 
 
-def _placeholder(name: str, layer: CompressedLayer) -> Callable[..., Tensor]:
+def _placeholders_of(name: str, layer: CompressedLayer) -> dict[str, Callable[..., Any]]:
+    """By the name of the method that they stand in for."""
     kind = layer.kind
 
     def forward(*args: Tensor, **keywords: Tensor) -> Tensor:
@@ -109,19 +112,22 @@ def _placeholder(name: str, layer: CompressedLayer) -> Callable[..., Tensor]:
         (y,) = _symbol(name, [x], [(shape, dtype)])
         return y
 
-    return forward
+    return {"forward": forward}
 
 
-def _recurrent_placeholder(name: str, layer: Int8Recurrent) -> Callable[..., list[Tensor]]:
-    def run(x: Tensor, states: list[Tensor], batch_sizes: Tensor | None) -> list[Tensor]:
-        if batch_sizes is not None:
-            raise Refused(
-                f"export: {name} is called with a PackedSequence, expected a tensor: ONNX has no packed sequences"
-            )
+def _recurrent_placeholders(name: str, layer: Int8Recurrent) -> dict[str, Callable[..., Any]]:
+    """What is around the op, which is one node, is traced."""
+
+    def run(x: Tensor, states: list[Tensor], _: None) -> list[Tensor]:
         y = (*x.shape[:2], layer.geometry.directions * layer.geometry.hidden_size)
         return [*_symbol(name, [x, *states], [(y, x.dtype), *((one.shape, x.dtype) for one in states)])]
 
-    return run
+    def packed(*_: Any) -> None:
+        raise Refused(
+            f"export: {name} is called with a PackedSequence, expected a tensor: ONNX has no packed sequences"
+        )
+
+    return {"run": run, "_packed": packed}
 
 
 def _symbol(
