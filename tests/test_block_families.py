@@ -254,7 +254,7 @@ def test_compiled(name: str) -> None:
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph.forward
 
-    for inputs in both_inputs(name, 2, 7):
+    for inputs in both_inputs(name, 2, 7)[0 if name == "BERT" else -1 :]:
         graphs.clear()
         torch.compiler.reset()
         y = run(torch.compile(model, fullgraph=True, backend=backend), inputs)[0]

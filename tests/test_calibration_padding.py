@@ -139,25 +139,35 @@ def test_a_mask_that_is_none_is_named() -> None:
 # --- torch's transformers -----------------------------------------------------------------------------------------------
 
 
+def padded_encoder(batch_first: bool, kind: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """An encoder, a padded batch, and which rows of it are none."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
+    x, counts = torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [3]])
+    mask = ~counts if kind == "bool" else torch.zeros(3, 5).masked_fill(~counts, -torch.inf)
+    return model, {"src": turn(x, batch_first), "src_key_padding_mask": mask}, counts
+
+
 @pytest.mark.filterwarnings("ignore:.*nested.*")
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_torchs_encoder(batch_first: bool, kind: str) -> None:
     """In evaluation, where its fast path would pack the padded batch into a nested tensor."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
-    x, counts = torch.randn(3, 5, 8), torch.arange(5) < torch.tensor([[5], [2], [3]])
-    mask = ~counts if kind == "bool" else torch.zeros(3, 5).masked_fill(~counts, -torch.inf)
+    model, batch, counts = padded_encoder(batch_first, kind)
+    x = turn(batch["src"], batch_first)
     expected = pc.calibrate(model, [turn(x[i : i + 1, : counts[i].sum()], batch_first) for i in range(3)])
-    batch = {"src": turn(x, batch_first), "src_key_padding_mask": mask}
     found = pc.calibrate(model, [batch])
     assert {"layers.0.linear1", "layers.1.linear2"} <= set(found)
     alike(found, expected)
     assert found["layers.0.linear1"].rows == 10
     assert torch.backends.mha.get_fastpath_enabled()
-    made = pc.compress(
-        model, pc.LowRank(2, rank_guard=False), calibration=found, example_inputs=batch, only_if_faster=True
-    )
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*")
+def test_torchs_encoder_is_compressed_by_what_was_seen() -> None:
+    model, batch, _ = padded_encoder(True, "bool")
+    plan = pc.LowRank(2, rank_guard=False)
+    made = pc.compress(model, plan, calibration=pc.calibrate(model, [batch]), example_inputs=batch, only_if_faster=True)
     assert {r.name: r.us is not None for r in pc.summary(made).layers if "linear" in r.name} == dict.fromkeys(
         (f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)), True
     )

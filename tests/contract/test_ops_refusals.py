@@ -161,7 +161,7 @@ def test_buffers_that_no_pack_made(case: Case, forked: Forked, sample: Sample) -
 
     def run() -> dict[str, dict[str, str]]:
         torch.set_num_threads(1)  # torch's own products hang in a forked child
-        for position, value in itertools.product(sample(headers(packed, form), 8), (0, 1, 0x7F, 0x80, 0xFF)):
+        for position, value in itertools.product(sample(headers(packed, form), 8), (1, 0x7F, 0xFF)):
             edited = packed.clone()
             edited[position] = value
             outcomes(case, edited, form)
