@@ -80,8 +80,11 @@ def _placeholders(layers: Mapping[str, CompressedLayer]) -> Iterator[None]:
     before: list[tuple[CompressedLayer, str, Any]] = []
     try:
         for name, layer in layers.items():
-            make = _recurrent_placeholders if isinstance(layer, Int8Recurrent) else _placeholders_of
-            for method, instead in make(name, layer).items():
+            if isinstance(layer, Int8Recurrent):
+                places = _recurrent_placeholders(name, layer)
+            else:
+                places = _placeholders_of(name, layer)
+            for method, instead in places.items():
                 before.append((layer, method, layer.__dict__.get(method)))
                 layer.__dict__[method] = instead
         yield
