@@ -11,6 +11,7 @@ from pycompress.ops import cpu
 from pycompress.ops.block_form import NORMS, PRODUCTS, BlockForm, parse_block
 from pycompress.ops.checks import check_tensor, nobody_looks
 from pycompress.ops.cpu.block import Tensors, check_block
+from pycompress.ops.flops import Shape, counted, multiply_adds
 from pycompress.ops.registry import Doors, implement
 
 __all__ = ["NORMS", "PRODUCTS", "BlockForm", "block", "parse_block"]
@@ -45,6 +46,17 @@ _op: Any = implement(
     check=check_block,
     cast=_uncast,
 )
+
+
+def _multiply_adds(x: Shape, _mask: Any, _bias: Any, _tensors: Any, form: str, out_shape: Shape) -> int:  # noqa: ARG001
+    """Its products, and two for each pair of positions, seen or not, as torch counts attention."""
+    batch, length, _ = x
+    own = parse_block(form)
+    pairs = 2 * batch * length * length * own.heads * own.head_size
+    return batch * length * sum(multiply_adds(one) for *_, one in own.parsed()) + pairs
+
+
+counted("block", _multiply_adds)
 _threads, _run_of = torch.get_num_threads, cpu.block.run_of
 
 

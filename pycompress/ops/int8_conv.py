@@ -9,6 +9,7 @@ from torch import Tensor
 from pycompress.ops import cpu
 from pycompress.ops.checks import Ints, check_float, check_tensor, nobody_looks
 from pycompress.ops.conv2d import CONV2D, vmapped
+from pycompress.ops.flops import counted, of_positions
 from pycompress.ops.int8 import OP
 from pycompress.ops.registry import Doors, implement
 
@@ -33,6 +34,7 @@ _op: Any = implement(
     CONV2D.differentiable(OP.dense),
     vmapped("int8_conv2d", lambda: _op),
 )
+counted("int8_conv2d", of_positions)
 
 
 def int8_conv2d(

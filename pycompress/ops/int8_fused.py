@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pycompress.ops import cpu, int8
 from pycompress.ops.checks import check, check_float
+from pycompress.ops.flops import counted, of_rows
 from pycompress.ops.form import parse
 from pycompress.ops.registry import implement
 
@@ -64,6 +65,7 @@ _op = implement(
     check=_check,
     cast=lambda dtype, *operands: _apart(*operands, dtype=dtype),
 )
+counted("int8_fused_linear", lambda x, *operands, out_shape: of_rows(x, *operands[5:], out_shape=out_shape))
 
 
 def int8_fused_linear(

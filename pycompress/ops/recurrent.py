@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from pycompress.ops import cpu
 from pycompress.ops.checks import check_float, check_tensor, nobody_looks
 from pycompress.ops.cpu.recurrent import read
 from pycompress.ops.derivative import below
+from pycompress.ops.flops import Shape, counted, multiply_adds
+from pycompress.ops.form import parse
 from pycompress.ops.int8 import OP
 from pycompress.ops.registry import Doors, implement
 
@@ -81,6 +84,14 @@ _op: Any = implement(
     check=_check,
     cast=lambda _dtype, *operands: _op(*operands),
 )
+
+
+def _multiply_adds(x: Shape, _packed: Shape, form: str, *_: Any, out_shape: Any) -> int:  # noqa: ARG001
+    """Each row of x, a step of a sequence, meets all matrices."""
+    return math.prod(x[:-1]) * sum(multiply_adds(parse(piece.form)) for piece in read(form).pieces)
+
+
+counted("int8_recurrent", _multiply_adds)
 
 
 def int8_recurrent(

@@ -38,6 +38,7 @@ from torch import Tensor
 from pycompress.ops.checks import ACTIVATIONS, FLOATS, check_float, check_tensor, nobody_looks
 from pycompress.ops.cpu import native
 from pycompress.ops.derivative import ROWS, below, wanted
+from pycompress.ops.flops import counted, of_rows
 from pycompress.ops.form import Form, Sizes, parse
 
 Parts = dict[str, Tensor]
@@ -212,6 +213,7 @@ def _linear(
 
     schema = "(Tensor x, Tensor packed, str form, Tensor? bias, str activation) -> Tensor"
     op = implement(name, schema, doors, "linear", fake, ROWS.differentiable(dense))
+    counted(name, of_rows)
     cpu_linear, codes, threads = doors.cpu.linear, ACTIVATIONS, torch.get_num_threads
 
     @lru_cache(maxsize=1 << 16)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pycompress.ops import cpu
 from pycompress.ops.checks import Ints, check_float, check_tensor, conv2d_shape, nobody_looks
 from pycompress.ops.conv2d import CONV2D, vmapped
+from pycompress.ops.flops import counted, of_positions
 from pycompress.ops.form import parse
 from pycompress.ops.registry import define, implement
 
@@ -76,6 +77,7 @@ _conv2d_op: Any = implement(
     CONV2D.differentiable(OP.dense),
     vmapped("sparse_conv2d", lambda: _conv2d_op),
 )
+counted("sparse_conv2d", of_positions)
 
 
 def sparse_conv2d(
