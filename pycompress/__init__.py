@@ -1,6 +1,7 @@
 """Compressed layers for PyTorch: native int8, int4, sparse and low-rank kernels, put into a model, proved against ONNX Runtime."""
 
 from pycompress.calibration import calibrate
+from pycompress.evaluation import evaluate
 from pycompress.interchange import export, from_onnx
 from pycompress.methods import (
     Entropy,
@@ -44,6 +45,7 @@ __all__ = [
     "compress",
     "deploy",
     "equalize",
+    "evaluate",
     "export",
     "fisher",
     "fold_norms",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 
@@ -33,3 +33,13 @@ def interleaved_us(
         times[0].append(_turn(first, repeats[0]))
         times[1].append(_turn(second, repeats[1]))
     return median(times[0]) * 1e6, median(times[1]) * 1e6
+
+
+def in_turns(calls: Sequence[Callable[[], object]], fewest: int, seconds: float) -> list[list[float]]:
+    """Seconds of each call, round by round A B A B, after one that warms up: ``fewest`` rounds, and more while ``seconds`` last."""
+    for call in calls:
+        call()
+    start, rounds = time.perf_counter(), list[list[float]]()
+    while len(rounds) < fewest or time.perf_counter() - start < seconds:
+        rounds.append([_turn(call, 1) for call in calls])
+    return rounds
