@@ -19,6 +19,7 @@ from pycompress.model import compress, summary
 from pycompress.nn import SparseConv2d, SparseLinear
 from pycompress.passes.equalize import equalize
 from pycompress.passes.fold_norm import fold_norms
+from pycompress.report import report
 from pycompress.storage import load, save
 from pycompress.structure import Cut, fisher, shrink
 from pycompress.targets import deploy
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "prepare",
     "reconstruct",
+    "report",
     "save",
     "shrink",
     "summary",

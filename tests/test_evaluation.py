@@ -374,6 +374,11 @@ def test_worse_inputs(trained: tuple[nn.Module, Tensor, Tensor], snapshot: Any) 
         assert value["noise 3"] < value["noise 0.01"]
         assert value["pgd 0.3"] <= value["fgsm 0.3"] + 0.02 < value[""]
     assert found.failed == {}
+    beside = pc.evaluate(model, [(x, labels)], ["agreement", "accuracy"], baseline=dense, robustness=Robustness((0.1,), (0.1,)),
+                         resamples=20)  # fmt: skip
+    assert [(one.name, one.worse) for one in beside.figures] == [
+        ("agreement", ""), ("accuracy", ""), ("agreement", "noise 0.1"), ("accuracy", "noise 0.1"), ("accuracy", "fgsm 0.1"),
+    ]  # fmt: skip
 
 
 def test_fgsm_moves_along_the_sign_of_the_gradient() -> None:

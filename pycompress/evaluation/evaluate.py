@@ -174,7 +174,8 @@ class _Runs:
     def figures(self, way: str, bootstrap: Bootstrap) -> list[Figure]:
         """Of all metrics; a metric that fails has its reason."""
         figures = []
-        for metric in self.metrics:
+        alike = way not in self.ways or self.ways[way].kind == "noise"  # attacked, each model has inputs of its own
+        for metric in (metric for metric in self.metrics if alike or not metric.beside):
             reason = self.broken.get((way, None)) or self.broken.get((way, metric.reduce)) or ""
             figure = None
             if not reason:

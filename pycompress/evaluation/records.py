@@ -90,7 +90,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**asdict(self), "failed": self.failed, "compression_ratio": self.compression_ratio}
+        figures = [{**asdict(figure), "verdict": figure.verdict} for figure in self.figures]
+        return {**asdict(self), "figures": figures, "failed": self.failed, "compression_ratio": self.compression_ratio}
 
     def __str__(self) -> str:
         lines = _table([("metric", "model", "baseline", "difference", ""), *map(_of_figure, self.figures)])
@@ -111,7 +112,7 @@ def ratio(baseline: Sizes | None, sizes: Sizes | None, name: str) -> float | Non
     return before / after if before is not None and after else None
 
 
-SIZES = {  # what a table says of each field
+SIZES = {  # what tables say of each field
     "parameters": "parameters",
     "nonzeros": "non-zeros",
     "macs": "MACs a row",

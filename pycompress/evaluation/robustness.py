@@ -25,7 +25,8 @@ class Robustness:
         noise: standard deviations of Gaussian noise that is added; dense and compressed model get the same.
         fgsm, pgd: how far each number of the input may move. Each model is attacked by its own gradient, in which a compressed
             layer is taken for linear in what it quantizes. The loss is the cross entropy, of targets that are numbers the squared
-            error. PGD begins anywhere within reach, and makes ten steps of a quarter of it.
+            error. PGD begins anywhere within reach, and makes ten steps of a quarter of it. Metrics that compare with the baseline
+            are left out, since both have other inputs.
         low, high: what inputs may not leave, such as 0 and 1 of images.
         seed: of the noise, and of where PGD begins.
     """
