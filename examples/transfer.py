@@ -2,7 +2,7 @@
 
 A trained sentence encoder learns what a docstring of Python's standard library is about. It is prepared before it is fine-tuned:
 what learns the task is what will be deployed, 75 % zeros in 8 bits. Beside it the same fine-tuning of the dense model, compressed
-afterwards.
+afterwards. Both are judged beside the dense model, with intervals, and what was prepared is shown on a page, transfer.html.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import copy
 import importlib
 import inspect
 import random
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress import demo
+from pycompress.evaluation import Evaluation
 
 TOPICS = {
     "network": "http.client http.server http.cookiejar urllib.request urllib.parse ftplib smtplib imaplib poplib socket ssl",
@@ -79,26 +81,39 @@ def fine_tune(
     model.eval()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, test: list[tuple[str, int]]) -> float:
-    found = [model([text for text, _ in test[i : i + 50]]).argmax(1) for i in range(0, len(test), 50)]
-    return float((torch.cat(found) == torch.tensor([topic for _, topic in test])).double().mean())
+def batches(pairs: list[tuple[str, int]], rows: int = 50) -> Iterator[tuple[list[list[str]], list[int]]]:
+    """What `pc.evaluate` takes: the only argument of the model is a list of texts, beside it are their topics."""
+    for i in range(0, len(pairs), rows):
+        texts, topics = zip(*pairs[i : i + rows], strict=True)
+        yield [list(texts)], list(topics)
 
 
-def main(steps: int = 150) -> dict[str, float]:
-    """Trains both, and returns the accuracies."""
+def main(
+    steps: int = 150, tests: int = 400, latency: tuple[int, ...] = (1, 16), path: str = "transfer.html"
+) -> dict[str, Evaluation]:
+    """Trains both, judges them on so many texts beside the dense model, and writes the page."""
     torch.manual_seed(0)
     pairs = docstrings()
-    train, test = pairs[400:], pairs[:400]
+    train, test = pairs[tests:], pairs[:tests]
     model = Classifier().eval()
     dense = copy.deepcopy(model)
     fine_tune(dense, train, steps)
     training = pc.prepare(model, PLAN, steps=steps, ramp=pc.Ramp(0.0, 0.5, every=max(1, steps // 15)))
     fine_tune(model, train, steps, training)
-    models = {"dense": dense, "compressed afterwards": pc.compress(dense, PLAN), "prepared": pc.compress(model)}
-    return {name: accuracy(own, test) for name, own in models.items()}
+    prepared = pc.compress(model)
+    metrics = ["accuracy", "f1", "agreement"]
+    found = {
+        "compressed afterwards": pc.evaluate(pc.compress(dense, PLAN), batches(test), metrics, baseline=dense),
+        "prepared": pc.evaluate(prepared, batches(test), metrics, baseline=dense, latency=latency),
+    }
+    pc.report(
+        dense, prepared, path, evaluation=found["prepared"], plan=PLAN, command="python examples/transfer.py",
+        calibration=f"none; {len(train):,} docstrings of Python's standard library to train on, {len(test):,} others to test on",
+        title="What a docstring is about",
+    )  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":
-    for name, share in main().items():
-        print(f"{name:22} {100 * share:.1f} %")
+    for name, evaluation in main().items():
+        print(f"{name}\n{evaluation}\n")
