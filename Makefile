@@ -8,10 +8,11 @@ CUDA_READY := $(VENV)/.cuda-ready
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
 PYTEST := $(BIN)/python -m pytest
+TARGETS := executorch litert
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-all stress emulated spills gpu gpu-dry lint format bench models sanitize docs clean drawn
+.PHONY: demo test test-all targets stress emulated spills gpu gpu-dry lint format bench models sanitize docs clean drawn
 
 demo: $(READY)
 	$(BIN)/pycompress demo
@@ -23,6 +24,21 @@ test: $(READY)
 # That, and what it left out: the slow tests, all combinations of parameters, the CUDA module and the CUDA kernels' source on the host.
 test-all: test $(CUDA_READY)
 	$(PYTEST) $(WORKERS) --rest
+
+# The targets whose packages are heavy, each in an environment of its own, where its tests run.
+targets: $(TARGETS:%=build/targets/%/.tested)
+
+build/targets/.wheel: $(READY) $(shell find pycompress -name '*.py')
+	rm -rf build/targets/wheel
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --config-settings cmake.define.PYCOMPRESS_CUDA=OFF --wheel-dir build/targets/wheel .
+	touch $@
+
+build/targets/%/.tested: build/targets/.wheel tests/test_targets_%.py tests/deployed.py $(wildcard pycompress/targets/*.py)
+	test -x build/targets/$*/bin/python || $(PYTHON) -m venv build/targets/$*
+	build/targets/$*/bin/pip install --quiet --constraint constraints.txt "$$(echo build/targets/wheel/*.whl)[targets-$*]" pytest
+	build/targets/$*/bin/pip install --quiet --no-deps --force-reinstall build/targets/wheel/*.whl
+	build/targets/$*/bin/pytest --all tests/test_targets_$*.py
+	touch $@
 
 # Kills `save` at random moments, with each version of safetensors that is allowed: the file is the old or the new one, whole.
 stress: $(READY)

@@ -4,9 +4,11 @@ Each says what of our weights it can carry, in which of its own encodings, and w
 """
 
 from pycompress.targets.deployment import Checked, Deployment, deploy
+from pycompress.targets.executorch import ExecuTorch
+from pycompress.targets.litert import LiteRT
 from pycompress.targets.onnxruntime import OnnxRuntime
 from pycompress.targets.target import Carried, Target
 
 __all__ = ["TARGETS", "Carried", "Checked", "Deployment", "Target", "deploy"]
 
-TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntime(),)}
+TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntime(), ExecuTorch(), LiteRT())}

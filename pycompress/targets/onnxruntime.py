@@ -9,7 +9,7 @@ from torch import Tensor, from_numpy
 from pycompress.interchange import export
 from pycompress.nn import CompressedLayer
 from pycompress.targets.source import Source
-from pycompress.targets.target import Carried, Target
+from pycompress.targets.target import Carried, Run, Target
 
 
 class OnnxRuntime(Target):
@@ -37,9 +37,16 @@ class OnnxRuntime(Target):
         export(source.model, path, source.inputs, source.sizes, form="exact")
 
     def run(self, path: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.open(path)(inputs)
+
+    def open(self, path: str) -> Run:
         from pycompress import onnx
 
         session = onnx.session(path)
         known = {one.name for one in session.get_inputs()}
-        fed = {name: x.detach().cpu().numpy() for name, x in inputs.items() if name in known}
-        return [from_numpy(y) for y in session.run(None, fed)]
+
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            fed = {name: x.detach().cpu().numpy() for name, x in inputs.items() if name in known}
+            return [from_numpy(y) for y in session.run(None, fed)]
+
+        return call

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from pycompress.nn import CompressedLayer
 from pycompress.targets.source import Source
 
 Fate = Literal["kept", "widened", "refused"]
+Run = Callable[[Mapping[str, Tensor]], list[Tensor]]  # a written model, called as :meth:`Target.run` is
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Target(ABC):
     @abstractmethod
     def run(self, path: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """What the written model gives for inputs by name, in the order of :attr:`Source.outputs`, on this machine."""
+
+    def open(self, path: str) -> Run:
+        """The same to be called many times, where a target can keep the file loaded."""
+        return partial(self.run, path)
 
     def check_installed(self) -> None:
         """Raises ImportError, which names the extra, where a package is missing."""

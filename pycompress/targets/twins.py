@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from pycompress.kinds.padded import last_first
 from pycompress.kinds.walk import Walk
 from pycompress.nn import CompressedLayer, LowRankConv2d
 from pycompress.ops.activation import DIFFERENTIABLE
-from pycompress.weights import DenseWeight, Int8Weight, LowRankWeight, Weight
+from pycompress.targets.target import Carried, Fate
+from pycompress.weights import DenseWeight, Int4Weight, Int8Weight, LowRankWeight, SparseWeight, Weight
 
 
 class Floats(nn.Module):
@@ -25,20 +27,56 @@ class Floats(nn.Module):
         super().__init__()
         self.register_buffer("values", values.contiguous())
 
-    def forward(self) -> Tensor:
-        return self.values
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        return self.values if tokens is None else functional.embedding(tokens, self.values)
+
+
+class Int8Rows(nn.Module):
+    """An embedding's int8 weight: rows and their scales are looked up each by itself."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Int8Weight) -> None:
+        super().__init__()
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale[:, None])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return functional.embedding(tokens, self.values).to(torch.float32) * functional.embedding(tokens, self.scale)
+
+
+class ZeroPoints(nn.Module):
+    """What zero points add to a product without them: (8 - zero_point) * scale, times the sum of the inputs of each group."""
+
+    steps: Tensor
+
+    def __init__(self, weight: Int4Weight) -> None:
+        super().__init__()
+        self._group = weight.group
+        self.register_buffer("steps", (8 - weight.zero_points().float()) * weight.scale.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = x.unflatten(-1, (-1, self._group)).sum(-1)
+        y: Tensor = functional.linear(sums, self.steps)
+        return y
 
 
 class Encoded(NamedTuple):
     """How a target has a weight.
 
     Attributes:
-        weight: called without arguments, gives float32 of the shape that was asked for.
+        weight: called without arguments, gives float32 of the shape that was asked for; of an embedding, called with tokens, their
+            rows.
         seen: what becomes of the input before the product.
+        beside: what else is added to it, of the input as it came; of a linear layer only.
+        behind: what becomes of the product, its bias added.
     """
 
     weight: nn.Module
     seen: nn.Module
+    beside: nn.Module | None = None
+    behind: nn.Module | None = None
 
 
 Encode = Callable[[Weight, tuple[int, ...]], Encoded]  # of a canonical weight and the shape that torch's operator takes
@@ -56,13 +94,15 @@ class _Product(nn.Module):
 
     def __init__(self, encoded: Encoded, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.weight, self.seen = encoded
+        self.weight, self.seen, self.beside, behind = encoded
+        self.behind = behind or nn.Identity()
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
 
 class _Linear(_Product):
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(self.seen(x), self.weight(), self.bias)
+        y: Tensor = self.behind(functional.linear(self.seen(x), self.weight(), self.bias))
+        return y if self.beside is None else y + self.beside(x)
 
 
 class _Convolution(_Product):
@@ -83,6 +123,7 @@ class _Convolution(_Product):
             x = functional.pad(x, last_first(sides))
         padding = sides[::2] if even else (0, 0)
         y = functional.conv2d(self.seen(x), self.weight(), self.bias, stride, padding, dilation, walk.groups)
+        y = self.behind(y)
         return walk.from_image(y.squeeze(0) if one else y)
 
 
@@ -90,7 +131,8 @@ class _Rows(_Product):
     """The rows that tokens choose."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return functional.embedding(tokens, self.weight())
+        y: Tensor = self.weight(tokens)
+        return y
 
 
 class _Sum(nn.Module):
@@ -163,6 +205,47 @@ def _linear(weight: Weight, bias: Tensor | None, encode: Encode) -> nn.Module:
         _Linear(encode(up, tuple(up.shape)), bias),
     )
     return chain if weight.residual is None else _Sum(chain, _linear(weight.residual, None, encode))
+
+
+def matrices_of(layer: CompressedLayer) -> list[Weight]:
+    """The weights that :func:`twin_of` has encoded."""
+    weight = layer.canonical()
+    if isinstance(layer, LowRankConv2d):
+        return [DenseWeight(factor.flatten(1)) for factor in weight.factors()]
+    if isinstance(weight, LowRankWeight):
+        return [*factors_of(weight), *([] if weight.residual is None else [weight.residual])]
+    return [weight]
+
+
+def together(parts: Sequence[Carried]) -> Carried:
+    """Of the matrices of one layer: the worst that becomes of one."""
+    fates: tuple[Fate, ...] = ("refused", "widened", "kept")
+    fate = next(fate for fate in fates if any(part.fate == fate for part in parts))
+    encodings, reasons = (
+        list(dict.fromkeys(getattr(part, name) for part in parts if getattr(part, name)))
+        for name in ("encoding", "reason")
+    )
+    return Carried(fate, " + ".join(encodings), "; ".join(reasons))
+
+
+def dense_int8(weight: Int8Weight | SparseWeight) -> Int8Weight:
+    """The same integers and scales, those of a sparse weight with their zeros."""
+    if isinstance(weight, Int8Weight):
+        return weight
+    assert weight.scale is not None
+    assert weight.activation_bits is not None
+    values = replace(weight, scale=torch.ones_like(weight.scale)).decompress().to(torch.int8)
+    return Int8Weight(values, weight.scale, weight.activation_bits, 8)
+
+
+def check_stored(title: str, claims: Iterable[tuple[str, bytes]], written: bytes) -> None:
+    """Raises RuntimeError where a file lacks the integers of a layer that is said to be stored as such.
+
+    Args:
+        claims: of each matrix the name of its layer, and its integers as the file should have them.
+    """
+    if missing := list(dict.fromkeys(name or "the model" for name, integers in claims if integers not in written)):
+        raise RuntimeError(f"deploy: {title} stored {', '.join(missing)} in another form than as integers, as expected")
 
 
 def factors_of(weight: LowRankWeight) -> tuple[Weight, Weight]:
