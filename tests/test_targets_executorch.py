@@ -83,6 +83,13 @@ def test_sizes_below_those_of_the_example_run(model: nn.Module, deployed: Deploy
 
 
 @installed
+def test_sizes_above_those_of_the_example_are_an_error(deployed: Deployment) -> None:
+    x, image, tokens = inputs()
+    with pytest.raises(ValueError, match=r"x is \[8, 64\], expected at most \[4, 64\]"):
+        PLACE.run(deployed.path, {"x": x.repeat(2, 1), "image": image, "tokens": tokens})
+
+
+@installed
 @pytest.mark.parametrize("method", [pc.Int8(), pc.Int4(group=32, symmetric=True)])
 def test_what_is_said_to_be_kept_and_is_stored_as_floats_fails(
     method: pc.Int8 | pc.Int4, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,8 +70,12 @@ class ExecuTorch(Target):
         from executorch.runtime import Runtime
 
         method = Runtime.get().load_program(path).load_method("forward")
+        planned = [tuple(method.metadata.input_tensor_meta(i).sizes()) for i in range(method.metadata.num_inputs())]
 
         def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            for (name, x), sizes in zip(inputs.items(), planned, strict=True):
+                if x.dim() != len(sizes) or any(own > size for own, size in zip(x.shape, sizes, strict=True)):
+                    raise ValueError(f"ExecuTorch: {name} is {[*x.shape]}, expected at most {[*sizes]}, as planned for")
             return [y.clone() for y in method.execute([x.detach().cpu().contiguous() for x in inputs.values()])]
 
         return call

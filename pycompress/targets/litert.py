@@ -5,6 +5,7 @@ litert-torch converts the model with its weights as floats; ai-edge-quantizer th
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -63,7 +64,7 @@ class LiteRT(Target):
                 claims.append((name, _claimed(weight, shape, layer)))
                 encoded, found = _encoded(weight, shape, layer)
                 if found is not None:
-                    stored[found.floats.tobytes()] = found
+                    stored[_digest(found.floats)] = found
                 return encoded
 
             return twin_of(layer, encode)
@@ -196,8 +197,8 @@ def _encoded(weight: Weight, shape: tuple[int, ...], layer: CompressedLayer) -> 
         if layer.kind.tokens:
             return Encoded(Int8Rows(dense), nn.Identity()), None
         floats = dense.decompress().view(shape)
-        arranged = (_arranged(one, layer).numpy() for one in (floats, dense.values.view(shape)))
-        known = _Stored(*arranged, dense.scale.numpy(), 8, 0, quantizes)
+        there, integers = (_arranged(one, layer).numpy() for one in (floats, dense.values.view(shape)))
+        known = _Stored(there, integers, dense.scale.numpy(), 8, 0, quantizes)
         return Encoded(Floats(floats), _Barrier(), behind=_Barrier()), known
     return as_floats(weight, shape), None
 
@@ -208,6 +209,11 @@ def _arranged(weight: Tensor, layer: CompressedLayer) -> Tensor:
         return weight
     depthwise = layer.geometry.groups > 1 and layer.geometry.groups == layer.geometry.in_channels
     return weight.permute(*((1, 2, 3, 0) if depthwise else (0, 2, 3, 1))).contiguous()
+
+
+def _digest(array: npt.NDArray[Any]) -> bytes:
+    """By which floats are known again, whatever their shape."""
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
 
 
 def _quantized(model: bytes, stored: Mapping[bytes, _Stored]) -> bytes:
@@ -226,7 +232,7 @@ def _quantized(model: bytes, stored: Mapping[bytes, _Stored]) -> bytes:
         if kind not in operators:
             continue
         data = read.buffers[graph.tensors[op.inputs[1]].buffer].data
-        known = None if data is None else stored.get(np.asarray(data).tobytes())
+        known = None if data is None else stored.get(_digest(np.asarray(data)))
         if known is None:
             continue
         granularity = f"BLOCKWISE_{known.group}" if known.group else "CHANNELWISE"
@@ -255,7 +261,7 @@ def _looked_up(stored: Mapping[bytes, _Stored]) -> Iterator[None]:
     def parameters(op: Any, config: Any, content: Any = None, seen: Any = None) -> Any:
         if content is None:
             return dequantized_weight_recovery.get_tensor_quant_params(op, config, content, seen)
-        known = stored[content.tobytes()]
+        known = stored[_digest(content)]
         axis = common_utils.get_weight_quantized_dim(op, content, config.granularity)
         scale = known.scale
         if not known.group:
