@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,19 +54,27 @@ class Network(nn.Module):
         return logits
 
 
-def models() -> Iterator[tuple[str, nn.Module, Any]]:
-    """Name, compressed model and example inputs."""
-    text, tokenizer = demo.load()
-    batch = demo.token_batch(tokenizer, demo.docstring_sentences(64), 1, 64)
-    seen = None
-    for name, plan in PLANS.items():
-        if name.endswith("calibrated"):
-            seen = demo.calibrated(text, tokenizer, demo.docstring_sentences(96)[64:])
-        yield name, pc.compress(text, plan, calibration=seen), batch
-        seen = None
-    for name, plan in IMAGES.items():
+def models(plans: Sequence[str]) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name, compressed model and example inputs of these plans, in the order of the tables."""
+    if chosen := [name for name in PLANS if name in plans]:
+        text, tokenizer = demo.load()
+        batch = demo.token_batch(tokenizer, demo.docstring_sentences(64), 1, 64)
+        for name in chosen:
+            seen = None
+            if name.endswith("calibrated"):
+                seen = demo.calibrated(text, tokenizer, demo.docstring_sentences(96)[64:])
+            yield name, pc.compress(text, PLANS[name], calibration=seen), batch
+    for name in (name for name in IMAGES if name in plans):
         torch.manual_seed(0)
-        yield name, pc.compress(Network().eval(), plan), torch.randn(1, 3, 32, 32)
+        yield name, pc.compress(Network().eval(), IMAGES[name]), torch.randn(1, 3, 32, 32)
+
+
+def one_thread(target: str) -> None:
+    torch.set_num_threads(1)
+    if target == "executorch":  # its pool has a thread for each core, whatever torch's has
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(1)
 
 
 @click.command()
@@ -77,13 +85,11 @@ def models() -> Iterator[tuple[str, nn.Module, Any]]:
 def main(target: str, plans: tuple[str, ...], rounds: int, output: Path) -> None:
     """Print a row for each plan: what became of its layers, error, sizes and times."""
     warnings.simplefilter("ignore")  # the converters warn much
-    torch.set_num_threads(1)
+    one_thread(target)
     environment = benchmark.Environment.collect().as_dict()
     click.echo(cli.environment_text(environment))
     place = TARGETS[target]
-    for name, model, inputs in models():
-        if plans and name not in plans:
-            continue
+    for name, model, inputs in models(plans or [*PLANS, *IMAGES]):
         with TemporaryDirectory() as folder:
             found = pc.deploy(model, target, Path(folder, f"m{place.suffix}"), inputs, widen=True)
             record: dict[str, Any] = {
