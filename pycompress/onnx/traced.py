@@ -80,19 +80,20 @@ def _placeholders(layers: Mapping[str, CompressedLayer]) -> Iterator[None]:
     before: list[tuple[CompressedLayer, str, Any]] = []
     try:
         for name, layer in layers.items():
-            if isinstance(layer, Int8Recurrent):
-                places = _recurrent_placeholders(name, layer)
-            else:
-                places = _placeholders_of(name, layer)
-            for method, instead in places.items():
+            own = (
+                _recurrent_placeholders(name, layer)
+                if isinstance(layer, Int8Recurrent)
+                else _placeholders_of(name, layer)
+            )
+            for method, instead in own.items():
                 before.append((layer, method, layer.__dict__.get(method)))
                 layer.__dict__[method] = instead
         yield
     finally:
-        for layer, method, own in before:
+        for layer, method, earlier in before:
             layer.__dict__.pop(method)
-            if own is not None:
-                layer.__dict__[method] = own
+            if earlier is not None:
+                layer.__dict__[method] = earlier
 
 
 def _placeholders_of(name: str, layer: CompressedLayer) -> dict[str, Callable[..., Any]]:
