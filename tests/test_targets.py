@@ -124,7 +124,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(
 
 
 def test_what_cannot_be_deployed(compressed: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="target is 'nowhere', expected one of onnxruntime"):
+    with pytest.raises(ValueError, match="target is 'nowhere', expected one of onnxruntime, "):
         pc.deploy(compressed, "nowhere", tmp_path / "m", torch.randn(3, 32))
     with pytest.raises(ValueError, match="no compressed layer"):
         pc.deploy(small(), "onnxruntime", tmp_path / "m", torch.randn(3, 32))

@@ -7,8 +7,9 @@ from pycompress.targets.deployment import Checked, Deployment, deploy
 from pycompress.targets.executorch import ExecuTorch
 from pycompress.targets.litert import LiteRT
 from pycompress.targets.onnxruntime import OnnxRuntime
+from pycompress.targets.openvino import OpenVino
 from pycompress.targets.target import Carried, Target
 
 __all__ = ["TARGETS", "Carried", "Checked", "Deployment", "Target", "deploy"]
 
-TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntime(), ExecuTorch(), LiteRT())}
+TARGETS: dict[str, Target] = {target.name: target for target in (OnnxRuntime(), OpenVino(), ExecuTorch(), LiteRT())}
