@@ -88,7 +88,7 @@ ABOVE = {
 }  # fmt: skip
 OUTSIDE = {
     "onnx", "onnx_ir", "onnxruntime", "onnxscript", "click", "rich", "transformers", "jinja2", "matplotlib",
-    "sentence_transformers", "openvino", "torchmetrics",
+    "sentence_transformers", "coremltools", "openvino", "torchmetrics",
 }  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from pycompress.nn import CompressedLayer
 NOT_ROUNDED = "inputs are not rounded"
 
 
-def rounds_rows(layer: CompressedLayer) -> bool:
-    """Whether it, or what stands beside its factors, does so; static ranges do not count."""
-    return not layer.kind.tokens and _rounds(layer.settings)
+def rounds_rows(layer: CompressedLayer, *, static: bool = False) -> bool:
+    """Whether it, or what stands beside its factors, does so; and ``static``: or by a range that is known before."""
+    return not layer.kind.tokens and _rounds(layer.settings, static)
 
 
-def _rounds(settings: Mapping[str, Any]) -> bool:
-    own = settings.get("activation_bits") in (7, 8) and not settings.get("static")
-    return own or ("residual" in settings and _rounds(settings["residual"]))
+def _rounds(settings: Mapping[str, Any], static: bool) -> bool:
+    own = settings.get("activation_bits") in (7, 8) and (static or not settings.get("static"))
+    return own or ("residual" in settings and _rounds(settings["residual"], static))

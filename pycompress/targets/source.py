@@ -11,7 +11,7 @@ import torch.export
 from torch import Tensor, nn
 
 from pycompress.calls import Inputs, evaluating
-from pycompress.flat_call import Dynamic, Flat, FlatCall, Refused, at_least_two, dimensions, flat_call
+from pycompress.flat_call import Dynamic, Flat, FlatCall, Refused, at_least_two, dimensions, flat_call, output_names
 from pycompress.nn import CompressedLayer
 from pycompress.passes import whole
 from pycompress.state import unwatched
@@ -28,6 +28,7 @@ class Source:
         sizes: the names of the dimensions of each tensor that may have other sizes; empty: none.
         layers: the compressed layers, by name.
         outputs: the tensors that the model returned, in its order, float64 copies of those in floating point.
+        output_names: what the model calls them.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Source:
     sizes: dict[str, dict[int, str]]
     layers: dict[str, CompressedLayer]
     outputs: list[Tensor] = field(repr=False)
+    output_names: tuple[str, ...]
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, dynamic: Dynamic | None) -> Source:
@@ -45,7 +47,8 @@ class Source:
             raise ValueError("deploy: the model has no compressed layer, expected one that compress() has made")
         call = flat_call(model, inputs)
         sizes = dimensions(call.tensors, dynamic)
-        return cls(model, inputs, call, sizes, layers, outputs_of(model, inputs, call))
+        found = outputs_of(model, inputs, call)
+        return cls(model, inputs, call, sizes, layers, [*found.values()], tuple(found))
 
     def program(
         self, twin: Callable[[str, CompressedLayer], nn.Module], *, dynamic: bool = True
@@ -75,11 +78,14 @@ class Source:
                 raise RuntimeError(f"deploy: torch.export could not trace the model: {head}") from error
 
 
-def outputs_of(model: nn.Module, inputs: Inputs, call: FlatCall) -> list[Tensor]:
+def outputs_of(model: nn.Module, inputs: Inputs, call: FlatCall) -> dict[str, Tensor]:
     """What the model gives in evaluation mode, in the order of :class:`~pycompress.flat_call.Flat`."""
+    paths: list[str] = []
+    flat = Flat(model, call, paths).eval()
     with evaluating(model, inputs):
-        found = Flat(model, call).eval()(*call.tensors.values())
-        return [y.detach().to("cpu", torch.float64 if y.is_floating_point() else y.dtype, copy=True) for y in found]
+        found = flat(*call.tensors.values())
+        wide = [y.detach().to("cpu", torch.float64 if y.is_floating_point() else y.dtype, copy=True) for y in found]
+    return dict(zip(output_names(paths, call.tensors), wide, strict=True))
 
 
 @contextmanager
