@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "flat_call": {"calls"},
     "onnx": HOUSE | {"flat_call", "passes", "replacing", "state", "storage"},
     "interchange": {"calls", "onnx", "replacing"},
-    "targets": HOUSE | {"flat_call", "interchange", "onnx", "passes", "replacing", "state"},
+    "targets": HOUSE | {"copying", "flat_call", "interchange", "onnx", "passes", "replacing", "state"},
     "validation": HOUSE | {"onnx", "passes", "replacing", "storage"},
     "evaluation": HOUSE | {"benchmark", "measure", "passes", "state", "storage"},
     "report": HOUSE | {"benchmark", "calibration", "evaluation", "records", "replacing", "validation"},

@@ -105,7 +105,7 @@ class _Weights:
         def encoded(weight: Weight, shape: Shape) -> Encoded:
             floats = as_floats(weight, shape)
             if isinstance(weight, Int8Weight | Int4Weight | SparseWeight) and not _uneven(weight):
-                key = _key(floats.weight.values.numpy())  # type: ignore[operator, union-attr]
+                key = _key(floats.weight.values.numpy())  # type: ignore[operator]
                 self._by_floats[key] = weight, shape
                 self._names.setdefault(key, []).append(name)
             return floats
@@ -120,7 +120,7 @@ class _Weights:
 
         left = {*self._by_floats}
 
-        @block_context_manager
+        @block_context_manager  # type: ignore[untyped-decorator]
         def replace(block: Any) -> None:
             for op in [*block.operations]:
                 value = op.outputs[0].val if op.op_type == "const" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.calls import Inputs, uncompiled
+from pycompress.copying import copied
 from pycompress.flat_call import Dynamic
+from pycompress.nn import CompressedLayer
 from pycompress.nn.trained import is_trained
+from pycompress.passes import whole
 from pycompress.replacing import FilePath, replacing
+from pycompress.targets.adjust import Adjustment, adjustments, given
 from pycompress.targets.source import Source
 from pycompress.targets.target import Carried, Target
 
@@ -40,6 +44,31 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Adjusted:
+    """What was changed in the model before it went to the target.
+
+    Attributes:
+        name, what: of the adjustment.
+        places: how many there were; 0: nothing to change.
+        cosine, error: of the model with this adjustment and those before it to the model as it was given, as in :class:`Checked`.
+    """
+
+    name: str
+    what: str
+    places: int
+    cosine: float
+    error: float
+
+    def __str__(self) -> str:
+        if not self.places:
+            return f"adjusted: {self.name}: nothing to change"
+        return (
+            f"adjusted: {self.name} ({self.what}), {self.places} place{'s' if self.places > 1 else ''}: cosine "
+            f"{self.cosine:.6f}, relative error {self.error:.2g} to the model as it was"
+        )
+
+
+@dataclass(frozen=True)
 class Deployment:
     """What was written.
 
@@ -48,7 +77,8 @@ class Deployment:
         layers: by name: our method as a table calls it, and how it is carried.
         bytes: on disk.
         ours: bytes of the model's parameters and buffers as we save them.
-        checked: None where the target does not run here; ``absent`` says why.
+        checked: the file beside the adjusted model; None where the target does not run here; ``absent`` says why.
+        adjusted: what was asked to be changed before, one by one.
     """
 
     target: str
@@ -58,6 +88,7 @@ class Deployment:
     ours: int
     checked: Checked | None
     absent: str = ""
+    adjusted: tuple[Adjusted, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -71,12 +102,13 @@ class Deployment:
             return f"written, not run: {self.absent}"
         if self.checked.reason:
             return f"NOT the same model: {self.checked.reason}"
-        return f"OK: cosine {self.checked.cosine:.6f}, relative error {self.checked.error:.2g} to the model"
+        model = "the adjusted model" if any(one.places for one in self.adjusted) else "the model"
+        return f"OK: cosine {self.checked.cosine:.6f}, relative error {self.checked.error:.2g} to {model}"
 
     def __str__(self) -> str:
         rows = table(self.layers)
         size = f"{self.path}: {self.bytes / 1e6:.2f} MB, {self.ours / 1e6:.2f} MB as we save it"
-        return "\n".join([*rows, size, self.verdict])
+        return "\n".join([*rows, *map(str, self.adjusted), size, self.verdict])
 
 
 def deploy(
@@ -87,6 +119,7 @@ def deploy(
     dynamic: Dynamic | None = None,
     *,
     widen: bool = False,
+    adjust: str | Adjustment | Iterable[str | Adjustment] = (),
 ) -> Deployment:
     """Writes a compressed model for a target, with its weights in encodings of that target, and holds the result against the model.
 
@@ -94,14 +127,16 @@ def deploy(
         model: has at least one compressed layer. It is left as it was.
         target: one of :data:`pycompress.targets.TARGETS`.
         path: of the file, or folder, which takes the place of an older one whole or not at all.
-        example_inputs, dynamic: as for :func:`pycompress.export`.
+        example_inputs, dynamic: as for :func:`pycompress.export`; dimensions are those of the adjusted inputs.
         widen: whether layers whose encoding the target lacks may be stored in a wider one. Without it they are an error.
+        adjust: what may be changed first, in a copy, because the platform lacks it: names from
+            :data:`pycompress.targets.ADJUSTMENTS`, or such adjustments themselves, one behind the other. Nothing else is changed.
     Returns:
-        What became of each layer, the sizes, and how far the file is from the model.
+        What became of each layer, what each adjustment cost, the sizes, and how far the file is from the (adjusted) model.
     Raises:
-        ValueError: the target is not known; the model has no compressed layer, or is prepared; a layer that the target refuses,
-            or would widen: each is named with the reason, and nothing is written.
-        TypeError: inputs of another type.
+        ValueError: the target or an adjustment is not known; the model has no compressed layer, or is prepared; a layer that the
+            target refuses, or would widen: each is named with the reason, and nothing is written.
+        TypeError: inputs, or adjustments, of another type; a model that is to be adjusted and cannot be copied.
         RuntimeError: torch or the target could not convert the model.
         ImportError: the target's extra is not installed. OSError: the file could not be written.
     """
@@ -113,7 +148,11 @@ def deploy(
     model = uncompiled(model)
     if twin := next((name for name, module in model.named_modules() if is_trained(module)), None):
         raise ValueError(f"deploy: {twin or 'the model'} is prepared, expected compress(model) first")
+    asked = adjustments(adjust)
     source = Source.of(model, example_inputs, dynamic)
+    adjusted: list[Adjusted] = []
+    if asked:
+        source, adjusted = _adjusted(source, asked, dynamic)
     layers = {name: (layer.label, place.carried(layer)) for name, layer in source.layers.items()}
     bad = {
         name: found for name, found in layers.items() if found[1].fate in ("refused", *(() if widen else ("widened",)))
@@ -132,7 +171,28 @@ def deploy(
         place.write(source, temporary)
         absent = place.absent
         checked = None if absent else compared(source.outputs, place.run(temporary, source.call.tensors))
-    return Deployment(place.name, os.fspath(path), layers, size_of(path), _saved_bytes(model), checked, absent)
+    return Deployment(
+        place.name, os.fspath(path), layers, size_of(path), _saved_bytes(model), checked, absent, tuple(adjusted)
+    )
+
+
+def _adjusted(source: Source, asked: Sequence[Adjustment], dynamic: Dynamic | None) -> tuple[Source, list[Adjusted]]:
+    """A copy of the model with what was asked for, and what each step cost."""
+    model, inputs, expected = copied(source.model, ()), source.inputs, source.outputs
+    whole.remove(model)  # ops of several layers compute what these were
+    if isinstance(model, CompressedLayer):  # what a target puts in its place would be without its hooks
+        model = nn.Sequential(model)
+    now, steps = source, list[Adjusted]()
+    for one in asked:
+        places = one.apply(model, inputs)
+        cosine, error = (steps[-1].cosine, steps[-1].error) if steps else (1.0, 0.0)
+        if places:
+            inputs = given(inputs, one)
+            now, expected = Source.of(model, inputs, dynamic), [one.taken(y) for y in expected]
+            found = compared(expected, now.outputs)
+            cosine, error = found.cosine, found.error
+        steps.append(Adjusted(one.name, one.what, places, cosine, error))
+    return now, steps
 
 
 def compared(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Checked:
