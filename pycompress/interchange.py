@@ -47,9 +47,11 @@ def export(
         OSError: the file could not be written; an older one is as it was.
         ImportError: the extra ``pycompress[onnx]`` is not installed.
     """
-    from pycompress import onnx  # first: its error names the extra  # noqa: F401
+    from pycompress import onnx  # first: its error names the extra
     from pycompress.onnx.whole_model import export_model
 
+    if form not in onnx.FORMS:
+        raise ValueError(f"export: form is {form!r}, expected one of {', '.join(onnx.FORMS)}")
     export_model(model, path, example_inputs, dynamic, form)
 
 

@@ -34,6 +34,7 @@ from pycompress.onnx.int8_conv import lower_int8_conv
 from pycompress.onnx.int8_recurrent import lower_int8_recurrent
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
+from pycompress.onnx.symmetric import SYMMETRIC
 from pycompress.replacing import FilePath
 
 __all__ = [
@@ -60,13 +61,14 @@ DENSE: dict[str, Lowering] = {"linear": lower_linear, "conv2d": lower_conv, "con
 
 
 FORMS = ("exact", "fused")  # of a whole model: the layers' own numbers, or what runtimes have one operator for
+# What a form has instead of LOWERINGS. One besides those is for a target of its own.
+TABLES: dict[str, dict[tuple[str, str], Lowering]] = {"exact": {}, "fused": FUSED, "symmetric": SYMMETRIC}
 
 
 def lowering_of(layer: CompressedLayer, form: str = "exact") -> Lowering | None:
     """A layer's lowering: that of its kind and weight, a method ``lower(graph, x)`` of its own, or the dense one of its kind."""
     key = layer.kind.name, layer.weight_type.name
-    found = FUSED.get(key) if form == "fused" else None
-    found = found or LOWERINGS.get(key)
+    found = TABLES[form].get(key) or LOWERINGS.get(key)
     if found is None and hasattr(layer, "lower"):
         return lambda graph, x, layer: layer.lower(graph, x)
     return found or DENSE.get(layer.kind.name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pycompress.calls import Inputs
 from pycompress.flat_call import flat_call
+from pycompress.onnx import FORMS
 from pycompress.replacing import FilePath
 
 KEY = "pycompress"  # in the metadata of the file
@@ -36,6 +37,8 @@ class Exported:
         self.metadata: dict[str, Any] = json.loads(found)
         if self.metadata.get("version") != VERSION:
             raise ValueError(f"{path}: its metadata has version {self.metadata.get('version')!r}, expected {VERSION}")
+        if self.form not in FORMS:
+            raise ValueError(f"{path}: its form is {self.form}, expected one of {', '.join(FORMS)}")
         self._nodes = [*self.model.graph.node]
         self._made_by = {name: i for i, node in enumerate(self._nodes) for name in node.output}
         self._constants = {tensor.name: tensor for tensor in self.model.graph.initializer}

@@ -115,14 +115,14 @@ class Graph:
         place = self.node("Where", bits, place, self.constant("no_place", 0, np.int32))
         return self.node("Gather", self.weight(f"{name}_values", kept), place)
 
-    def nibbles(self, name: str, values: npt.NDArray[np.uint8]) -> str:
-        """Stores integers from 0 to 15 as uint4: two a byte, the earlier one in the low half, across the ends of rows. Raises as
-        :meth:`weight` does."""
+    def nibbles(self, name: str, values: npt.NDArray[np.uint8], *, signed: bool = False) -> str:
+        """Stores integers from 0 to 15 as uint4: two a byte, the earlier one in the low half, across the ends of rows. ``signed``:
+        as int4, of which they are the bits. Raises as :meth:`weight` does."""
         self.opset = max(self.opset, BLOCKS_OPSET)
         _check_size(f"the weight {list(values.shape)} has", (values.size + 1) // 2)
         low, high = np.pad(values.reshape(-1), (0, values.size % 2)).reshape(-1, 2).T
-        packed = (low | high << 4).tobytes()
-        return self._stored(helper.make_tensor(name, TensorProto.UINT4, values.shape, packed, raw=True))
+        packed, kind = (low | high << 4).tobytes(), TensorProto.INT4 if signed else TensorProto.UINT4
+        return self._stored(helper.make_tensor(name, kind, values.shape, packed, raw=True))
 
     def _stored(self, tensor: onnx.TensorProto) -> str:
         known = next((other for other in self.initializers if other.name == tensor.name), None)

@@ -18,7 +18,7 @@ from pycompress import __version__
 from pycompress.calls import Inputs, uncompiled
 from pycompress.flat_call import Dynamic, dimensions, flat_call
 from pycompress.nn.trained import is_trained
-from pycompress.onnx import FORMS, lowering_of
+from pycompress.onnx import lowering_of
 from pycompress.onnx.exported import KEY, VERSION
 from pycompress.onnx.graph import OPSET
 from pycompress.onnx.spliced import Lowerings, Splice
@@ -30,9 +30,7 @@ from pycompress.surgery import compressed_layers
 
 
 def export_model(model: nn.Module, path: FilePath, example_inputs: Inputs, dynamic: Dynamic | None, form: str) -> None:
-    """See :func:`pycompress.export`."""
-    if form not in FORMS:
-        raise ValueError(f"export: form is {form!r}, expected one of {', '.join(FORMS)}")
+    """See :func:`pycompress.export`; ``form`` is one of :data:`pycompress.onnx.TABLES`."""
     model = uncompiled(model)
     if twin := next((name for name, module in model.named_modules() if is_trained(module)), None):
         raise ValueError(
