@@ -108,5 +108,8 @@ def test_what_it_lacks(tmp_path: Path) -> None:
     model = pc.compress(nn.Sequential(nn.Linear(48, 64)).eval(), pc.Int4(group=32))
     with pytest.raises(ValueError, match="k = 48 is no multiple of the group, 32"):
         pc.deploy(model, "coreml", tmp_path / "m.mlpackage", torch.randn(2, 48))
+    network = pc.compress(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), pc.Int8())
+    with pytest.raises(ValueError, match=r"the input input is torch\.uint8, expected one of torch\.float32"):
+        pc.deploy(network, "coreml", tmp_path / "m.mlpackage", torch.randn(2, 3, 8, 8), adjust="uint8_images")
     layer = pc.compress(nn.Sequential(nn.LSTM(8, 8)).eval(), pc.Int8())[0]
     assert pc.targets.TARGETS["coreml"].carried(layer).fate == "refused"

@@ -33,6 +33,7 @@ from pycompress.weights import (
 )
 
 Shape = tuple[int, ...]
+TAKEN = (torch.float32, torch.float16, torch.int32, torch.int64)  # inputs; of whole numbers it makes int32
 
 
 class CoreMl(Target):
@@ -59,6 +60,11 @@ class CoreMl(Target):
     def write(self, source: Source, path: str) -> None:
         import coremltools
 
+        for name, x in source.call.tensors.items():
+            if x.dtype not in TAKEN:
+                raise ValueError(
+                    f"deploy: the input {name} is {x.dtype}, expected one of {', '.join(map(str, TAKEN))} for Core ML"
+                )
         found = _Weights()
         program = source.program(lambda name, layer: twin_of(layer, found.encode(name)))
         options: dict[str, Any] = {
