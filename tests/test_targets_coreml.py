@@ -100,7 +100,7 @@ def test_a_weight_that_is_not_found_is_an_error_that_names_the_layer(
 ) -> None:
     found = _Weights()
     found.encode("lost")(Int8Weight(torch.ones(4, 4, dtype=torch.int8), torch.ones(4), 8, 8), (4, 4))
-    with pytest.raises(RuntimeError, match="changed the weights of lost"):
+    with pytest.raises(RuntimeError, match="the weights of lost are not in what coremltools made"):
         found.put_into(deployed[3])
 
 

@@ -147,7 +147,8 @@ class _Weights:
         if left:
             names = sorted({name for key in left for name in self._names[key]})
             raise RuntimeError(
-                f"deploy: coremltools changed the weights of {', '.join(names)}, expected them as they are"
+                f"deploy: the weights of {', '.join(names)} are not in what coremltools made of the model: it has changed them, or "
+                "the model does not call these layers"
             )
 
 
