@@ -18,7 +18,7 @@ from pycompress.interchange import export
 from pycompress.nn import CompressedLayer
 from pycompress.targets.rounding import NOT_ROUNDED, rounds_rows
 from pycompress.targets.source import Source
-from pycompress.targets.target import Carried, Target
+from pycompress.targets.target import Carried, Run, Target
 
 FILE = "model.xml"  # in the folder, with model.bin beside it
 OPTIONS = {"INFERENCE_PRECISION_HINT": "f32"}  # else processors that have bfloat16 compute in it
@@ -60,9 +60,16 @@ class OpenVino(Target):
             del model  # (it maps the file)
 
     def run(self, path: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.open(path)(inputs)
+
+    def open(self, path: str) -> Run:
         import openvino
 
         compiled = openvino.Core().compile_model(os.path.join(path, FILE), "CPU", OPTIONS)
         known = {name for one in compiled.inputs for name in one.get_names()}
-        found: Any = compiled({name: x.detach().cpu().numpy() for name, x in inputs.items() if name in known})
-        return [from_numpy(found[at].copy()) for at in range(len(compiled.outputs))]
+
+        def call(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            found: Any = compiled({name: x.detach().cpu().numpy() for name, x in inputs.items() if name in known})
+            return [from_numpy(found[at].copy()) for at in range(len(compiled.outputs))]
+
+        return call
