@@ -42,6 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "surgery": {"nn", "references"},
     "records": {"calls", "kinds", "nn"},
     "replacing": set(),
+    "toml": {"replacing"},
+    "plan_file": {"methods", "profiles", "replacing", "toml"},
     "calibration": {"calls", "state", "kinds", "methods", "surgery", "replacing"},
     "plan": HOUSE | {"records", "measure"},
     "copying": {"references"},
@@ -52,6 +54,21 @@ ALLOWED: dict[str, set[str]] = {
     "structure": HOUSE | {"passes", "copying", "state", "calibration"},
     "storage": HOUSE | {"passes", "records", "references", "replacing"},
     "train": HOUSE | {"calibration", "copying", "model", "passes", "plan", "progress", "records"},
+    "search": HOUSE
+    | {
+        "benchmark",
+        "calibration",
+        "copying",
+        "measure",
+        "model",
+        "passes",
+        "plan",
+        "plan_file",
+        "progress",
+        "race",
+        "records",
+    }
+    | {"replacing", "state", "toml"},
     "integrations": {"train"},
     "flat_call": {"calls"},
     "onnx": HOUSE | {"flat_call", "passes", "replacing", "state", "storage"},
@@ -68,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation",
         "interchange",
         "report",
+        "search",
         "targets",
         "train",
         "validation",
@@ -80,11 +98,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 CHAIN = [
     "structure", "model", "race", "passes", "plan", "calibration", "records", "copying", "surgery", "references", "flat_call",
-    "calls", "state", "nn", "kinds", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "replacing",
+    "calls", "state", "nn", "kinds", "plan_file", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "toml",
+    "replacing",
 ]  # fmt: skip
 ABOVE = {
     "interchange", "onnx", "targets", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations",
-    "evaluation", "report",
+    "evaluation", "report", "search",
 }  # fmt: skip
 OUTSIDE = {
     "onnx", "onnx_ir", "onnxruntime", "onnxscript", "click", "rich", "transformers", "jinja2", "matplotlib",
