@@ -20,6 +20,7 @@ from pycompress.nn import SparseConv2d, SparseLinear
 from pycompress.passes.equalize import equalize
 from pycompress.passes.fold_norm import fold_norms
 from pycompress.report import report
+from pycompress.search import profile, search, sensitivity
 from pycompress.storage import load, save
 from pycompress.structure import Cut, fisher, shrink
 from pycompress.targets import deploy
@@ -53,9 +54,12 @@ __all__ = [
     "from_onnx",
     "load",
     "prepare",
+    "profile",
     "reconstruct",
     "report",
     "save",
+    "search",
+    "sensitivity",
     "shrink",
     "summary",
     "validate",

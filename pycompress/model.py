@@ -22,7 +22,7 @@ from pycompress.nn import CompressedLayer, layer_for
 from pycompress.nn.trained import as_dense, is_trained
 from pycompress.passes import whole
 from pycompress.passes.fold_norm import fold_behind, note_left
-from pycompress.plan import Plan, Target, count_shared_weights_once, number_ties, settle_methods, targets_of
+from pycompress.plan import Plan, Planner, Target, count_shared_weights_once, number_ties, settle_methods, targets_of
 from pycompress.progress import on_a_terminal, track
 from pycompress.race import keep_blocks_that_are_not_slower, keep_faster_layers, keep_what_makes_it_faster, replacements
 from pycompress.records import LayerRecord, Summary, leave_records, relative_error, summary
@@ -36,15 +36,19 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _LARGE = 50_000_000  # weights from which compress() shows a progress bar on a terminal
 
 
-def _compressed(
-    targets: list[Target], means: Mapping[str, InputStatistics], progress: bool
+def layers_of(
+    targets: list[Target], means: Mapping[str, InputStatistics], *, progress: bool = False
 ) -> dict[nn.Module, CompressedLayer]:  # fmt: skip
-    """The compressed layer of each module, none in its place. Those that share their weight share a compressed one, if it came
-    out alike. Where a method refuses a layer, the target has lost its method, and its record says why."""
+    """The compressed layer of each module that has a method, none in its place. Those that share their weight share a compressed
+    one, if it came out alike. Where a method refuses a layer, the target has lost its method, and its record says why.
+
+    Args:
+        means: of the inputs that were seen, by which biases are corrected.
+    """
     layers: dict[nn.Module, CompressedLayer] = {}
     ties: dict[int, list[CompressedLayer]] = {}
     weights: dict[Any, tuple[Weight | Refused, list[str]]] = {}
-    for target in track(targets, "compressing", progress):
+    for target in track(_chosen(targets), "compressing", progress):
         module, record = target.module, target.record
         weight, notes = _weight(target, weights)
         if isinstance(weight, Refused):
@@ -110,6 +114,7 @@ def compress(
     skip_padding: bool = False,
     correct_bias: bool = True,
     fold_norms: bool = True,
+    target: Planner | None = None,
 ) -> ModelT:
     """Replaces the layers that ``plan`` names by compressed ones. Everything that can fail fails before a layer is replaced.
 
@@ -143,6 +148,8 @@ def compress(
             (:mod:`pycompress.methods.bias`).
         fold_norms: fold a batch norm behind a layer into the layer before that is compressed, as :func:`fold_norms` does; in
             evaluation mode only. The summary has the reason of each norm that stays.
+        target: instead of a plan: the profile of a machine (:func:`profile`), by which each layer gets the precision that is
+            fastest there and fits its memory.
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 
@@ -159,10 +166,15 @@ def compress(
             to compress in that type, or the model holds something that cannot be copied (it is named).
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
             without ``example_inputs``, ``skip_padding`` without ``blocks``, ``inplace`` where the model itself is the layer, a
-            calibration that is still running or that never saw a layer whose method makes use of it, a plan for a prepared model.
+            calibration that is still running or that never saw a layer whose method makes use of it, a plan for a prepared model, a
+            target beside a plan, or one whose memory is too small for the model (``DoesNotFit``).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model is {type(model).__name__}, expected a torch.nn.Module")
+    if target is not None:
+        if plan is not None:
+            raise ValueError("compress: both a plan and a target are given, expected one of them")
+        plan = target.plan_for(model, example_inputs)
     if only_if_faster and example_inputs is None:
         raise ValueError(
             "compress: only_if_faster needs example_inputs, to measure the layers on the shapes that they meet"
@@ -210,17 +222,12 @@ def _replaced(
     only_if_faster: bool, inplace: bool, progress: bool | None, correct_bias: bool, without: Collection[passes.Pass],
 ) -> ModelT:  # fmt: skip
     """The model, or a copy of it, with compressed layers."""
-    targets = targets_of(model, plan)
-    _keep_what_is_held_elsewhere(model, targets)
-    edits = passes.run(model, _chosen(targets), example_inputs, without=without)
-    settle_methods(targets, calibration)
+    targets, edits = planned(model, plan, calibration, example_inputs, without=without)
     if inplace and any(target.module is model for target in _chosen(targets)):
         raise ValueError("compress: the model itself is the layer to replace, which cannot be done in place")
-    count_shared_weights_once(targets)
-    number_ties(_chosen(targets))
     if progress is None:
         progress = on_a_terminal() and sum(math.prod(t.kind.shape(t.module)) for t in _chosen(targets)) > _LARGE
-    layers = _compressed(_chosen(targets), (calibration or {}) if correct_bias else {}, progress)
+    layers = layers_of(targets, (calibration or {}) if correct_bias else {}, progress=progress)
     if only_if_faster:
         assert example_inputs is not None
         keep_faster_layers(model, _chosen(targets), layers, example_inputs, progress)
@@ -233,6 +240,21 @@ def _replaced(
     note_left(result, edits)
     switch_off_fast_paths(result)
     return result
+
+
+def planned(
+    model: nn.Module, plan: Plan, calibration: Mapping[str, InputStatistics] | None = None, inputs: Inputs | None = None,
+    *, without: Collection[passes.Pass] = (),
+) -> tuple[list[Target], list[passes.Edit]]:  # fmt: skip
+    """The layers of a model, those to be compressed with the method that is to do it, and what passes make of them; the model is
+    only looked at. Raises as :func:`compress` does."""
+    targets = targets_of(model, plan)
+    _keep_what_is_held_elsewhere(model, targets)
+    edits = passes.run(model, _chosen(targets), inputs, without=without)
+    settle_methods(targets, calibration)
+    count_shared_weights_once(targets)
+    number_ties(_chosen(targets))
+    return targets, edits
 
 
 def _chosen(targets: list[Target]) -> list[Target]:

@@ -6,12 +6,14 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import ops
+from pycompress.calls import Inputs
 from pycompress.kinds import (
     Kind,
     alteration,
@@ -42,6 +44,14 @@ from pycompress.surgery import compressed_layers, names_of, split
 from pycompress.weights import Weight
 
 Plan = Method | Mapping[str, Method | None]
+
+
+class Planner(Protocol):
+    """What makes a plan for a model: the profile of a machine (:func:`pycompress.profile`)."""
+
+    def plan_for(self, model: nn.Module, example_inputs: Inputs | None = None) -> Mapping[str, Method | None]:
+        """Raises ValueError where there is none."""
+
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 128  # of the input with which layers are measured where a method asks for it

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pycompress.calls import Inputs, call_model, evaluating
 from pycompress.kinds import emptied, without_pruning
-from pycompress.measure import interleaved_us
+from pycompress.measure import Clock, interleaved_us
 from pycompress.nn import CompressedLayer
 from pycompress.nn.block import LEFT, Block, become_block, become_original
 from pycompress.passes.blocks import blocks_of
@@ -47,19 +47,19 @@ def keep_faster_layers(
     model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs, progress: bool
 ) -> None:  # fmt: skip
     """Measures each layer on the shapes that the inputs produce; where dense wins, the target loses its method."""
-    calls = _input_shapes(model, targets, inputs)
+    calls = input_shapes(model, targets, inputs)
     for target in track(targets, "measuring", progress):
         shapes = calls[id(target.module)]
         if not shapes:
             target.keep_dense("example_inputs never reach it, so it could not be shown to be faster")
             continue
         record = target.record
-        record.dense_us, record.us = _layer_us(target, layers[target.module], shapes)
+        record.dense_us, record.us = layer_us(target, layers[target.module], shapes)
         if record.us >= record.dense_us:
             target.keep_dense(f"dense is faster here: {record.dense_us:.0f} us against {record.us:.0f} us")
 
 
-def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:
+def input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:
     """The shapes, strides and dtypes in which the example inputs reach each target: tensors without data, one a call."""
     calls: dict[int, list[Tensor]] = {id(t.module): [] for t in targets}
     owners = {t.first: t for t in targets}
@@ -78,7 +78,9 @@ def _input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> di
     return calls
 
 
-def _layer_us(target: Target, layer: CompressedLayer, shapes: list[Tensor]) -> tuple[float, float]:
+def layer_us(
+    target: Target, layer: CompressedLayer, shapes: list[Tensor], clock: Clock = time.perf_counter
+) -> tuple[float, float]:  # fmt: skip
     """Of all calls together, dense and compressed."""
     steps = [without_pruning(target.module)]  # dense without torch's masks: these need not be applied at each call
     steps = [*filter(None, [target.pad]), *steps, *(norm.module for norm in target.norms)]
@@ -94,7 +96,7 @@ def _layer_us(target: Target, layer: CompressedLayer, shapes: list[Tensor]) -> t
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for shape in shapes:
             x = target.kind.sample(target.module, shape)
-            pair = interleaved_us(lambda x=x: dense(x), lambda x=x: layer(x))  # type: ignore[misc]
+            pair = interleaved_us(lambda x=x: dense(x), lambda x=x: layer(x), clock=clock)  # type: ignore[misc]
             dense_us, us = dense_us + pair[0], us + pair[1]
     return dense_us, us
 

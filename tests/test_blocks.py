@@ -467,7 +467,7 @@ def test_only_what_is_not_slower_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         return 10.0 + 2 * slower - faster if compressed_layers(one) else 20.0
 
     monkeypatch.setattr(race, "_call_us", us)
-    monkeypatch.setattr(race, "_layer_us", lambda *_: (2.0, 1.0))
+    monkeypatch.setattr(race, "layer_us", lambda *_: (2.0, 1.0))
     compressed = pc.compress(model, pc.Int8(), example_inputs=inputs, only_if_faster=True)
     assert [*blocks(compressed)] == ["encoder.layer.1"]
     assert "the model is slower with it: 12 us against 10 us" in str(pc.summary(compressed))

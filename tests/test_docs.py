@@ -18,8 +18,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 README_BYTES = 8000
-# Whole models, validated; a compiler that starts. The others take seconds together.
-SLOW = {"README.md", "docs/guide/torch.md"}
+# Whole models, validated or measured; a compiler that starts. The others take seconds together.
+SLOW = {"README.md", "docs/guide/search.md", "docs/guide/torch.md"}
 # Registers weights, kinds and layers, which the other tests should not find in the tables: runs in an interpreter of its own.
 APART = "docs/guide/extend.md"
 

@@ -96,7 +96,7 @@ def test_a_layer_that_calibration_never_saw() -> None:
 @pytest.mark.parametrize("faster", [False, True])
 @pytest.mark.parametrize("method", [Int4(), Int4(activation_bits=16), Int8(16)], ids=repr)
 def test_only_if_faster(faster: bool, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    def clock(dense: Callable[[], Tensor], compressed: Callable[[], Tensor]) -> tuple[float, float]:
+    def clock(dense: Callable[[], Tensor], compressed: Callable[[], Tensor], **_: object) -> tuple[float, float]:
         assert dense().shape == compressed().shape
         return (20.0, 10.0) if faster else (10.0, 20.0)
 

@@ -98,8 +98,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 CHAIN = [
     "structure", "model", "race", "passes", "plan", "calibration", "records", "copying", "surgery", "references", "flat_call",
-    "calls", "state", "nn", "kinds", "plan_file", "methods", "profiles", "weights", "ops", "reference", "measure", "progress", "toml",
-    "replacing",
+    "calls", "state", "nn", "kinds", "plan_file", "methods", "profiles", "weights", "ops", "reference", "measure", "progress",
+    "toml", "replacing",
 ]  # fmt: skip
 ABOVE = {
     "interchange", "onnx", "targets", "validation", "benchmark", "demo", "cli", "storage", "train", "integrations",

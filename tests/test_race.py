@@ -21,7 +21,7 @@ Snapshot = Callable[[nn.Module], Callable[[], bool]]
 @pytest.fixture(autouse=True)
 def every_layer_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it is measured alone."""
-    monkeypatch.setattr(race, "interleaved_us", lambda *_: (10.0, 5.0))
+    monkeypatch.setattr(race, "interleaved_us", lambda *_, **__: (10.0, 5.0))
 
 
 def chain(depth: int = 6) -> nn.Sequential:

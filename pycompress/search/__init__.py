@@ -1,0 +1,8 @@
+"""Which compression for which layer: sensitivity, measured costs, machines, and the front of plans."""
+
+from pycompress.search.front import Cost, Front, Point
+from pycompress.search.machine import DoesNotFit, Machine, profile
+from pycompress.search.search import search
+from pycompress.search.sensitivity import Loss, Sensitivity, sensitivity
+
+__all__ = ["Cost", "DoesNotFit", "Front", "Loss", "Machine", "Point", "Sensitivity", "profile", "search", "sensitivity"]

@@ -1,0 +1,271 @@
+"""``profile``: what a machine is, and how long it takes for products of each kind, in a file, so that others can plan for it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pycompress import toml
+from pycompress.calls import Inputs
+from pycompress.kinds import kind_of
+from pycompress.measure import Clock, interleaved_us
+from pycompress.methods import Int4, Int8
+from pycompress.methods.method import Method
+from pycompress.nn.layers import layer_for
+from pycompress.plan import Target, targets_of
+from pycompress.plan_file import WrittenPlan
+from pycompress.progress import on_a_terminal, track
+from pycompress.race import input_shapes
+from pycompress.replacing import FilePath
+from pycompress.search.choices import Candidates, named
+from pycompress.search.timing import clock, here
+
+VERSION = 1
+DENSE = "dense"  # among the names of candidates: the layer as it is
+ROWS = (1, 16, 128, 512)
+SIZES = (128, 512, 2048)
+Cell = tuple[int, int, int, float]  # m, n, k, microseconds
+
+# What compress(target=) chooses from, most exact first: methods that need no data.
+PRECISIONS: dict[str, Method] = {repr(method): method for method in (Int8(), Int8(7), Int4(), Int4(activation_bits=16))}
+
+
+class DoesNotFit(ValueError):  # noqa: N818 - an answer
+    """A model needs more memory than a machine has, whatever is done to it.
+
+    Attributes:
+        needs, has: bytes.
+    """
+
+    def __init__(self, name: str, needs: float, has: float) -> None:
+        super().__init__(f"compress: the model needs {_size(needs)}, the target {name} has {_size(has)}")
+        self.needs, self.has = needs, has
+
+
+def _size(count: float) -> str:
+    power = 3 if count >= 1e9 else 2
+    return f"{count / 1000**power:.3g} {'GB' if power == 3 else 'MB'}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine is, as far as plans depend on it.
+
+    Attributes:
+        name: of the processor, or one of your own.
+        instruction_sets: those that it has; ``kernels``: what PYCOMPRESS_ISA said when it was measured, or ''.
+        threads: with how many it was measured.
+        memory_bytes: that a model may take.
+        times: by the name of a candidate, or ``dense``: (m, n, k, microseconds) of linear layers [n, k] at m rows.
+    Raises:
+        ValueError: no times of dense layers, or numbers that are not above 0.
+    """
+
+    name: str
+    instruction_sets: tuple[str, ...]
+    threads: int
+    memory_bytes: int
+    times: Mapping[str, tuple[Cell, ...]]
+    kernels: str = ""
+    _grids: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.times.get(DENSE):
+            raise ValueError(f"Machine: times has {sorted(self.times)}, expected {DENSE!r} among them")
+        for name, cells in self.times.items():
+            for cell in cells:
+                if len(cell) != 4 or not all(value > 0 and math.isfinite(value) for value in cell):
+                    raise ValueError(f"Machine: times of {name} has {cell}, expected m, n, k and microseconds, above 0")
+        if self.threads < 1 or self.memory_bytes < 1:
+            raise ValueError(f"Machine: threads is {self.threads}, memory_bytes {self.memory_bytes}, expected from 1")
+
+    def check(self, candidates: Iterable[str], caller: str) -> None:
+        """Raises ValueError where there are no times of a candidate."""
+        for name in candidates:
+            if not self.times.get(name):
+                raise ValueError(
+                    f"{caller}: the target {self.name} has no times of {name}, expected one of {', '.join(self.times)}: "
+                    "pc.profile(candidates) measures them"
+                )
+
+    def us(self, candidate: str, m: int, n: int, k: int) -> float:
+        """Microseconds of a linear layer [n, k] at m rows: between those that were measured the time of a multiply-add is
+        interpolated in their logarithms, beyond them it is that of the nearest."""
+        if candidate not in self._grids:
+            self._grids[candidate] = _grid(self.times[candidate])
+        *axes, rates = self._grids[candidate]
+        for axis, value in zip(axes, (m, n, k), strict=True):  # each takes the first of the axes away
+            place = float(np.interp(math.log(max(value, 1)), axis, np.arange(len(axis))))
+            low = min(int(place), len(axis) - 1)
+            high = min(low + 1, len(axis) - 1)
+            rates = rates[low] + (place - low) * (rates[high] - rates[low])
+        return float(np.exp(rates)) * m * n * k
+
+    # --- a file -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: FilePath) -> None:
+        """Writes a TOML file, which takes the place of an older one whole or not at all."""
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "instruction_sets": [*self.instruction_sets],
+            "kernels": self.kernels,
+        }
+        facts |= {"threads": self.threads, "memory_bytes": self.memory_bytes}
+        times = {name: {"cells": [[*cell] for cell in cells]} for name, cells in self.times.items()}
+        toml.write(path, {"version": VERSION, "machine": facts, "times": times})
+
+    @classmethod
+    def load(cls, path: FilePath) -> Machine:
+        """What :meth:`save` wrote. Raises ValueError where the file says anything else, OSError where it cannot be read."""
+        table = toml.read(path, "machine")
+        if table.get("version") != VERSION:
+            raise ValueError(f"machine: {path}: version is {table.get('version')!r}, expected {VERSION}")
+        try:
+            facts, times = dict(table["machine"]), table["times"]
+            cells = {
+                name: tuple((int(m), int(n), int(k), float(us)) for m, n, k, us in own["cells"])
+                for name, own in times.items()
+            }
+            facts["instruction_sets"] = tuple(map(str, facts["instruction_sets"]))
+            return cls(**facts, times=cells)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"machine: {path}: no profile of a machine: {error!r}") from None
+
+    # --- a plan -------------------------------------------------------------------------------------------------------
+
+    def plan_for(self, model: nn.Module, example_inputs: Inputs | None = None) -> WrittenPlan:
+        """A plan without data: each layer as fast as its precision allows, all as exact as the memory allows.
+
+        Layers are dense or int8, whichever is faster here; if the model does not fit then, int8; then int8 or 4-bit; then 4-bit.
+
+        Args:
+            example_inputs: to know how many rows layers meet; None: one.
+        Raises:
+            DoesNotFit: the smallest of these does not fit. ValueError: there is no layer to compress, or no time of PRECISIONS.
+        """
+        known = {name: method for name, method in PRECISIONS.items() if self.times.get(name)}
+        if not known:
+            have, wanted = ", ".join(self.times), ", ".join(PRECISIONS)
+            raise ValueError(f"compress: the target {self.name} has times of {have}, expected some of {wanted}")
+        layers = [t for t in targets_of(model, Int8()) if t.method is not None and t.kind.name == "linear"]
+        if not layers:
+            raise ValueError("compress: the model has no linear layer to compress for a target, expected one")
+        noted = {} if example_inputs is None else input_shapes(model, layers, example_inputs)
+        rows = {id(t.module): sum(math.prod(x.shape[:-1]) for x in noted.get(id(t.module), [])) or 1 for t in layers}
+        needs = []
+        for weights in ({DENSE, "int8"}, {"int8"}, {"int8", "int4"}, {"int4"}):
+            options = {DENSE: None} if DENSE in weights else dict[str, Method | None]()
+            options |= {name: method for name, method in known.items() if method.name in weights}
+            if not options:
+                continue
+            plan = {
+                t.names[0]: options[self._fastest([*options], rows[id(t.module)], *t.kind.shape(t.module))]
+                for t in layers
+            }
+            needs.append(_needed(model, layers, plan))
+            if needs[-1] <= self.memory_bytes:
+                return WrittenPlan(plan, {"machine": self.name})
+        raise DoesNotFit(self.name, min(needs), self.memory_bytes)
+
+    def _fastest(self, names: Sequence[str], m: int, n: int, k: int) -> str:
+        return min(names, key=lambda name: self.us(name, m, n, k))
+
+
+def _needed(model: nn.Module, layers: Sequence[Target], plan: Mapping[str, Method | None]) -> float:
+    """Bytes of a model's parameters and buffers with this plan."""
+    tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    for target in layers:
+        method = plan[target.names[0]]
+        if method is not None:  # (of a weight that several layers share it is written twice)
+            tensors[id(target.kind.stored(target.module))] = _bytes(method, target.kind.shape(target.module))
+    return float(sum(tensors.values()))
+
+
+def _bytes(method: Method, shape: tuple[int, int]) -> int:
+    """Of the canonical weight that the method makes of a matrix of this shape."""
+    small = method.compress(torch.ones(1, 32, device="cpu"))
+    return sum(
+        math.prod(size) * dtype.itemsize for size, dtype in type(small).expected(shape, small.settings()).values()
+    )
+
+
+def _grid(cells: Sequence[Cell]) -> tuple[Any, ...]:
+    """Logarithms of m, n and k, ascending, and of the time of a multiply-add [m, n, k]; of a cell that is missing that of the
+    nearest."""
+    axes = [sorted({math.log(cell[i]) for cell in cells}) for i in range(3)]
+    known = {tuple(map(math.log, cell[:3])): math.log(cell[3] / math.prod(cell[:3])) for cell in cells}
+    rates = np.empty([len(axis) for axis in axes])
+    for place in product(*(range(len(axis)) for axis in axes)):
+        point = tuple(axis[i] for axis, i in zip(axes, place, strict=True))
+        rates[place] = known[min(known, key=lambda cell: math.dist(cell, point))]
+    return (*axes, rates)
+
+
+def profile(
+    candidates: Candidates | Method | None = None,
+    *,
+    name: str = "",
+    rows: Sequence[int] = ROWS,
+    sizes: Sequence[int] = SIZES,
+    progress: bool | None = None,
+) -> Machine:
+    """Measures this machine: how long linear layers of each candidate take, in turns with the dense layer.
+
+    Args:
+        candidates: methods, or {name: method}; None: int8 and int4, of which ``compress(model, target=...)`` chooses.
+        name: of the machine; '': that of its processor.
+        rows, sizes: of inputs, and of both sides of weights, at all of which is measured.
+        progress: show a progress bar; None: on a terminal.
+    Returns:
+        The :class:`Machine`, with as many threads as torch has now. ``save`` it.
+    Raises:
+        TypeError, ValueError: a candidate that is no method, or takes no linear layers; sizes below 1.
+    """
+    methods = named(PRECISIONS if candidates is None else candidates, "profile")
+    if not rows or not sizes or min(*rows, *sizes) < 1:
+        raise ValueError(f"profile: rows is {rows!r}, sizes {sizes!r}, expected numbers from 1")
+    facts, tick = here(), clock()
+    times: dict[str, list[Cell]] = {DENSE: [], **{key: [] for key in methods}}
+    shapes = [*product(sizes, sizes)]
+    for n, k in track(shapes, "measuring", on_a_terminal() if progress is None else progress):
+        dense = nn.Linear(k, n).eval()
+        kind = kind_of(dense)
+        assert kind is not None
+        for key, method in methods.items():
+            layer_type = layer_for(kind, method.name)
+            if layer_type is None:
+                raise ValueError(f"profile: candidate {key} takes no linear layers, of which times are measured")
+            try:
+                layer = layer_type.from_dense(dense, method)
+            except ValueError:
+                continue  # such a layer would not be compressed either: a rank that is no gain, or that it cannot have
+            for m in rows:
+                before, after = _pair_us(dense, layer, torch.randn(m, k, dtype=torch.float32, device="cpu"), tick)
+                times[DENSE].append((m, n, k, before))
+                times[key].append((m, n, k, after))
+    found = {key: tuple(_medians(cells)) for key, cells in times.items() if cells}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        name or facts["processor"], tuple(facts["instruction_sets"]), facts["threads"], memory, found, facts["kernels"]
+    )
+
+
+def _pair_us(dense: nn.Module, layer: nn.Module, x: Tensor, tick: Clock) -> tuple[float, float]:
+    with torch.inference_mode():
+        return interleaved_us(lambda: dense(x), lambda: layer(x), rounds=5, clock=tick)
+
+
+def _medians(cells: Sequence[Cell]) -> list[Cell]:
+    """One cell for each shape."""
+    found: dict[tuple[int, int, int], list[float]] = {}
+    for m, n, k, us in cells:
+        found.setdefault((m, n, k), []).append(us)
+    return [(m, n, k, float(np.median(own))) for (m, n, k), own in found.items()]

@@ -1,0 +1,295 @@
+"""``search``: which candidate for which layer, under limits of time, bytes and quality, by what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from pycompress.calls import Inputs
+from pycompress.copying import copied
+from pycompress.methods.inputs import InputStatistics
+from pycompress.methods.method import Method
+from pycompress.plan_file import WrittenPlan
+from pycompress.progress import on_a_terminal, track
+from pycompress.records import summary
+from pycompress.replacing import FilePath
+from pycompress.search.cache import Cache, digest
+from pycompress.search.choices import Candidates, Choices, calibrated, named
+from pycompress.search.correction import Correction
+from pycompress.search.front import LIMITS, Cost, Front, Point, goal_of
+from pycompress.search.machine import DENSE, Machine
+from pycompress.search.pricing import priced
+from pycompress.search.quality import Metric, Quality, checked
+from pycompress.search.sensitivity import Sensitivity, measured
+from pycompress.search.solver import BYTES, LOSS, TIME, Costs, Picked, best, hull, total
+from pycompress.search.timing import LayerTimes, here, model_us
+
+_TURNS = 4  # of a plan for the limits, a measurement of it, and what that corrects
+_TIGHTER = 0.05  # of a limit that a turn's plan missed: in the next one so much less is allowed
+_WIDER = {LOSS: 4.0, BYTES: 1.5, TIME: 1.5}  # shares of the limits up to which other plans are worth measuring
+_NOISE = 0.03  # of a measured time, as a share
+
+
+def search(
+    model: nn.Module,
+    candidates: Candidates | Method,
+    batches: Sequence[Inputs],
+    limits: Mapping[str, float],
+    *,
+    example_inputs: Inputs,
+    metric: Metric = "cosine",
+    exact: bool = False,
+    calibration: Mapping[str, InputStatistics] | None = None,
+    target: Machine | None = None,
+    points: int = 12,
+    cache: FilePath | None = None,
+    progress: bool | None = None,
+) -> Front:
+    """Plans with one candidate for each layer, of which none is worse than another in time, bytes and quality together.
+
+    What a layer costs is measured: its time once for all layers of its shape, in turns with the dense layer; what the model
+    loses by it, as :func:`sensitivity` does it. Sums of these over layers say what a plan costs. Plans on the front of the sums
+    are then built and measured as whole models, with blocks that run as one op as :func:`compress` has them, and the sums
+    corrected by the outcome.
+
+    Args:
+        model: as :func:`compress` takes it; it is only looked at. Two copies of it are in memory, and the layers of each candidate.
+        candidates: methods, or {name: method}. Any layer may stay dense besides.
+        batches: by which quality is measured and, without a calibration, the layers' inputs are gathered. What is calibrated on
+            text of one kind should be measured on another.
+        limits: the most ``ms`` (of a call with the example inputs), ``mb`` (the whole model, in 1e6 bytes) and ``layer_mb`` (the
+            layers that are searched), and the least ``quality``: any of them.
+        example_inputs: with what times are measured, in the shape that the model will meet.
+        metric, exact, calibration: as :func:`sensitivity` has them. Where a layer has no ``change``, all losses are exact ones.
+        target: the machine that the plan is for, from :func:`profile`; None: this one, with as many threads as torch has now.
+            Times are predicted then, and only linear layers compressed: of these it has times.
+        points: how many mixed plans are measured besides those for the limits.
+        cache: a file that keeps each measurement as soon as it is made: a search that was stopped, or is made again, repeats
+            none. It goes by the content of model, batches and candidates, by the processor, its kernels and the number of threads.
+        progress: show progress bars; None: on a terminal.
+    Returns:
+        The :class:`Front`. Where no plan keeps to the limits, its ``best`` is the nearest, and ``missed`` says which and by how
+        much.
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`sensitivity`; a limit of another name, or that is no number; a target that
+            has no times of a candidate.
+    """
+    who = "search"
+    inputs, methods = checked(batches, who), named(candidates, who)
+    _check_limits(limits, who)
+    if DENSE in methods:
+        raise ValueError(f"{who}: a candidate is called {DENSE!r}, which every layer may stay, expected another name")
+    if target is not None:
+        target.check(methods, who)
+    known = Cache(cache)
+    show = on_a_terminal() if progress is None else progress
+    seen = calibrated(model, methods, inputs, calibration, who)
+    choices = Choices(model, methods, seen, example_inputs, known, who)
+    quality = Quality(choices.model, inputs, metric, who)
+    losses = measured(choices, inputs, quality, known, exact=exact, progress=show)
+    if not exact and any(loss.cheap is not None and loss.change is None for loss in losses.values()):
+        losses = measured(choices, inputs, quality, known, exact=True, progress=show)
+    return _Search(choices, losses, quality, example_inputs, dict(limits), target, known, show).run(points)
+
+
+def _check_limits(limits: Any, who: str) -> None:
+    if not isinstance(limits, Mapping) or not limits:
+        raise TypeError(f"{who}: limits is {limits!r}, expected numbers for some of {', '.join(LIMITS)}")
+    for name, value in limits.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in LIMITS or not number:
+            raise ValueError(f"{who}: limits has {name!r}: {value!r}, expected numbers for some of {', '.join(LIMITS)}")
+
+
+class _Search:
+    """What is known, and what is measured next."""
+
+    def __init__(
+        self, choices: Choices, losses: Sensitivity, quality: Quality, inputs: Inputs, limits: dict[str, float],
+        target: Machine | None, cache: Cache, progress: bool,
+    ) -> None:  # fmt: skip
+        self._choices, self._quality, self._inputs, self._limits = choices, quality, inputs, limits
+        self._target, self._cache, self._progress, self._here = target, cache, progress, here()
+        self._original = copied(choices.model, ())  # to be raced against
+        self._dense_bytes = summary(self._original).bytes
+        self._others = self._dense_bytes - sum(layer.bytes for layer in choices.layers.values())
+        self._dense_us = self._dense_model_us()
+        times = LayerTimes(choices, inputs, cache)
+        self._items = priced(choices, losses, times, target, progress=progress)
+        layers_us = rest_of = sum(float(item.costs[0, TIME]) for item in self._items)
+        if target is not None:  # what the model takes besides its layers is as many times as long there as they are
+            rest_of = sum(
+                float(item.costs[0, TIME]) for item in priced(choices, losses, times, None, progress=progress)
+            )
+        rest = max(self._dense_us - rest_of, 0.02 * self._dense_us) * (layers_us / rest_of if rest_of else 1.0)
+        self._dense_ms = self._dense_us / 1e3 if target is None else (layers_us + rest) / 1e3
+        names = [DENSE, *choices.candidates]
+        self._ms, self._loss = Correction(names, 1.0, rest), Correction(names)
+        self._sums_alone = self._ms, self._loss
+        self._done: dict[Picked, Point] = {}
+        self._outcomes: list[tuple[dict[str, float], dict[str, float], float | None, float]] = []
+
+    def _dense_model_us(self) -> float:
+        key = digest("dense us", self._choices.key, self._here)
+        known = self._cache.get(key)
+        if known is None:
+            known = self._cache.put(key, model_us(self._original, self._original, self._inputs)[0])
+        return float(known)
+
+    def run(self, points: int) -> Front:
+        """Measures plans of one candidate, which say most of the corrections; then mixed ones; then those for the limits."""
+        uniform = dict.fromkeys(self._uniform(name) for name in self._choices.candidates)
+        losses = [
+            (self._sums(picked)[1], self._whole(picked)[2]) for picked in track([*uniform], "measuring", self._progress)
+        ]
+        self._loss = self._sums_alone[1].scaled_to([(own, self._quality.best - found) for own, found in losses])
+        self._sums_alone = self._ms, self._loss
+        for picked in uniform:
+            self._measure(picked)
+        self._correct()
+        self._measure(self._half_dense())
+        self._correct()
+        for _ in track([*range(points)], "measuring", self._progress):
+            if (next_one := self._between()) is None:
+                break
+            self._measure(next_one)
+            self._correct()
+        tighter = 0.0
+        for _ in range(_TURNS):
+            picked = self._best(tighter)
+            if picked in self._done and not self._done[picked].measured.missed(self._limits):
+                break
+            self._measure(picked)
+            self._correct()
+            tighter += _TIGHTER if self._done[picked].measured.missed(self._limits) else 0.0
+        layers = self._dense_bytes - self._others
+        dense = Cost(self._dense_ms, self._dense_bytes / 1e6, layers / 1e6, self._quality.best)
+        everywhere = Point(WrittenPlan(dict.fromkeys(self._choices.layers)), dense, dense, dense, DENSE)
+        name = self._target.name if self._target else ""
+        return Front([everywhere, *self._done.values()], self._limits, name)
+
+    # --- which plans --------------------------------------------------------------------------------------------------
+
+    def _uniform(self, candidate: str) -> Picked:
+        return tuple(item.choices.index(candidate) if candidate in item.choices else 0 for item in self._items)
+
+    def _half_dense(self) -> Picked:
+        """Every second layer dense, the others as they are fastest: which says what dense layers take beside compressed ones, in
+        blocks that run as one op."""
+        items = self._corrected()
+        return tuple(int(item[:, TIME].argmin()) if i % 2 else 0 for i, item in enumerate(items))
+
+    def _best(self, tighter: float) -> Picked:
+        """The plan for the limits, as far as is known; all limits but that of bytes, which is exact, made tighter by this share."""
+        goal = {"quality": LOSS, "ms": TIME, "mb": BYTES}[goal_of(self._limits)]
+        return best(self._corrected(), goal, self._bounds({TIME: 1 - tighter, LOSS: 1 - tighter}))
+
+    def _bounds(self, shares: Mapping[int, float]) -> dict[int, float]:
+        """The limits as limits of sums; ``shares``: of each that is taken, 1 where nothing is said."""
+        bounds: dict[int, float] = {}
+        for name, limit in self._limits.items():
+            if name == "ms":
+                bounds[TIME] = limit * 1e3 * shares.get(TIME, 1.0) - self._ms.offset
+            elif name == "quality":
+                bounds[LOSS] = (self._quality.best - limit) * shares.get(LOSS, 1.0)
+            else:
+                room = limit * 1e6 * shares.get(BYTES, 1.0) - (self._others if name == "mb" else 0)
+                bounds[BYTES] = min(room, bounds.get(BYTES, math.inf))
+        return bounds
+
+    def _between(self) -> Picked | None:
+        """Of the plans on the hull, near the limits where there are any, the one whose loss is farthest from those of all that were
+        measured, by their ranks; None where all were."""
+        items = self._corrected()
+        plans = sorted(hull(items), key=lambda picked: float(total(items, picked)[LOSS]))
+        wide = self._bounds(_WIDER)
+        near = [picked for picked in plans if all(total(items, picked)[axis] <= most for axis, most in wide.items())]
+        plans = near or plans
+        places = [i for i, picked in enumerate(plans) if picked in self._done or not any(picked)]
+        left = [i for i in range(len(plans)) if i not in places]
+        return plans[max(left, key=lambda i: min((abs(i - j) for j in places), default=i))] if left else None
+
+    def _corrected(self) -> list[Costs]:
+        """What items cost, so that the sums are what was found to come out."""
+        found = []
+        for item in self._items:
+            costs = item.costs.copy()
+            costs[:, TIME] *= [self._ms.factor(name) for name in item.choices]
+            costs[:, LOSS] *= [self._loss.factor(name) for name in item.choices]
+            found.append(costs)
+        return found
+
+    # --- what they cost -----------------------------------------------------------------------------------------------
+
+    def _sums(self, picked: Picked) -> tuple[dict[str, float], dict[str, float], float]:
+        """Microseconds and losses by candidate, and all bytes."""
+        us, loss, size = dict[str, float](), dict[str, float](), 0.0
+        for item, choice in zip(self._items, picked, strict=True):
+            name, costs = item.choices[choice], item.costs[choice]
+            us[name] = us.get(name, 0.0) + float(costs[TIME])
+            loss[name] = loss.get(name, 0.0) + float(costs[LOSS])
+            size += float(costs[BYTES])
+        return us, loss, size
+
+    def _measure(self, picked: Picked) -> None:
+        if picked in self._done:
+            return
+        us, loss, size = self._sums(picked)
+        predicted, additive = (
+            self._cost(ms.of(us), size, lost.of(loss)) for ms, lost in ((self._ms, self._loss), self._sums_alone)
+        )
+        found_us, found_bytes, quality = self._whole(picked)
+        self._outcomes.append((us, loss, found_us, self._quality.best - quality))
+        found = predicted.ms * 1e3 if found_us is None else found_us
+        cost = self._cost(found, found_bytes - self._others, self._quality.best - quality)
+        uniform = next((name for name in self._choices.candidates if picked == self._uniform(name) and any(picked)), "")
+        self._done[picked] = Point(self._written(picked, cost), predicted, additive, cost, uniform)
+
+    def _cost(self, us: float, size: float, loss: float) -> Cost:
+        return Cost(us / 1e3, (self._others + size) / 1e6, size / 1e6, self._quality.best - loss)
+
+    def _whole(self, picked: Picked) -> tuple[float | None, float, float]:
+        """Of the plan's model: microseconds (None where they are those of another machine), bytes and quality."""
+        plan = self._by_layer(picked)
+        own = {name: self._choices.candidates.get(candidate) for name, candidate in plan.items()}
+        key = digest("model", self._choices.key, own, self._quality.key)
+        timed = digest("model us", key, self._here)
+        known = self._cache.get(key)
+        ratio = self._cache.get(timed) if self._target is None else math.nan
+        if known is None or ratio is None:
+            with self._choices.applied({n: None if c == DENSE else c for n, c in plan.items()}, blocks=True) as model:
+                if known is None:
+                    what = f"a plan of {', '.join(dict.fromkeys(plan.values()))}"
+                    known = self._cache.put(key, [float(summary(model).bytes), self._quality.of(model, what)])
+                if ratio is None:
+                    ratio = self._cache.put(timed, model_us(self._original, model, self._inputs)[1])
+        return None if self._target is not None else ratio * self._dense_us, known[0], known[1]
+
+    def _by_layer(self, picked: Picked) -> dict[str, str]:
+        """The name of the candidate of each layer, in the order of the model."""
+        found = {
+            name: item.choices[choice] for item, choice in zip(self._items, picked, strict=True) for name in item.names
+        }
+        return {name: found[name] for name in self._choices.layers}
+
+    def _written(self, picked: Picked, cost: Cost) -> WrittenPlan:
+        methods = {name: self._choices.candidates.get(candidate) for name, candidate in self._by_layer(picked).items()}
+        where = self._here if self._target is None else {"target": self._target.name}
+        about = {"ms": cost.ms, "mb": cost.mb, "layer_mb": cost.layer_mb, "quality": cost.quality}
+        return WrittenPlan(methods, {**about, "metric": self._quality.name, **where})
+
+    def _correct(self) -> None:
+        """By all plans that were measured."""
+        timed = [(us, found) for us, _, found, _ in self._outcomes if found is not None]
+        if timed:
+            self._ms = self._ms.fitted(
+                [us for us, _ in timed], [us for _, us in timed], [_NOISE * us for _, us in timed]
+            )
+        # Errors add up while they are small: a model that has lost much says little of one that has not.
+        least = 5e-4 * max(abs(self._quality.best), 1e-3)
+        lost = [(loss, max(found, 0.0)) for _, loss, _, found in self._outcomes]
+        errors = [least + 0.05 * found + 5 * found**2 for _, found in lost]
+        self._loss = self._loss.fitted([loss for loss, _ in lost], [found for _, found in lost], errors)

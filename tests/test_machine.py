@@ -1,0 +1,144 @@
+"""What a machine is, in a file: times between those that were measured, plans for it, and a model that is too large for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pycompress as pc
+from pycompress.nn import CompressedLayer
+from pycompress.search import DoesNotFit, Machine
+
+INT8, INT7, INT4 = repr(pc.Int8()), repr(pc.Int8(7)), repr(pc.Int4())
+
+
+def cells(ns: float, rows: tuple[int, ...] = (1, 16, 256), sizes: tuple[int, ...] = (32, 256)) -> tuple[Any, ...]:
+    """Of layers that take so many ns for a multiply-add."""
+    return tuple((m, n, k, ns * m * n * k / 1000) for m in rows for n in sizes for k in sizes)
+
+
+def machine(memory: int = 10**9, **ns: float) -> Machine:
+    names = {"int8": INT8, "int7": INT7, "int4": INT4}
+    times = {names.get(name, name): cells(own) for name, own in ({"dense": 4.0} | ns).items()}
+    return Machine("a board", ("scalar",), 1, memory, times)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
+
+
+def test_times_between_those_that_were_measured() -> None:
+    there = machine()
+    for m, n, k in ((1, 32, 32), (256, 256, 32), (7, 100, 200), (1000, 3, 5000)):
+        assert there.us("dense", m, n, k) == pytest.approx(4.0 * m * n * k / 1000)
+    overhead = Machine("x", (), 1, 1, {"dense": tuple((m, n, k, 5 + m * n * k / 1000) for m, n, k, _ in cells(1.0))})
+    for m, n, k, us in overhead.times["dense"]:
+        assert overhead.us("dense", m, n, k) == pytest.approx(us)
+    assert overhead.us("dense", 16, 32, 32) < overhead.us("dense", 64, 32, 32) < overhead.us("dense", 256, 32, 32)
+    holes = Machine("x", (), 1, 1, {"dense": (*cells(4.0)[:-1],)})
+    assert holes.us("dense", 256, 256, 256) == pytest.approx(4.0 * 256**3 / 1000)
+
+
+def test_a_profile_of_this_machine_comes_back(tmp_path: Path) -> None:
+    found = pc.profile(
+        {"int8": pc.Int8(), "thin": pc.LowRank(16, rank_guard=False)}, name="here", rows=(1, 8), sizes=(16, 64)
+    )
+    assert (
+        found.threads == torch.get_num_threads() and found.memory_bytes > 10**8 and "scalar" in found.instruction_sets
+    )
+    assert {name: len(own) for name, own in found.times.items()} == {"dense": 8, "int8": 8, "thin": 8}
+    found.save(tmp_path / "here.toml")
+    back = Machine.load(tmp_path / "here.toml")
+    assert back == found and back.us("thin", 3, 20, 30) == found.us("thin", 3, 20, 30)
+    too_thick = pc.profile({"thin": pc.LowRank(32, rank_guard=False)}, rows=(1,), sizes=(16, 64))
+    assert [cell[1:3] for cell in too_thick.times["thin"]] == [(64, 64)] and too_thick.name
+
+
+def written(threads: int = 1, us: int = 1) -> str:
+    machine = f"[machine]\nname='x'\ninstruction_sets=[]\nthreads={threads}\nmemory_bytes=1"
+    return f"version = 1\n{machine}\n[times.dense]\ncells=[[1,2,3,{us}]]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version = 2", "version is 2, expected 1"),
+        ("version = 1", "no profile of a machine: KeyError"),
+        ("version = 1\n[machine]\nname='x'\n[times]", "no profile of a machine"),
+        (written(us=-1), "above 0"),
+        (written(threads=0), "threads is 0"),
+        (written().replace("[1,2,3,1]", "[1,2,3]"), "not enough values"),
+        ("x", "not TOML"),
+    ],
+)
+def test_files_that_are_none(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "m").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        Machine.load(tmp_path / "m")
+    assert str(tmp_path / "m") in str(raised.value)
+
+
+def test_compress_takes_the_precision_that_is_fast_there() -> None:
+    def bits(there: Machine) -> set[Any]:
+        small = pc.compress(model(), target=there, example_inputs=torch.randn(4, 64))
+        assert isinstance(small, nn.Sequential)
+        own = small[0].settings["activation_bits"] if isinstance(small[0], CompressedLayer) else None
+        return {(layer.method, own) for layer in pc.summary(small).layers}
+
+    assert bits(machine(int8=1.0, int7=2.0)) == {("int8", 8)}
+    assert bits(machine(int8=2.0, int7=1.0)) == {("int8", 7)}
+    assert bits(machine(int8=1.0, int4=0.1)) == {("int8", 8)}  # it fits, and is more exact
+    assert bits(machine(int8=9.0, int4=0.1)) == {(None, None)}
+    dense = sum(p.numel() * 4 for p in model().parameters())
+    assert bits(machine(dense // 2, int8=9.0, int4=0.1)) == {("int8", 8)}  # slower, but dense does not fit
+    assert bits(machine(dense // 5, int8=1.0, int4=0.1)) == {("int4", 8)}
+
+
+def test_what_a_plan_needs_is_what_the_model_takes() -> None:
+    small = pc.compress(model(), pc.Int4())
+    needs = pc.summary(small).bytes
+    with pytest.raises(DoesNotFit) as raised:
+        pc.compress(model(), target=machine(needs - 1, int8=1.0, int4=1.0))
+    assert (raised.value.needs, raised.value.has) == (needs, needs - 1)
+    assert pc.summary(pc.compress(model(), target=machine(needs, int8=1.0, int4=1.0))).bytes == needs
+    with pytest.raises(DoesNotFit, match=r"the model needs 3\.1 GB, the target phone has 2 GB"):
+        raise DoesNotFit("phone", 3.1e9, 2e9)
+
+
+def test_wrong_uses() -> None:
+    with pytest.raises(ValueError, match="both a plan and a target are given"):
+        pc.compress(model(), pc.Int8(), target=machine(int8=1.0))
+    with pytest.raises(ValueError, match="has times of dense, expected some of Int8"):
+        pc.compress(model(), target=machine())
+    with pytest.raises(ValueError, match="no linear layer to compress for a target"):
+        pc.compress(nn.Sequential(nn.Conv2d(1, 2, 3)), target=machine(int8=1.0))
+    x, there = torch.randn(4, 64), machine(int8=1.0)
+    with pytest.raises(ValueError, match="has no times of int4, expected one of dense, Int8"):
+        pc.search(model(), {"int4": pc.Int4()}, [x], {"ms": 1}, example_inputs=x, target=there)
+    with pytest.raises(ValueError, match=r"rows is \(\), sizes \(4,\)"):
+        pc.profile(rows=(), sizes=(4,))
+
+
+def test_a_plan_for_another_machine() -> None:
+    """What is fast differs, so the plan does; what it loses is what it loses here."""
+    x = torch.randn(64, 64)
+    plans = []
+    for ns in ({"int8": 1.0, "int4": 3.0}, {"int8": 3.0, "int4": 1.0}):
+        front = pc.search(
+            model(), [pc.Int8(), pc.Int4()], [x], {"quality": 0.9}, example_inputs=x, target=machine(**ns), points=2
+        )
+        assert front.target == "a board" and front.best.plan.about["target"] == "a board"
+        (fast,) = {name for name, own in ns.items() if own == 1.0}
+        plans.append({method.name for method in front.best.plan.values() if method is not None})
+        assert plans[-1] == {fast}
+        layers = sum(64 * n * k for n, k in ((128, 64), (128, 128), (10, 128))) / 1e6
+        dense = next(point for point in front.measured if point.uniform == "dense").measured.ms
+        assert dense >= 4.0 * layers and front.best.measured.ms < dense
+        small = pc.compress(model(), front.best.plan, calibration=pc.calibrate(model(), [x]))
+        cosine = torch.cosine_similarity(small(x).double(), model()(x).double()).mean()
+        assert front.best.measured.quality == pytest.approx(float(cosine.detach()), abs=1e-6)
