@@ -14,6 +14,7 @@ from pycompress.calls import uncompiled
 from pycompress.kinds import folded_into, kind_of
 from pycompress.nn import CompressedLayer
 from pycompress.nn.block import LEFT, block_of
+from pycompress.nn.handing import sums_in
 from pycompress.nn.layer import RECORD, REMARK
 
 
@@ -186,6 +187,7 @@ def summary(model: nn.Module) -> Summary:
     Layers are described as they are now. Of those that were loaded from a file or put in by hand, errors and times are not known.
     """
     layers, others, blocks = [], [], []
+    sums = sums_in(uncompiled(model))
     seen: set[int] = set()
     for name, module in uncompiled(model).named_modules():
         tensors: dict[str, Tensor] = {}
@@ -201,7 +203,7 @@ def summary(model: nn.Module) -> Summary:
         record = vars(module).get(RECORD)
         if isinstance(module, CompressedLayer):
             shares = all(tensor is not module.packed for tensor in tensors.values())
-            layers.append(_noted(_compressed(name, module, record, shares), module))
+            layers.append(_noted(_compressed(name, module, record, shares), module, sums.get(module, "")))
         elif record is not None:
             size = sum(map(_bytes, tensors.values()))
             layers.append(_noted(replace(record, name=name, dense_bytes=size, bytes=size), module))
@@ -213,11 +215,11 @@ def summary(model: nn.Module) -> Summary:
     return Summary(layers, others, blocks)
 
 
-def _noted(record: LayerRecord, module: nn.Module) -> LayerRecord:
+def _noted(record: LayerRecord, module: nn.Module, behind: str = "") -> LayerRecord:
     """With what passes did to the module."""
     norms = folded_into(module)
     own = module.kind.note(module.geometry) if isinstance(module, CompressedLayer) else ""
-    notes = [vars(module).get(REMARK, ""), norms and f"folded in: {norms}", own, record.note]
+    notes = [vars(module).get(REMARK, ""), norms and f"folded in: {norms}", own, behind, record.note]
     return replace(record, note="; ".join(filter(None, notes)))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pycompress as pc
-from pycompress.nn import Int8Conv2d
+from pycompress.nn import Int8Conv2d, handing
 from pycompress.nn.assigned import assigned
 from pycompress.nn.handing import HandOn
 from pycompress.ops.cpu import int8_conv
@@ -54,23 +54,28 @@ def compressed(dense: nn.Module, x: Tensor) -> Any:
 
 
 @pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, torch.dtype]]:
-    """The dtypes between which convolutions that hand on or take bytes were called."""
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
-    original = int8_conv.hand_on
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From what to what convolutions that hand on, take bytes or add were called; ``both``: floats with their bytes beside them."""
+    seen: list[str] = []
+    original = int8_conv._hand_on
+    monkeypatch.setattr(handing, "_FEW", 0)  # sums of small images, too
 
-    def spy(x: Tensor, *operands: Any) -> Tensor | None:
-        y = original(x, *operands)
-        if y is not None:
-            seen.append((x.dtype, y.dtype))
-        return y
+    def spy(x: Tensor, *operands: Any, keep: bool = False) -> Any:
+        y, beside, finite = original(x, *operands, keep=keep)
+        given = "floats" if y.dtype == torch.float32 else "bytes"
+        plus = "" if operands[-1] is None else "+skip"
+        seen.append(f"{'bytes' if x.dtype == torch.uint8 else 'floats'}{plus}>{given if beside is None else 'both'}")
+        return y, beside, finite
 
-    monkeypatch.setattr(int8_conv, "hand_on", spy)
+    monkeypatch.setattr(int8_conv, "_hand_on", spy)
     return seen
 
 
-BYTES, FLOATS = torch.uint8, torch.float32
-CHAIN = [(FLOATS, BYTES), (BYTES, BYTES), (BYTES, FLOATS)]
+FLOATS = torch.float32
+CHAIN = ["floats>bytes", "bytes>bytes", "bytes>floats"]
+RESIDUALS = [
+    "floats>both", "bytes>bytes", "bytes>bytes", "bytes+skip>both", "bytes>bytes", "bytes>bytes", "bytes+skip>bytes",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -85,7 +90,7 @@ def test_nothing_but_the_way_changes(threads: int, handed: list[Any], same: Same
                 with mode():
                     handed.clear()
                     y, features = model(given), model[:6](given)
-                    assert handed == [*CHAIN, *CHAIN, (FLOATS, BYTES), (BYTES, FLOATS)]  # and none in what was cut off
+                    assert handed == [*RESIDUALS, "bytes>bytes", "bytes>floats"]  # and none in what was cut off
                     with whole.without(model):
                         assert same(y, model(given))
                         plain = model[:6](given)
@@ -196,9 +201,9 @@ def test_who_is_left_alone() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
-            return self.b(y) * self.c(y)
+            return self.b(y) * self.c(y) * y
 
-    assert assigned(compressed(Branches().eval(), x)) is None  # two take it
+    assert assigned(compressed(Branches().eval(), x)) is None  # the model itself reads it
 
     class Steps(nn.Module):
         """Its way depends on numbers, so the largest module that can be traced is inside."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from packing import backends
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import conv2d, pad
 
 import pycompress as pc
@@ -179,6 +180,47 @@ def test_bytes_are_what_the_layers_would_make_of_floats(kernels: str, groups: in
             assert torch.equal(hand_on(given, target, True).flatten(1), wanted)
         x[1, 3, 0, 0] = torch.nan
         assert int8_conv.hand_on(x, layer.packed, layer.form, layer.bias32, *operands, target, True) is None
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_what_is_added_before_the_activation_is_what_torch_adds(
+    kernels: str, groups: int, kernel: Pair, same: Same
+) -> None:
+    """To floats, to bytes, and to floats with their bytes beside them; whatever is not finite is in the floats alone."""
+    for n, activation in ((4, "relu"), (36, "none")):
+        layer, _ = random_layer(n, 20, kernel, groups, static=True, padding=(1, 1))
+        to = layer.geometry
+        x = torch.randn(2, 20, 6, 5).contiguous(memory_format=LAST)
+        plain = layer(x).detach()
+        addend = torch.randn(plain.shape).contiguous(memory_format=LAST) * plain.abs().max()
+        wanted = functional.relu(plain + addend) if activation == "relu" else plain + addend
+        target = (float(wanted.abs().amax()) / 90, 100, 255)
+        quantized, _, _ = ops.int8_quantize(wanted.flatten(1), 8, target[:2])
+        walk = (to.kernel_size, to.stride, to.sides, to.dilation, to.groups)
+        operands = (x, layer.packed, layer.form, layer.bias32, *walk, activation)
+        assert same(int8_conv.hand_on(*operands, None, True, addend), wanted)
+        assert same(int8_conv.hand_on(*operands, None, False, addend), wanted.contiguous())
+        q = int8_conv.hand_on(*operands, target, True, addend)
+        assert q is not None and torch.equal(q.flatten(1), quantized)
+        y, q = int8_conv.hand_on_beside(*operands, target, addend)
+        assert q is not None and same(y, wanted) and torch.equal(q.flatten(1), quantized)
+        y, q = int8_conv.hand_on_beside(*operands[:-1], "none", target, None)
+        assert q is not None and same(y, plain)
+        addend[1, n - 1, 2, 3] = torch.inf
+        assert int8_conv.hand_on(*operands, target, True, addend) is None
+        y, q = int8_conv.hand_on_beside(*operands, target, addend)
+        assert q is None and bool(y[1, n - 1, 2, 3].isinf())
+
+
+def test_an_addend_that_does_not_fit_is_refused() -> None:
+    layer, _ = random_layer(8, 8, (1, 1), static=True)
+    x, walk = torch.randn(1, 8, 4, 4), ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    for addend in (torch.ones(1, 8, 4, 3), torch.ones(1, 8, 4, 4), torch.ones(1, 8, 4, 4, dtype=torch.float64)):
+        with pytest.raises(
+            ValueError, match=r"the addend is .*, expected torch.float32 \[1, 8, 4, 4\] with the channels last"
+        ):
+            int8_conv.hand_on(x, layer.packed, layer.form, layer.bias32, *walk, "none", None, True, addend)
 
 
 def test_images_larger_than_what_stays_in_a_cache() -> None:

@@ -75,7 +75,7 @@ bool int8_conv2d_hand_on(uintptr_t x, int type, bool channels_last, int64_t imag
                          uintptr_t bias, int activation, int64_t stride_h, int64_t stride_w, int64_t pad_top,
                          int64_t pad_left, int64_t dilation_h, int64_t dilation_w, int64_t out_h, int64_t out_w,
                          uintptr_t y, int y_type, bool y_channels_last, float to_scale, int to_zero_point, int to_amax,
-                         int64_t behind, int threads) {
+                         int64_t behind, uintptr_t addend, uintptr_t beside, int threads) {
   conv::Convolution p = problem_of(
       {x,          type,         channels_last, images,     channels, height,   width,   packed,   packed_bytes,
        n,          weight_scale, bias,          activation, stride_h, stride_w, pad_top, pad_left, dilation_h,
@@ -84,6 +84,8 @@ bool int8_conv2d_hand_on(uintptr_t x, int type, bool channels_last, int64_t imag
   p.y_channels_last = y_channels_last;
   if (to_scale > 0) p.to = int8::requantize(to_scale, to_zero_point, to_amax);
   p.behind = behind;
+  p.addend = pointer<const float>(addend);
+  p.beside = pointer<uint8_t>(beside);
   return run(p);
 }
 

@@ -203,7 +203,7 @@ class Worker {
  public:
   Worker(const Convolution& p, const Header& header, const Kernel& kernel, const int8::Header& part,
          const int8::Kernel& product, const Bytes& bytes, const Range* ranges, int64_t first_image, int64_t max_rows,
-         int64_t max_panels)
+         int64_t max_panels, std::atomic<bool>& finite)
       : p_(p),
         header_(header),
         kernel_(kernel),
@@ -212,6 +212,7 @@ class Worker {
         bytes_(bytes),
         ranges_(ranges),
         first_image_(first_image),
+        finite_(finite),
         shape_{part.k, part.versions},
         in_place_(is_in_place()),
         slides_(slides(p, header, part, bytes)),
@@ -269,6 +270,7 @@ class Worker {
     for (int block = 0; block <= last; ++block)
       for (int64_t panel = first; panel < end; ++panel) {
         int32_t* sums = last == 0 ? sums_ : sums_ + (panel - first) * rows_ * product_.nr;
+        if (block == last && p_.addend != nullptr && !slides_) prefetch_addend(first_channel + panel * product_.nr);
         if (slides_)
           slide_over_block(panel, block, sums);
         else
@@ -289,6 +291,15 @@ class Worker {
     const int64_t count = whole ? header_.kernel_w * own : own, pieces = whole ? 1 : header_.kernel_w;
     for (int r = 0; r < header_.kernel_h; ++r, from += p_.dilation_h * line)
       for (int64_t s = 0; s < pieces; ++s, to += count) copy(from + s * p_.dilation_w * bytes_.channels, count, to);
+  }
+
+  // Its rows lie far from each other, so that nothing else would fetch them before the product is done.
+  void prefetch_addend(int64_t n) const {
+    constexpr int64_t kLine = 64 / sizeof(float);
+    const float* row = p_.addend + (first_image_ * p_.out_h * p_.out_w + row_) * p_.n + n;
+    const int64_t columns = std::min<int64_t>(product_.nr, p_.n - n);
+    for (int i = 0; i < rows_; ++i, row += p_.n)
+      for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(row + c);
   }
 
   const uint8_t* weights_of(int64_t panel, int block) const {
@@ -338,6 +349,7 @@ class Worker {
     const int columns = static_cast<int>(std::min<int64_t>(nr, part_.n - inside));
     const auto* column_sums =
         reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(&part_) + part_.column_sums);
+    bool finite = true;
     const int8::Epilogue epilogue{column_sums + inside,
                                   p_.weight_scale == nullptr ? nullptr : p_.weight_scale + n,
                                   p_.bias == nullptr ? nullptr : p_.bias + n,
@@ -346,10 +358,16 @@ class Worker {
                                   zero_point_ + first,
                                   p_.activation,
                                   p_.y_type,
-                                  p_.to};
+                                  p_.to,
+                                  p_.addend == nullptr ? nullptr : p_.addend + at * p_.n + n,
+                                  p_.beside == nullptr ? nullptr : p_.beside + at * p_.n + n,
+                                  &finite};
     sums += first * nr;
-    if (p_.y_channels_last)
-      return product_.finish(sums, nr, rows, columns, epilogue, value_of(p_.y, p_.y_type, at * p_.n + n), p_.n);
+    if (p_.y_channels_last) {
+      product_.finish(sums, nr, rows, columns, epilogue, value_of(p_.y, p_.y_type, at * p_.n + n), p_.n);
+      if (!finite) finite_ = false;
+      return;
+    }
     product_.finish(sums, nr, rows, columns, epilogue, turned_, nr);
     const size_t size = size_of(p_.y_type);
     for (int i = 0; i < rows;) {  // the rows of one image at a time
@@ -369,6 +387,7 @@ class Worker {
   const Bytes& bytes_;
   const Range* ranges_;
   const int64_t first_image_;
+  std::atomic<bool>& finite_;  // all y of which bytes were made here
   const int8::ActivationShape shape_;
   const bool in_place_, slides_;
   const int64_t stride_;
@@ -391,7 +410,7 @@ const int8::Kernel& product_for(const int8::Header& part) {
 
 // Images [first, first + images), which are quantized into `bytes`, by one group of channels after the other.
 void convolve(const Convolution& p, const Header& header, const Kernel& kernel, const Bytes& bytes, const Range* ranges,
-              int64_t first, int64_t images, int threads) {
+              int64_t first, int64_t images, int threads, std::atomic<bool>& finite) {
   const int64_t own = header.channels / header.groups, out = header.n / header.groups;
   const Part front = part_of(p.packed, header, 0);
   const int8::Kernel& product = product_for(int8::header_of(front.packed, front.bytes));
@@ -419,7 +438,7 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
       const int64_t group = t / group_tasks;
       const Part packed = part_of(p.packed, header, group);
       Worker worker(p, header, kernel, *reinterpret_cast<const int8::Header*>(packed.packed), product, bytes, ranges,
-                    first, std::min(rows, m), task_panels);
+                    first, std::min(rows, m), task_panels, finite);
       for (; t < (group + 1) * group_tasks; t = next++) {
         const int64_t inside = t % group_tasks, task = inside / panel_tasks, row = task % row_tasks * rows,
                       panel = inside % panel_tasks * task_panels;
@@ -431,13 +450,16 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
 }
 
 // As many images at once as stay in the cache: quantized, then multiplied.
-void convolve_all(const Convolution& p, const Header& header, const Kernel& kernel, int amax, Ranges& ranges,
+// Returns whether all y of which bytes were made beside floats, or behind an addend, are finite.
+bool convolve_all(const Convolution& p, const Header& header, const Kernel& kernel, int amax, Ranges& ranges,
                   int threads) {
+  std::atomic<bool> finite{true};
   const Reach reach = reach_of(p, header);
   const bool bare = p.pad_top == 0 && p.pad_left == 0 && reach.height <= p.height && reach.width <= p.width;
   if (p.type == Type::uint8 && bare && p.behind >= kBehind) {  // they lie there
     const Bytes bytes{p.height, p.width, p.channels, static_cast<const uint8_t*>(p.x)};
-    return convolve(p, header, kernel, bytes, ranges.of.data(), 0, p.images, threads);
+    convolve(p, header, kernel, bytes, ranges.of.data(), 0, p.images, threads, finite);
+    return finite;
   }
   Bytes bytes{reach.height, reach.width, p.channels, nullptr};
   const int64_t together = std::clamp<int64_t>(kTogether / bytes.size(), 1, p.images);
@@ -458,8 +480,9 @@ void convolve_all(const Convolution& p, const Header& header, const Kernel& kern
       if (ranges.settle(first + i))
         std::memset(room + i * bytes.size(), ranges.of[static_cast<size_t>(first + i)].zero_point,
                     static_cast<size_t>(bytes.size()));
-    convolve(p, header, kernel, bytes, ranges.of.data() + first, first, images, threads);
+    convolve(p, header, kernel, bytes, ranges.of.data() + first, first, images, threads, finite);
   }
+  return finite;
 }
 
 }  // namespace
@@ -500,6 +523,11 @@ bool conv2d(const Convolution& given) {
         "int8_conv2d: x is bytes, expected a static weight and the channels last");
   check(p.y_type != Type::uint8 || (p.y_channels_last && p.to.inverse > 0),
         "int8_conv2d: y is bytes, expected their range and the channels last");
+  const bool as_lies = p.y_channels_last && (p.y_type == Type::float32 || (p.y_type == Type::uint8 && !p.beside));
+  check((p.addend == nullptr && p.beside == nullptr) ||
+            (as_lies && !header.depthwise() && (p.beside == nullptr || p.to.inverse > 0)),
+        "int8_conv2d: there is an addend, or bytes beside y; expected y of float32 with the channels last, or bytes "
+        "behind an addend, a range for bytes, and more than one channel in a group");
   check(!header.depthwise() || p.y_channels_last == p.channels_last,
         "int8_conv2d: expected x and y of a depthwise convolution in one memory format");
   if (p.images == 0 || p.out_h == 0 || p.out_w == 0) return true;
@@ -510,11 +538,11 @@ bool conv2d(const Convolution& given) {
       2.0 * static_cast<double>(p.images * p.out_h * p.out_w) * static_cast<double>(p.n * header.k());
   if (operations < kSerialOperations) threads = 1;
   Ranges ranges = ranges_of(p, header, kernel, amax, threads);
+  bool finite = true;
   if (header.depthwise())
     convolve_alone(p, header, kernel, amax, ranges, threads);
   else
-    convolve_all(p, header, kernel, amax, ranges, threads);
-  bool finite = true;
+    finite = convolve_all(p, header, kernel, amax, ranges, threads);
   for (int64_t i = 0; i < p.images; ++i) {
     finite = finite && !std::isnan(ranges.of[static_cast<size_t>(i)].scale);
     if (p.scale != nullptr) p.scale[i] = ranges.of[static_cast<size_t>(i)].scale;

@@ -1,6 +1,7 @@
 // int8 convolution: the contract of the op. `scalar.cpp` is its specification; every other kernel equals it to the bit.
 //
-//   y[i, n, p]   = act((float(acc[i, n, p]) * sx[i]) * sw[n] + bias[n])     each step rounded to float32, no fma
+//   y[i, n, p]   = act((float(acc[i, n, p]) * sx[i]) * sw[n] + bias[n] + addend[i, n, p])
+//                  from left to right, each step rounded to float32, no fma
 //   acc[i, n, p] = sum over the taps t of p, c: (q[i, c, p + t] - zp[i]) * w[n, c, t]      exact int32; k <= kMaxK
 //
 //   w   int8  [n, k]      weights in [-127, 127], one scale sw per output channel; k = channels / groups * taps
@@ -10,7 +11,8 @@
 //       that, so that nobody looks for the ends of an image: values outside of the range take its ends. Around an image
 //       lie zeros: q = zp there.
 //   An image that holds NaN or Inf gives an image of NaN: sx = NaN, q and zp are those of an image of zeros.
-//   A static weight also takes x as bytes that are q already. And y may be bytes: what the next layer would make of it.
+//   A static weight also takes x as bytes that are q already. And y may be bytes: what the next layer would make of it;
+//   or floats with these bytes beside them. What has an addend is not depthwise, and its channels lie last.
 //
 // Two ways. Where every group has one channel in and one out (depthwise), a tap is a product of two vectors: the
 // activations of some rows are quantized to whole numbers in float32, whose chains of fma are exact below 2^24, so that
@@ -41,13 +43,16 @@ struct Convolution {
   int64_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, out_h, out_w;
   void* y;  // [images, n, out_h, out_w]
   Type y_type;
-  int8::Requantize to;  // for y of uint8, whose channels lie last
+  int8::Requantize to;  // for y of uint8, whose channels lie last, and for `beside`
+  const float* addend;  // [images, out_h, out_w, n] or null, for y of float32 or uint8
+  uint8_t* beside;      // [images, out_h, out_w, n] or null: the bytes of a y of float32 whose channels lie last
   int64_t behind;       // bytes that may be read behind x of uint8
   float* scale;         // [images] or null: where the caller wants sx and zp too
   int32_t* zero_point;  // [images] or null
   int threads;
 };
-// Returns whether all images are finite: a y of uint8 cannot say so of those that are not, and is no result then.
+// Returns whether all images are finite, and all y where there is an addend or `beside`: bytes cannot say so of those
+// that are not, and are no result then.
 bool conv2d(const Convolution& problem);
 constexpr int64_t kBehind = 128;  // bytes behind x with which none of it is copied: tiles read in steps
 

@@ -221,7 +221,8 @@ void quantize_rows(const void* x, ptrdiff_t ldx, int rows, ActivationShape shape
 // --- epilogue -----------------------------------------------------------------------------------------------------
 
 // kVectors * 8 channels at a time, so that a row's results fill whole cache lines at once.
-template <Type kType, int kVectors>
+// `kSums`: there is an addend, or bytes beside y.
+template <Type kType, int kVectors, bool kSums>
 inline void finish_columns(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, uint8_t* y,
                            ptrdiff_t ldy) {
   constexpr int size = size_of(kType);
@@ -234,6 +235,8 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
     bias[j] = load_floats_up_to(e.bias == nullptr ? nullptr : e.bias + 8 * j, columns - 8 * j);
   }
   __m256i correction[kVectors];
+  const Vector zero = Vector::of(0.0f);
+  Vector poison = zero;  // 0 where finite, NaN for ever after NaN or Inf
   for (int m = 0; m < rows; ++m) {
     if (m == 0 || e.zero_point[m] != e.zero_point[m - 1])  // often the same: a product takes longer than all the rest
 #pragma GCC unroll 2
@@ -248,7 +251,14 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
         v = v + Vector{_mm256_loadu_ps(e.bias + m * e.bias_stride + 8 * j)};
       else if (e.bias != nullptr)
         v = v + Vector{bias[j]};
+      if (kSums && e.addend != nullptr) v = v + load_up_to(e.addend + m * ldy + 8 * j, columns - 8 * j);
       if (e.activation != Activation::none) v = activate(e.activation, v);
+      if constexpr (kSums) poison = fma(v, zero, poison);
+      if (kSums && e.beside != nullptr) {
+        const int64_t bytes = requantized(v.value, e.to.inverse, e.to.low, e.to.high, e.to.zero_point);
+        const size_t count = columns - 8 * j >= 8 ? 8 : columns - 8 * j > 0 ? static_cast<size_t>(columns - 8 * j) : 0;
+        __builtin_memcpy(e.beside + m * ldy + 8 * j, &bytes, count);
+      }
       const auto result = [&] {
         if constexpr (kType == Type::uint8)
           return requantized(v.value, e.to.inverse, e.to.low, e.to.high, e.to.zero_point);
@@ -264,24 +274,28 @@ inline void finish_columns(const int32_t* c, int nr, int rows, int columns, cons
       }
     }
   }
+  if (kSums && e.finite != nullptr && _mm256_movemask_ps(_mm256_cmp_ps(poison.value, poison.value, _CMP_UNORD_Q)) != 0)
+    *e.finite = false;
 }
 
-template <Type kType>
+template <Type kType, bool kSums = false>
 void finish_as(const int32_t* c, int nr, int rows, int columns, Epilogue e, void* y, ptrdiff_t ldy) {
   constexpr int size = size_of(kType);
   auto* at = static_cast<uint8_t*>(y);
   while (columns > 0) {
     const int step = columns > 8 ? 16 : 8;
     if (step == 16)
-      finish_columns<kType, 2>(c, nr, rows, columns, e, at, ldy);
+      finish_columns<kType, 2, kSums>(c, nr, rows, columns, e, at, ldy);
     else
-      finish_columns<kType, 1>(c, nr, rows, columns, e, at, ldy);
+      finish_columns<kType, 1, kSums>(c, nr, rows, columns, e, at, ldy);
     c += step;
     at += step * size;
     columns -= step;
     e.column_sum += step;
     if (e.weight_scale != nullptr) e.weight_scale += step;
     if (e.bias != nullptr) e.bias += step;
+    if (e.addend != nullptr) e.addend += step;
+    if (e.beside != nullptr) e.beside += step;
   }
 }
 
@@ -295,6 +309,10 @@ void quantize_avx2(const void* x, Type type, ptrdiff_t ldx, int rows, Activation
 }
 
 void finish_avx2(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  if (e.addend != nullptr || e.beside != nullptr) {
+    if (e.type == Type::uint8) return finish_as<Type::uint8, true>(c, nr, rows, columns, e, y, ldy);
+    return finish_as<Type::float32, true>(c, nr, rows, columns, e, y, ldy);
+  }
   switch (e.type) {
     case Type::float32:
       return finish_as<Type::float32>(c, nr, rows, columns, e, y, ldy);

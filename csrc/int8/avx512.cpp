@@ -105,8 +105,17 @@ inline __m256i to_bfloat16(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
 }
 
-template <Type kType>
+// `kSums`: there is an addend, or bytes beside y.
+template <Type kType, bool kSums = false>
 void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  const Vector zero = Vector::of(0.0f);
+  Vector poison = zero;  // 0 where finite, NaN for ever after NaN or Inf
+  const auto put = [&](uint8_t* at, int j, __m128i bytes) {
+    if (columns - j >= kLanes)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), bytes);
+    else
+      _mm_mask_storeu_epi8(at, up_to(columns - j), bytes);
+  };
   for (int j = 0; j < columns; j += kLanes) {
     const __mmask16 lanes = up_to(columns - j);
     const __m512i column_sum = _mm512_loadu_si512(e.column_sum + j);
@@ -128,14 +137,15 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& 
         v = v + Vector::load(e.bias + m * e.bias_stride + j);
       else if (e.bias != nullptr)
         v = v + Vector{bias};
+      if (kSums && e.addend != nullptr) v = v + Vector{_mm512_maskz_loadu_ps(lanes, e.addend + m * ldy + j)};
       if (e.activation != Activation::none) v = activate(e.activation, v);
+      if constexpr (kSums) poison = fma(v, zero, poison);
+      if (kType == Type::uint8 || (kSums && e.beside != nullptr)) {
+        uint8_t* bytes = kType == Type::uint8 ? static_cast<uint8_t*>(y) : e.beside;
+        put(bytes + m * ldy + j, j, requantized(v.value, e.to.inverse, e.to.low, e.to.high, e.to.zero_point));
+      }
       if constexpr (kType == Type::uint8) {
-        const __m128i bytes = requantized(v.value, e.to.inverse, e.to.low, e.to.high, e.to.zero_point);
-        auto* at = static_cast<uint8_t*>(y) + m * ldy + j;
-        if (columns - j >= kLanes)
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(at), bytes);
-        else
-          _mm_mask_storeu_epi8(at, lanes, bytes);
+        continue;
       } else if constexpr (kType == Type::float32) {
         _mm512_mask_storeu_ps(static_cast<float*>(y) + m * ldy + j, lanes, v.value);
       } else {
@@ -148,6 +158,8 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& 
       }
     }
   }
+  if (kSums && e.finite != nullptr && _mm512_cmp_ps_mask(poison.value, poison.value, _CMP_UNORD_Q) != 0)
+    *e.finite = false;
 }
 
 }  // namespace
@@ -161,6 +173,10 @@ void quantize_avx512(const void* x, Type type, ptrdiff_t ldx, int rows, Activati
 }
 
 void finish_avx512(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  if (e.addend != nullptr || e.beside != nullptr) {
+    if (e.type == Type::uint8) return finish_as<Type::uint8, true>(c, nr, rows, columns, e, y, ldy);
+    return finish_as<Type::float32, true>(c, nr, rows, columns, e, y, ldy);
+  }
   switch (e.type) {
     case Type::float32:
       return finish_as<Type::float32>(c, nr, rows, columns, e, y, ldy);

@@ -87,8 +87,8 @@ constexpr Requantize requantize(float scale, int32_t zero_point, int amax) {
   return {1 / scale, static_cast<float>(-zero_point), static_cast<float>(amax - zero_point), zero_point};
 }
 
-// Columns [0, columns) of one panel: y = act((c - zp * colsum) * sx * sw + bias), or c - zp * colsum for Type::int32,
-// or for Type::uint8 what the next layer would make of y.
+// Columns [0, columns) of one panel: y = act((c - zp * colsum) * sx * sw + bias + addend), or c - zp * colsum for
+// Type::int32, or for Type::uint8 what the next layer would make of y.
 struct Epilogue {
   const int32_t* column_sum;  // [nr], zero padded
   const float* weight_scale;  // [columns]
@@ -99,6 +99,9 @@ struct Epilogue {
   Activation activation;
   Type type;
   Requantize to{};
+  const float* addend = nullptr;  // [rows, columns] or null, row stride ldy
+  uint8_t* beside = nullptr;      // or null: for y of float32 what it is as bytes, row stride ldy
+  bool* finite = nullptr;         // with one of these two, and bytes: set to false where a y is not
 };
 using Finish = void (*)(const int32_t* c, int nr, int rows, int columns, const Epilogue& epilogue, void* y,
                         ptrdiff_t ldy);

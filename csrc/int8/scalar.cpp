@@ -65,14 +65,16 @@ void finish(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, 
       }
       Scalar v{(static_cast<float>(acc) * e.row_scale[m]) * e.weight_scale[n]};
       if (e.bias != nullptr) v = v + Scalar{e.bias[m * e.bias_stride + n]};
+      if (e.addend != nullptr) v = v + Scalar{e.addend[i]};
       v = activate(e.activation, v);
-      if (e.type == Type::uint8) {
+      uint8_t* bytes = e.type == Type::uint8 ? static_cast<uint8_t*>(y) : e.beside;
+      if (bytes != nullptr) {
         const float steps = v.value * e.to.inverse;
         const float inside = steps > e.to.high ? e.to.high : steps > e.to.low ? steps : e.to.low;
-        static_cast<uint8_t*>(y)[i] = static_cast<uint8_t>(static_cast<int>(rint_even(inside)) + e.to.zero_point);
-      } else {
-        put_float(y, e.type, i, v.value);
+        bytes[i] = static_cast<uint8_t>(static_cast<int>(rint_even(inside)) + e.to.zero_point);
+        if (e.finite != nullptr && !std::isfinite(v.value)) *e.finite = false;
       }
+      if (e.type != Type::uint8) put_float(y, e.type, i, v.value);
     }
 }
 

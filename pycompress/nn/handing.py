@@ -1,15 +1,17 @@
-"""Static int8 convolutions that hand on bytes: what the next one would make of their results, and it alone takes.
+"""Static int8 convolutions that hand on bytes: what the next one would make of their results; and that add in their epilogue what
+the model adds behind them.
 
-The numbers are those that it would quantize them to, so nothing changes but what is written and read: a byte where else four are.
-Only inside a call of the module that :func:`install <pycompress.passes.handing.install>` found the pairs in: whoever calls a layer
-by itself gets floats, and so does everybody where something is watched, trained, traced, or no longer as it was found.
+The numbers are those that come without, so nothing changes but what is written and read: a byte where else four are, and no sum by
+itself. Only inside a call of the module that :func:`install <pycompress.passes.handing.install>` found them in: whoever calls a
+layer by itself gets floats, and so does everybody where something is watched, trained, traced, or no longer as it was found.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,16 +19,40 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from pycompress.nn.assigned import HOOKS, original_class, watched_everywhere
-from pycompress.ops.checks import Ints, nobody_looks
+from pycompress.nn.assigned import HOOKS, assigned, original_class, watched_everywhere
+from pycompress.nn.given import Awaited, Convolution, Plan, Walked, claim_of
+from pycompress.ops.checks import nobody_looks
 from pycompress.ops.cpu import int8_conv
 
+_FEW = 1 << 16  # numbers that torch adds in less time than it takes to hand them over, where their channels lie last
 _LARGEST = 1e12  # of a result before its activation: no float overflows then, so that bytes lose no Inf
 
-Walked = tuple[Ints, Ints, Ints, Ints, int]  # kernel size, stride, sides, dilation, groups
 Kinds = tuple[tuple[str, str], ...]  # the name of each module, and that of its class
-_active: ContextVar[_Call | None] = ContextVar("pycompress_handing", default=None)
+_active: ContextVar[_Links | None] = ContextVar("pycompress_handing", default=None)
 _found: WeakKeyDictionary[nn.Module, _Links] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Gift:
+    """What becomes of the results of a layer.
+
+    Attributes:
+        layer: its name.
+        takers: the names of the static convolutions that take them.
+        adders: how many layers add them to their own results.
+        inside: whether nobody else reads them.
+        into: whether the last reader adds, and may do so in place.
+        adds: whether the layer first adds what the model adds behind it.
+        relu: whether a ReLU follows the sum, which the layer computes too.
+    """
+
+    layer: str
+    takers: tuple[str, ...] = ()
+    adders: int = 0
+    inside: bool = False
+    into: bool = False
+    adds: bool = False
+    relu: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,11 +60,10 @@ class HandOn:
     """How a module computes inside which layers hand on bytes: see :mod:`pycompress.nn.assigned`.
 
     Attributes:
-        pairs: the names of each that gives, and of the one that takes.
-        kinds: of all modules inside, as they were when the pairs were found.
+        kinds: of all modules inside, as they were when the gifts were found.
     """
 
-    pairs: tuple[tuple[str, str], ...]
+    gifts: tuple[Gift, ...]
     kinds: Kinds
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any] | None:
@@ -47,9 +72,9 @@ class HandOn:
         links = _found.get(module)
         if links is None or not links.holds():
             links = _found[module] = _Links.of(module, self)
-        if not links.targets or links.watched():
+        if not links.plans or links.watched():
             return None
-        before = _active.set(_Call(links))
+        before = _active.set(links)
         try:
             return (original_class(module).forward(module, *args, **kwargs),)
         finally:
@@ -57,24 +82,20 @@ class HandOn:
 
 
 @dataclass(frozen=True)
-class _Target:
-    layer: nn.Module
-    range: int8_conv.Target
-
-
-@dataclass(frozen=True)
 class _Links:
-    """What the pairs of a module are, and what that rests on.
+    """What the gifts of a module are, and what that rests on.
 
     Attributes:
-        targets: for each layer that hands on, the one that takes.
+        plans: of each layer that gives.
+        ranges: of each layer that takes.
         walks: what the op is told of the geometry of all of them.
         held: the places of the modules, of forwards of their own, which none has, and of the packed weights: a dictionary, a key,
             what stands there.
         hooks: all dictionaries of hooks.
     """
 
-    targets: Mapping[nn.Module, _Target]
+    plans: Mapping[nn.Module, Plan]
+    ranges: Mapping[nn.Module, int8_conv.Target | None]
     walks: Mapping[nn.Module, Walked]
     held: list[tuple[dict[str, Any], str, Any]]
     hooks: list[Any]
@@ -86,18 +107,20 @@ class _Links:
             (one._modules, key, child) for one in inside for key, child in one._modules.items()
         ]
         held += [(vars(one), "forward", None) for one in inside]
-        targets: dict[nn.Module, _Target] = {}
+        plans: dict[nn.Module, Plan] = {}
+        ranges: dict[nn.Module, int8_conv.Target | None] = {}
         walks: dict[nn.Module, Walked] = {}
         if kinds_of(module) == call.kinds and not any(place.get(key) is not what for place, key, what in held):
-            for names in call.pairs:
-                pair: list[Any] = [module.get_submodule(name) for name in names]
-                layer, taker = pair
-                target = target_of(layer, taker)
-                if target is not None:
-                    targets[layer] = _Target(taker, target)
-                    walks |= {one: (*one.geometry.plane, one.geometry.groups) for one in pair}
-                held += [(one._buffers, "packed", one._buffers["packed"]) for one in pair]
-        return cls(targets, walks, held, [getattr(one, name) for one in inside for name in HOOKS])
+            for gift in call.gifts:
+                layer: Any = module.get_submodule(gift.layer)
+                takers: list[Any] = [module.get_submodule(name) for name in gift.takers]
+                plan = _plan(gift, layer, takers)
+                if plan is not None:
+                    plans[layer] = plan
+                    ranges |= {taker: target_of(layer, taker) for taker in takers}
+                    walks |= {one: (*one.geometry.plane, one.geometry.groups) for one in (layer, *takers)}
+                held += [(one._buffers, "packed", one._buffers["packed"]) for one in (layer, *takers)]
+        return cls(plans, ranges, walks, held, [getattr(one, name) for one in inside for name in HOOKS])
 
     def holds(self) -> bool:
         return all(place.get(key) is what for place, key, what in self.held)
@@ -106,39 +129,51 @@ class _Links:
         return any(self.hooks)
 
 
-@dataclass
-class _Call:
-    """One call of the module.
-
-    Attributes:
-        taking: the layers that get bytes next, and whether the channels of their results are to lie last.
-    """
-
-    links: _Links
-    taking: dict[nn.Module, bool] = field(default_factory=dict)
+def _plan(gift: Gift, layer: Any, takers: list[Any]) -> Plan | None:
+    """None where the layer does nothing but what it does anyhow."""
+    ranges = [target_of(layer, taker) for taker in takers]
+    target = next(filter(None, ranges), None)
+    alone = target is not None and not gift.adders and all(one == target for one in ranges)
+    if gift.adds or alone or (gift.inside and not is_depthwise(layer)):
+        return Plan(target, alone, gift.inside, gift.into, gift.adds, gift.relu)
+    return None
 
 
 def handed(layer: Any, x: Tensor) -> Tensor | None:
-    """The result of an ``Int8Conv2d`` that takes bytes or hands them on; None where it does neither."""
-    call = _active.get()
-    if call is None:
+    """The result of an ``Int8Conv2d`` that takes bytes, hands them on or has something added; None where it does none of it."""
+    links = _active.get()
+    if links is None or layer not in links.walks:
         return None
-    last = call.taking.pop(layer, None) if x.dtype is torch.uint8 else None
-    target = call.links.targets.get(layer)
-    if last is None:
-        if target is None or layer.training or x.dtype is not torch.float32 or x.dim() != 4:
+    plan, claim = links.plans.get(layer), claim_of(x)
+    if claim is None:
+        if plan is None or layer.training or x.dtype is not torch.float32 or x.dim() != 4:
             return None
         if not x.is_cpu or not nobody_looks(x):
             return None
-        last, x = int8_conv.is_channels_last(x), layer._image(x)
-    own = layer._buffers
-    y = int8_conv.hand_on(
-        x, own["packed"], layer.form, own["bias"], *call.links.walks[layer], layer.activation,
-        None if target is None else target.range, last,
-    )  # fmt: skip
-    if y is not None and target is not None:
-        call.taking[target.layer] = last
-    return y
+        last, image = int8_conv.is_channels_last(x), layer._image(x)
+    else:
+        last, image = claim.channels_last, x
+        if claim.beside is not None and claim.range == links.ranges.get(layer):
+            image = claim.beside
+        elif x.dtype is not torch.uint8:
+            image = layer._image(x)
+    call = Convolution(layer, links.walks[layer], image, last)
+    if plan is not None and plan.adds:
+        few = last and math.prod(call.shape) < _FEW
+        return call.floats() if few else Awaited.of(call, plan)
+    y = None if plan is None else call.give(plan)
+    return call.floats() if y is None else y
+
+
+def sums_in(model: nn.Module) -> dict[nn.Module, str]:
+    """What a table says of the layers that add what the model adds behind them."""
+    return {
+        module.get_submodule(gift.layer): f"adds what is added behind it{', then relu' if gift.relu else ''}"
+        for module in model.modules()
+        if isinstance(call := assigned(module), HandOn)
+        for gift in call.gifts
+        if gift.adds
+    }
 
 
 def kinds_of(module: nn.Module) -> Kinds:
@@ -147,6 +182,11 @@ def kinds_of(module: nn.Module) -> Kinds:
         (name, f"{original_class(one).__module__}.{original_class(one).__qualname__}")
         for name, one in module.named_modules(remove_duplicate=False)
     )
+
+
+def is_depthwise(layer: Any) -> bool:
+    """Whether an ``Int8Conv2d`` convolves each channel alone."""
+    return bool(layer.geometry.groups == layer.n and layer.k == math.prod(layer.geometry.plane[0]))
 
 
 def target_of(layer: Any, taker: Any) -> int8_conv.Target | None:

@@ -40,6 +40,11 @@ class Graph:
         """Whether the model could be traced; else it was read."""
         return self._calls is not None
 
+    @property
+    def calls(self) -> Calls | None:
+        """All calls of modules, where it was traced."""
+        return self._calls
+
     def sources(self, between: Between) -> Sources:
         """{module: the one whose results it takes, each of them, and nothing else does; or a text that says why there is none}.
 
@@ -84,7 +89,7 @@ class Graph:
 # --- traced ---------------------------------------------------------------------------------------------------------------
 
 
-class _Calls:
+class Calls:
     """The calls of modules in all graphs of a model.
 
     Attributes:
@@ -160,9 +165,9 @@ class _Tracer(fx.Tracer):
         return found
 
 
-def _traced(model: nn.Module) -> _Calls | None:
+def _traced(model: nn.Module) -> Calls | None:
     """None where it cannot be traced."""
-    calls = _Calls(model)
+    calls = Calls(model)
     if (graph := graph_of(model)) is not None:
         calls.add(graph)
         return calls
@@ -194,7 +199,7 @@ def _given_defaults(model: nn.Module) -> Iterator[dict[str, Any] | None]:
             yield {name: optional[name] for name in names} or None
 
 
-def _source(node: fx.Node, calls: _Calls, between: Between) -> fx.Node | str:
+def _source(node: fx.Node, calls: Calls, between: Between) -> fx.Node | str:
     """The call whose result a call takes, and nothing else does; or why there is none."""
     while True:
         if node.op == "call_module":

@@ -1,5 +1,5 @@
 """Parts of a model that run as one op each: transformer blocks, the embeddings in front of them, the means of sentence encoders
-behind, and encoders that are made of nothing else; and convolutions that hand on bytes."""
+behind, and encoders that are made of nothing else; and convolutions that hand on bytes, and add what is added behind them."""
 
 from __future__ import annotations
 

@@ -50,13 +50,19 @@ def accumulate(
     return acc
 
 
-def rescale(acc: Array, scale: Array, weight_scale: Array, bias: Array | None = None, *, code: int = 0) -> Array:
-    """act((acc * scale) * weight_scale + bias) in float32, in this order: int32 [images, n, ...] -> float32 of its shape."""
+def rescale(
+    acc: Array, scale: Array, weight_scale: Array, bias: Array | None = None, *, addend: Array | None = None, code: int = 0
+) -> Array:  # fmt: skip
+    """act((acc * scale) * weight_scale + bias + addend) in float32, in this order: int32 [images, n, ...] -> float32 of its shape.
+    ``addend``: float32 of that shape."""
     images, n = acc.shape[:2]
     rows = np.moveaxis(acc, 1, -1).reshape(-1, n)
     per_row = np.repeat(scale, len(rows) // max(images, 1))
     v = int8.rescale(np.ascontiguousarray(rows), per_row, weight_scale)
-    y = finish(v, np.empty(0, np.float32) if bias is None else bias, code)
+    none = np.empty(0, np.float32)
+    y = finish(v, none if bias is None else bias, code if addend is None else 0)
+    if addend is not None:
+        y = finish(y + np.moveaxis(addend, 1, -1).reshape(-1, n), none, code)
     result: Array = np.ascontiguousarray(np.moveaxis(y.reshape(images, *acc.shape[2:], n), -1, 1))
     return result
 

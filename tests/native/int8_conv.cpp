@@ -97,6 +97,29 @@ void run_bytes(const Shape& s, Convolution problem, const std::vector<int>& q, c
   problem.to = int8::requantize(next.scale, next.zero_point, 255);
   expect(conv2d(problem), "finite");
   expect(std::equal(wanted.begin(), wanted.end(), bytes.data()) && bytes.intact(), "bytes of what comes out");
+  if (s.own() == 1 && s.n == s.groups) return;
+
+  // An addend, the same number everywhere but for its sign: bytes alone, and floats beside theirs.
+  Guarded<float> addend(y.size(), number % 2 ? Edge::begin : Edge::end);
+  problem.activation = Activation::none;
+  problem.y = y.data(), problem.y_type = Type::float32;
+  conv2d(problem);
+  for (size_t i = 0; i < y.size(); ++i) addend[i] = i % 3 ? 0.7f : -0.4f, y[i] = std::max(y[i] + addend[i], 0.0f);
+  int8::quantize(int8::kernel_named("scalar_4x8"), y.data(), Type::float32, 1, count, count, 8, &next, wanted.data(),
+                 row_scale.data(), zero.data());
+  problem.activation = Activation::relu, problem.addend = addend.data();
+  bytes.fill(0x55);
+  problem.y = bytes.data(), problem.y_type = Type::uint8;
+  expect(conv2d(problem), "finite with an addend");
+  expect(std::equal(wanted.begin(), wanted.end(), bytes.data()) && bytes.intact(), "bytes of a sum");
+  Guarded<float> floats(y.size(), Edge::end);
+  floats.fill(0x55), bytes.fill(0x55);
+  problem.y = floats.data(), problem.y_type = Type::float32, problem.beside = bytes.data();
+  expect(conv2d(problem), "finite beside floats");
+  expect(std::equal(y.begin(), y.end(), floats.data()) && floats.intact(), "the floats of a sum");
+  expect(std::equal(wanted.begin(), wanted.end(), bytes.data()) && bytes.intact(), "their bytes");
+  addend[y.size() - 1] = std::numeric_limits<float>::infinity();
+  expect(!conv2d(problem), "a sum that is not finite");
 }
 
 void run(const Shape& s, const int8::Kernel& product, int bits, bool last, int number) {
@@ -179,6 +202,17 @@ void test_refusals() {
   std::vector<uint8_t> edited = packed;
   edited[16] ^= 1;
   refused("an edited header", edited, [](Convolution&) {});
+  const std::vector<float> addend(100);
+  std::vector<uint8_t> bytes(100);
+  const auto as_floats = [&](Convolution& p) {
+    p.y_type = Type::float32, p.y_channels_last = true, p.addend = addend.data(), p.beside = bytes.data();
+    p.to = int8::requantize(1.0f, 0, 255);
+  };
+  refused("an addend to int32", packed, [&](Convolution& p) { as_floats(p), p.y_type = Type::int32; });
+  refused("an addend, channels first", packed, [&](Convolution& p) { as_floats(p), p.y_channels_last = false; });
+  refused("bytes without a range", packed, [&](Convolution& p) { as_floats(p), p.to = {}; });
+  refused("an addend, depthwise", packed_as(3, 3, 3, 3, 8),
+          [&](Convolution& p) { as_floats(p), p.n = 3, p.channels_last = true; });
 }
 
 }  // namespace

@@ -146,9 +146,7 @@ def _shape(
 _remembered_shape = lru_cache(maxsize=1 << 12)(_shape)  # of numbers: a compiler's symbols cannot be looked up
 
 
-def _shape_now(
-    x: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
-) -> Ints:
+def shape_of(x: Tensor, form: str, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Ints:
     """Of a call that is run: of the same layer and input there are many, and this takes as long as a small one."""
     geometry = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
     return _remembered_shape(tuple(x.shape), form, *geometry)
@@ -167,7 +165,7 @@ def _run(
     """y; scale and zero point of each image go where they are wanted."""
     op = "int8_conv2d"
     check_float(op, x)
-    shape = _shape_now(x, form, kernel_size, stride, padding, dilation, groups)
+    shape = shape_of(x, form, kernel_size, stride, padding, dilation, groups)
     last = is_channels_last(x) and not x.is_neg()
     if not last:
         x = rows_of(op, x.contiguous())[0]  # (a negated view loses its order: so be it)
@@ -218,7 +216,7 @@ def input_target(packed: Tensor, form: str) -> Target | None:
 
 def hand_on(
     x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints,
-    groups: int, activation: str, to: Target | None, channels_last: bool,
+    groups: int, activation: str, to: Target | None, channels_last: bool, addend: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """As :func:`conv2d`, from bytes where x is uint8, and to bytes where there is a target.
 
@@ -226,23 +224,61 @@ def hand_on(
         x: float32 [N, C, H, W], or uint8 of it, the channels last: what this weight's range makes of it.
         to: scale, zero point and largest number of what takes y; None: y is float32.
         channels_last: whether those of a y of float32 lie so.
+        addend: float32 of y's shape, the channels last, which is added before the activation; not where the layer is depthwise.
     Returns:
-        None where an image is not finite, which bytes cannot say.
+        None where an image, or behind an addend y, is not finite, which bytes cannot say.
     """
+    walk = (kernel_size, stride, padding, dilation, groups)
+    y, _, finite = _hand_on(x, packed, form, bias, *walk, activation, to, channels_last, addend)
+    if to is None:
+        return y if channels_last else y.contiguous()
+    return y if finite else None
+
+
+def hand_on_beside(
+    x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    groups: int, activation: str, to: Target, addend: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """As :func:`hand_on`, y float32 with the channels last and its bytes beside it, which are None where they cannot say what y is.
+    Not of a depthwise layer."""
+    walk = (kernel_size, stride, padding, dilation, groups)
+    y, beside, finite = _hand_on(x, packed, form, bias, *walk, activation, to, True, addend, keep=True)
+    return y, beside if finite else None
+
+
+def _hand_on(
+    x: Tensor, packed: Tensor, form: str, bias: Tensor | None, kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    groups: int, activation: str, to: Target | None, channels_last: bool, addend: Tensor | None, keep: bool = False,
+) -> tuple[Tensor, Tensor | None, bool]:  # fmt: skip
+    """y, its bytes where it is kept in float32 beside them, and whether bytes say all of it."""
     op = "int8_conv2d"
-    shape = _shape_now(x, form, kernel_size, stride, padding, dilation, groups)
+    shape = shape_of(x, form, kernel_size, stride, padding, dilation, groups)
     is_bytes, depthwise = x.dtype == torch.uint8, groups == x.shape[1] == shape[1]
-    y_last = channels_last or to is not None or (depthwise and is_bytes)
+    y_last = channels_last or to is not None or addend is not None or (depthwise and is_bytes)
     last = is_bytes or is_channels_last(x) or (depthwise and y_last)
     y_last = last if depthwise else y_last  # whose kernels walk both alike
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     behind = x.untyped_storage().nbytes() - x.storage_offset() - x.numel() if is_bytes else 0
-    y = _empty(shape, torch.float32, y_last) if to is None else _bytes(shape)
+    y = _empty(shape, torch.float32, y_last) if to is None or keep else _bytes(shape)
+    beside = _bytes(shape) if keep else None
     operands = _operands(op, x, last, packed, form, bias, stride, padding, dilation, activation, y)
-    finite = native._C.int8_conv2d_hand_on(*operands, y_last, *(to or NO_TARGET), behind, torch.get_num_threads())
-    if to is None:
-        return y if channels_last else y.contiguous()
-    return y if finite else None
+    others = (_addend(op, addend, shape), 0 if beside is None else beside.data_ptr())
+    threads = torch.get_num_threads()
+    finite = native._C.int8_conv2d_hand_on(*operands, y_last, *(to or NO_TARGET), behind, *others, threads)
+    return y, beside, finite
+
+
+def _addend(op: str, addend: Tensor | None, shape: Ints) -> int:
+    """Its address, or 0."""
+    if addend is None:
+        return 0
+    fits = addend.dtype == torch.float32 and tuple(addend.shape) == tuple(shape)
+    check(
+        fits and addend.is_contiguous(memory_format=torch.channels_last),
+        f"{op}: the addend is {addend.dtype} {list(addend.shape)} with strides {list(addend.stride())}, expected torch.float32 "
+        f"{list(shape)} with the channels last",
+    )
+    return addend.data_ptr()
 
 
 def _bytes(shape: Ints) -> Tensor:

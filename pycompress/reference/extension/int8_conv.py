@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,26 +55,33 @@ def int8_conv2d_pack(
 
 def int8_conv2d(*all_operands: Any) -> None:
     *operands, scale, zero_point, _threads = all_operands
-    scales, zeros = _convolve(*operands, channels_last_of_y=operands[2])
-    if len(scales) and scale:
-        memory.view(scale, np.float32, len(scales))[:] = scales
-        memory.view(zero_point, np.int32, len(scales))[:] = zeros
+    done = _convolve(*operands, channels_last_of_y=operands[2])
+    if len(done.scale) and scale:
+        memory.view(scale, np.float32, len(done.scale))[:] = done.scale
+        memory.view(zero_point, np.int32, len(done.scale))[:] = done.zero_point
 
 
 def int8_conv2d_hand_on(*all_operands: Any) -> bool:
-    *operands, channels_last_of_y, to_scale, to_zero_point, to_amax, _behind, _threads = all_operands
+    *operands, channels_last_of_y, to_scale, to_zero_point, to_amax, _behind, addend, beside, _threads = all_operands
     to = (to_scale, to_zero_point, to_amax) if to_scale else None
-    scales, _ = _convolve(*operands, channels_last_of_y=channels_last_of_y, to=to)
-    return not np.isnan(scales).any()
+    return _convolve(*operands, channels_last_of_y=channels_last_of_y, to=to, addend=addend, beside=beside).finite
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Scale and zero point of each image, and whether bytes can say all of y."""
+
+    scale: Any
+    zero_point: Any
+    finite: bool
 
 
 def _convolve(
     x: int, x_type: int, channels_last: bool, images: int, channels: int, height: int, width: int, packed: int,
     packed_bytes: int, n: int, weight_scale: int, bias: int, activation: int, stride_h: int, stride_w: int, pad_top: int,
     pad_left: int, dilation_h: int, dilation_w: int, out_h: int, out_w: int, y: int, y_type: int, *,
-    channels_last_of_y: bool, to: tuple[float, int, int] | None = None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Scale and zero point of each image."""
+    channels_last_of_y: bool, to: tuple[float, int, int] | None = None, addend: int = 0, beside: int = 0,
+) -> _Done:  # fmt: skip
     header, parts = LAYOUT.read(packed, packed_bytes)
     of = header["k"] // (header["kernel_h"] * header["kernel_w"]) * header["groups"]
     if (channels, n) != (of, header["n"]):
@@ -96,12 +104,19 @@ def _convolve(
         q, zeros, parts["values"], (header["kernel_h"], header["kernel_w"]), (stride_h, stride_w), (pad_top, pad_left),
         (dilation_h, dilation_w), (out_h, out_w), header["groups"],
     )  # fmt: skip
-    found = acc
+    found, finite = acc, not np.isnan(scales).any()
     if y_type != memory.INT32:
-        found = int8_conv.rescale(
-            acc, scales, memory.vector(weight_scale, n), memory.vector(bias, n) if bias else None, code=activation
-        )
+        shape = (images, out_h, out_w, n)
+        skip = np.moveaxis(memory.view(addend, np.float32, *shape), -1, 1) if addend else None
+        own_bias = memory.vector(bias, n) if bias else None
+        found = int8_conv.rescale(acc, scales, memory.vector(weight_scale, n), own_bias, addend=skip, code=activation)
+    if to is not None and (addend or beside):
+        finite = bool(np.isfinite(found).all())
     if to is not None:
-        found = int8_conv.requantize(found, *to)
+        own_bytes = int8_conv.requantize(found, *to)
+        if beside:
+            memory.store(beside, memory.UINT8, np.ascontiguousarray(np.moveaxis(own_bytes, 1, -1)))
+        else:
+            found = own_bytes
     memory.store(y, y_type, np.ascontiguousarray(np.moveaxis(found, 1, -1)) if channels_last_of_y else found)
-    return scales, zeros
+    return _Done(scales, zeros, finite)
