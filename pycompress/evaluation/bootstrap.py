@@ -74,10 +74,10 @@ class Bootstrap:
             values.append(values[0] - values[1])
         if count < 2:
             return [Interval(value) for value in values]
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
         drawn = np.empty((self.resamples, len(values)))
         for figures in drawn:
-            rows = torch.randint(count, (count,), generator=generator, device="cpu")
+            rows = torch.randint(count, (count,), generator=generator, dtype=torch.int64, device="cpu")
             figures[: len(samples)] = [sample.of(rows) for sample in samples]
             if len(samples) == 2:
                 figures[2] = figures[0] - figures[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -123,7 +124,9 @@ class _Runs:
         self.first: tuple[Any, int] | None = None  # inputs, and how many rows they give
         settings = robustness or Robustness()
         self.ways = {
-            f"{kind} {strength:g}": Worse(kind, strength, settings, torch.Generator().manual_seed(settings.seed))
+            f"{kind} {strength:g}": Worse(
+                kind, strength, settings, torch.Generator(device="cpu").manual_seed(settings.seed)
+            )
             for kind, strength in settings.kinds()
         }
         self.kept: dict[str, Kept] = {way: defaultdict(list) for way in ("", *self.ways)}
@@ -200,7 +203,7 @@ class _Runs:
             targets = torch.empty(len(outputs[0]), 0, dtype=torch.float32, device="cpu")
         samples = [metric.sample(own, targets) for own in outputs]
         for sample in samples:
-            if not torch.isfinite(torch.tensor(sample.value)):
+            if not math.isfinite(sample.value):
                 raise ValueError(f"it is {sample.value}, expected a finite number")
         found: list[Interval | None] = [*bootstrap.intervals(*samples), None, None]
         return Figure(metric.name, found[0], found[1], found[2], metric.higher_is_better, way)

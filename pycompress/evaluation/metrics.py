@@ -114,7 +114,8 @@ def _auc(outputs: Tensor, targets: Tensor) -> Sample:
     if scores.shape[1] == 2:
         scores, truth = (scores[:, 1] - scores[:, 0])[:, None], labels[:, None]
     else:
-        scores, truth = scores.log_softmax(1), (labels[:, None] == torch.arange(scores.shape[1])).long()
+        classes = torch.arange(scores.shape[1], dtype=torch.int64, device=labels.device)
+        scores, truth = scores.log_softmax(1), (labels[:, None] == classes).long()
     # The order alone counts, and so that of the scores is given: torchmetrics would make float32 sigmoids of them, with ties.
     orders = torch.stack([column.unique(return_inverse=True)[1] for column in scores.T], 1).double() / len(scores)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ def batches_of(data: Iterable[Any]) -> Iterator[Batch]:
             )
         inputs, targets = item
         if targets is not None and not isinstance(targets, Tensor):
-            targets = torch.as_tensor(targets)
+            targets = torch.from_numpy(np.array(targets))
         yield inputs, None if targets is None else targets.detach().cpu()
 
 

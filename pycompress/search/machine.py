@@ -191,7 +191,7 @@ def _needed(model: nn.Module, layers: Sequence[Target], plan: Mapping[str, Metho
 
 def _bytes(method: Method, shape: tuple[int, int]) -> int:
     """Of the canonical weight that the method makes of a matrix of this shape."""
-    small = method.compress(torch.ones(1, 32, device="cpu"))
+    small = method.compress(torch.ones(1, 32, dtype=torch.float32, device="cpu"))
     return sum(
         math.prod(size) * dtype.itemsize for size, dtype in type(small).expected(shape, small.settings()).values()
     )
@@ -236,7 +236,7 @@ def profile(
     times: dict[str, list[Cell]] = {DENSE: [], **{key: [] for key in methods}}
     shapes = [*product(sizes, sizes)]
     for n, k in track(shapes, "measuring", on_a_terminal() if progress is None else progress):
-        dense = nn.Linear(k, n).eval()
+        dense = nn.Linear(k, n, device="cpu", dtype=torch.float32).eval()
         kind = kind_of(dense)
         assert kind is not None
         for key, method in methods.items():

@@ -172,7 +172,9 @@ class _Integers(nn.Module):
 
 class _PerChannel(_Integers):
     def __init__(self, weight: Int8Weight, shape: tuple[int, ...]) -> None:
-        super().__init__(weight.values.view(shape), weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64))
+        super().__init__(
+            weight.values.view(shape), weight.scale, torch.zeros(len(weight.scale), dtype=torch.int64, device="cpu")
+        )
 
     def forward(self) -> Tensor:
         y: Tensor = _ops().dequantize_per_channel(self.values, self.scale, self.zero, 0, -127, 127, torch.int8)
@@ -184,7 +186,9 @@ class _Groups(_Integers):
 
     def __init__(self, weight: Int4Weight) -> None:
         scale = weight.scale.to(torch.float32)
-        super().__init__(weight.integers().to(torch.int8) - 8, scale, torch.zeros(scale.shape, dtype=torch.int32))
+        super().__init__(
+            weight.integers().to(torch.int8) - 8, scale, torch.zeros(scale.shape, dtype=torch.int32, device="cpu")
+        )
         self._group = weight.group
 
     def forward(self) -> Tensor:
