@@ -19,7 +19,7 @@ def export(
     *,
     form: str = "exact",
 ) -> None:
-    """Writes a compressed model as one ONNX file of standard operators, in which its weights stay compressed.
+    """Writes a compressed model as one ONNX file, of standard operators or of ours, in which its weights stay compressed.
 
     ``torch.onnx`` traces the model in evaluation mode, with each compressed layer as one node, in whose place its lowering
     (:func:`pycompress.onnx.lower`) is put. Blocks, embeddings and poolings that run as one op are traced as the modules that they
@@ -39,6 +39,8 @@ def export(
             (tokens, masks).
         form: ``exact``: the integers of our kernels. ``fused``: what runtimes have one operator for (DequantizeLinear and MatMul;
             QuantizeLinear too where ranges are static); layers that quantize each row of their input leave it in floating point.
+            ``kernels``: our own kernels, as custom ops of ONNX Runtime (:func:`pycompress.onnx.library`), for linear layers, other
+            layers as in ``exact``.
     Raises:
         ValueError: the model has no compressed layer, or one that is prepared for training; a form or dimension that is not there;
             a layer's weight that is read as numbers by another module, or larger than 2 GiB.

@@ -97,6 +97,30 @@ def test_the_fused_form_is_held_against_what_it_means(plan: str, tmp_path: Path)
     assert "MatMulInteger" not in found
 
 
+def test_our_kernels_in_the_file(tmp_path: Path) -> None:
+    """(Each linear layer is compared to the bit: KernelCheck.)"""
+    plan = {
+        "*.query": pc.Int4(),
+        "*.key": pc.Int8(activation_bits=16),
+        "*.value": pc.Sparse(0.5),
+        "*.intermediate.*": pc.LowRank(16, residual=pc.Int4(), rank_guard=False),
+        "*": pc.Int8(),
+    }
+    model, path = encoder(plan), tmp_path / "encoder.onnx"
+    pc.export(model, path, sentences(300, 3, 10), form="kernels")
+    report = pc.validate(model, sentences(300, 2, 17), exported=path)
+    assert report.ok, str(report)
+    assert [record.max_ulp for record in report.layers] == [0] * 13
+    file = onnx.load(path)
+    assert [node.domain for node in file.graph.node].count("pycompress") == 13
+    assert {one.domain: one.version for one in file.opset_import} == {"": 20, "pycompress": 1}
+    names = {tensor.name for tensor in file.graph.initializer}
+    assert all(
+        f"encoder.layer.0.output.dense.{part}" in names
+        for part in model.encoder.layer[0].output.dense.canonical().parts()
+    )
+
+
 def test_embeddings_too(tmp_path: Path) -> None:
     plan = {
         "*.word_embeddings": pc.Int8(embeddings=True),

@@ -1,5 +1,8 @@
 // One OpenMP pool, shared with torch: linking to plain libgomp after `import torch` reuses the copy that torch loaded.
+// Or the threads of a runtime that calls us, which has a pool of its own.
 #pragma once
+
+#include <cstddef>
 
 namespace pycompress {
 
@@ -15,6 +18,25 @@ using ParallelBody = void (*)(int thread, int threads, void* context);
 // Runs body(thread, threads, context) once on each of `threads` threads; inline, without a region, where that is 1.
 // The body must not throw.
 void run_parallel(int threads, ParallelBody body, void* context);
+
+// While it lives, the parallel regions of the thread that made it run on somebody else's threads, none of which has to
+// be there: one of them may run several bodies of a region, one after the other.
+class BorrowedThreads {
+ public:
+  // Calls each(context, i) once for every i below `count`, anywhere, and returns behind the last.
+  using ForEach = void (*)(const void* owner, int count, void (*each)(void* context, size_t i), void* context);
+
+  BorrowedThreads(ForEach for_each, const void* owner);
+  ~BorrowedThreads();
+  BorrowedThreads(const BorrowedThreads&) = delete;
+  BorrowedThreads& operator=(const BorrowedThreads&) = delete;
+
+  void run(int threads, ParallelBody body, void* context) const;
+
+ private:
+  const ForEach for_each_;
+  const void* const owner_;
+};
 
 template <class F>
 void parallel(int threads, F&& body) {

@@ -32,14 +32,15 @@ from pycompress.onnx.int4 import lower_int4_linear
 from pycompress.onnx.int8 import integers, lower_int8_embedding, lower_int8_linear
 from pycompress.onnx.int8_conv import lower_int8_conv
 from pycompress.onnx.int8_recurrent import lower_int8_recurrent
+from pycompress.onnx.kernels import KERNELS, THREADS, has_library, library, runs
 from pycompress.onnx.low_rank import lower_low_rank_conv2d, lower_low_rank_embedding, lower_low_rank_linear
 from pycompress.onnx.sparse import lower_sparse_linear
 from pycompress.onnx.symmetric import SYMMETRIC
 from pycompress.replacing import FilePath
 
 __all__ = [
-    "ACTIVATIONS", "BLOCKS_OPSET", "DENSE", "FORMS", "FUSED", "LOWERINGS", "MAX_WEIGHT_BYTES", "OPSET", "Graph", "integers",
-    "lower", "lowering_of", "session",
+    "ACTIVATIONS", "BLOCKS_OPSET", "DENSE", "FORMS", "FUSED", "KERNELS", "LOWERINGS", "MAX_WEIGHT_BYTES", "OPSET", "Graph",
+    "integers", "library", "lower", "lowering_of", "runs", "session",
 ]  # fmt: skip
 
 # By kind of layer and weight, as in nn.LAYERS.
@@ -60,22 +61,30 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
 DENSE: dict[str, Lowering] = {"linear": lower_linear, "conv2d": lower_conv, "conv1d": lower_conv}
 
 
-FORMS = ("exact", "fused")  # of a whole model: the layers' own numbers, or what runtimes have one operator for
+# Of a whole model: the layers' own numbers, what runtimes have one operator for, or our kernels as custom ops.
+FORMS = ("exact", "fused", "kernels")
 # What a form has instead of LOWERINGS. One besides those is for a target of its own.
-TABLES: dict[str, dict[tuple[str, str], Lowering]] = {"exact": {}, "fused": FUSED, "symmetric": SYMMETRIC}
+TABLES: dict[str, dict[tuple[str, str], Lowering]] = {
+    "exact": {},
+    "fused": FUSED,
+    "kernels": KERNELS,
+    "symmetric": SYMMETRIC,
+}
 
 
 def lowering_of(layer: CompressedLayer, form: str = "exact") -> Lowering | None:
     """A layer's lowering: that of its kind and weight, a method ``lower(graph, x)`` of its own, or the dense one of its kind."""
     key = layer.kind.name, layer.weight_type.name
-    found = TABLES[form].get(key) or LOWERINGS.get(key)
+    found = TABLES[form].get(key) if form != "kernels" or runs(layer) else None
+    found = found or LOWERINGS.get(key)
     if found is None and hasattr(layer, "lower"):
         return lambda graph, x, layer: layer.lower(graph, x)
     return found or DENSE.get(layer.kind.name)
 
 
-def lower(layer: nn.Module) -> onnx.ModelProto:
-    """Lowers a compressed layer to a model of standard ONNX operators, which the ONNX checker has passed.
+def lower(layer: nn.Module, form: str = "exact") -> onnx.ModelProto:
+    """Lowers a compressed layer to a model of standard ONNX operators (of ours in the form ``kernels``), which the ONNX checker has
+    passed.
 
     The input is x, the items of the layer's kind: float32 rows [m, k] or images, int64 tokens, or sequences [steps, batch, k],
     beside which a recurrent layer takes its first states. The outputs are y, float32, and what the lowering shows besides.
@@ -83,7 +92,7 @@ def lower(layer: nn.Module) -> onnx.ModelProto:
     Raises:
         TypeError: there is no lowering for this type of layer. ValueError: the weights are larger than 2 GiB, alone or together.
     """
-    lowering = lowering_of(layer) if isinstance(layer, CompressedLayer) else None
+    lowering = lowering_of(layer, form) if isinstance(layer, CompressedLayer) else None
     if lowering is None or not isinstance(layer, CompressedLayer):
         known = ", ".join(kind.__name__ for kind in LAYERS.values())
         raise TypeError(f"lower: the layer is {type(layer).__name__}, expected one of: {known}")
@@ -102,6 +111,9 @@ def session(model: onnx.ModelProto | FilePath, *, threads: int = 1) -> onnxrunti
     optimisation the integers are wrong. From that level on DequantizeLinear and MatMul become one operator too
     (MatMulNBits), which rounds x to 8 bits by blocks unless its accuracy level is set to 1, float32. One thread, if not
     said otherwise, and no spinning, so that no idle worker takes a core from what runs next.
+
+    Our own ops (the form ``kernels``) are there, where pycompress was built with its kernels; each has a pool of OpenMP beside that
+    of ONNX Runtime, for as many threads.
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -110,5 +122,8 @@ def session(model: onnx.ModelProto | FilePath, *, threads: int = 1) -> onnxrunti
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if has_library():
+        options.add_session_config_entry(THREADS, str(max(threads, 1)))
+        options.register_custom_ops_library(library())
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else os.fspath(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

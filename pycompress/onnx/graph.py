@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from pycompress.weights.sparse import nonzero
 
 OPSET = 20  # what torch.onnx.export writes by default; onnxruntime reads it since 1.17
 BLOCKS_OPSET = 21  # the first with 4-bit integers, and with a DequantizeLinear that has a scale per block
+KERNELS_DOMAIN, KERNELS_VERSION = "pycompress", 1  # of our own ops (pycompress/onnx/kernels.py)
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch's padding
 LEAST_SAVED = 2**12  # bytes for which a weight is stored without its zeros, twice what the nodes take that put them in
 MAX_WEIGHT_BYTES = 2**31 - 2**20  # of all weights together: a protobuf message ends at 2 GiB
@@ -65,6 +67,15 @@ class Graph:
         """Stores a weight. Raises ValueError where it is larger than a file can be."""
         _check_size(f"the weight {list(values.shape)} has", values.nbytes)
         return self.constant(name, values, values.dtype)
+
+    def part(self, name: str, tensor: Tensor) -> str:
+        """Stores a tensor of a canonical weight as it is. Raises as :meth:`weight` does."""
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.dtype != torch.bfloat16:  # (which NumPy does not have)
+            return self.weight(name, tensor.numpy())
+        _check_size(f"the weight {list(tensor.shape)} has", tensor.nbytes)
+        raw = tensor.view(torch.int16).numpy().astype("<i2").tobytes()
+        return self._stored(helper.make_tensor(self.prefix + name, TensorProto.BFLOAT16, tensor.shape, raw, raw=True))
 
     def matrix(self, name: str, values: npt.NDArray[Any]) -> str:
         """Stores a weight, float32 or int8 [n, k], and gives the name of its transpose [k, n]: stored as it is, or, where that is
@@ -135,7 +146,7 @@ class Graph:
         return str(tensor.name)
 
     def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Applies a one-output operator of the standard domain."""
+        """Applies a one-output operator, of the standard domain where ``domain`` names no other."""
         output = output or f"{self.prefix}{operator.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
         return output
@@ -186,7 +197,8 @@ class Graph:
         opset = helper.make_opsetid("", self.opset)
         # The oldest file version that holds this opset, so that older runtimes read it too.
         ir_version = helper.find_min_ir_version_for([opset])
-        return helper.make_model(proto, opset_imports=[opset], ir_version=ir_version, producer_name="pycompress")
+        ours = [helper.make_opsetid(KERNELS_DOMAIN, KERNELS_VERSION)] * any(one.domain for one in self.nodes)
+        return helper.make_model(proto, opset_imports=[opset, *ours], ir_version=ir_version, producer_name="pycompress")
 
 
 def _check_size(what: str, n_bytes: int) -> None:

@@ -30,13 +30,20 @@ class Lowered:
         graph: with tensors without data in the place of large ones.
         y: the name of the result.
         digests: of the constants, by name.
+        alone: the names of int8 constants that no other node may share.
         flat: whether x has to be the items of the layer's kind; else there may be more leading dimensions.
+        any_rank: whether there may be none, too.
     """
 
     def __init__(self, graph: Graph, y: str, flat: bool) -> None:
         self.graph, self.y, self.flat = graph, y, flat
+        self.any_rank = all(node.domain for node in graph.nodes)
         self.digests: dict[str, bytes] = {}
         self.n_bytes: dict[str, int] = {}
+        ours = {name for node in graph.nodes if node.domain for name in node.input}
+        self.alone = {
+            one.name for one in graph.initializers if one.data_type == TensorProto.INT8 and one.name not in ours
+        }
         for tensor in graph.initializers:
             self.digests[tensor.name] = hashlib.sha256(tensor.raw_data).digest()
             self.n_bytes[tensor.name] = len(tensor.raw_data)
@@ -44,12 +51,8 @@ class Lowered:
                 tensor.ClearField("raw_data")
 
     def int8_weights(self) -> set[bytes]:
-        """Their digests. (Zero points are equal in all layers.)"""
-        return {
-            self.digests[one.name]
-            for one in self.graph.initializers
-            if one.data_type == TensorProto.INT8 and not one.name.endswith("zero_point")
-        }
+        """The digests of those that standard operators read. (Zero points are equal in all layers.)"""
+        return {self.digests[name] for name in self.alone if not name.endswith("zero_point")}
 
 
 class Lowerings:
@@ -129,7 +132,7 @@ class Splice:
         prefix = f"{name}." if name else ""
         within = f"{prefix}{f'call_{call}.' if call else ''}"
         new = _Nodes(within)
-        x, back = self._entered(new, node.inputs[0], layer, lowered.flat)
+        x, back = self._entered(new, node.inputs[0], layer, lowered)
         taken = {
             one.name: _as_float(new, value) for one, value in zip(lowered.graph.taken, node.inputs[1:], strict=True)
         }
@@ -140,7 +143,8 @@ class Splice:
         for proto in lowered.graph.nodes:
             outputs = [ir.Value(name=within + one) for one in proto.output]
             values.update(zip(proto.output, outputs, strict=True))
-            new.add(proto.op_type, [values[one] for one in proto.input], outputs, map(ir.from_proto, proto.attribute))
+            inputs = [values[one] for one in proto.input]
+            new.add(proto.op_type, inputs, outputs, map(ir.from_proto, proto.attribute), proto.domain)
         # y, and of each state that it took the last one: h_0, h_n
         given = [lowered.y, *(f"{one.removesuffix('_0')}_n" for one in taken)]
         graph, fresh = node.graph, []
@@ -164,8 +168,8 @@ class Splice:
 
     def _constant(self, layer: CompressedLayer, prefix: str, tensor: onnx.TensorProto, lowered: Lowered) -> ir.Value:
         """One constant of a layer as a value of the graph; an equal one, of tied weights or of all layers, serves again."""
-        # (no two nodes share int8 ones: see Graph.unsigned)
-        own = prefix + tensor.name if tensor.data_type == TensorProto.INT8 else ""
+        # (no two standard nodes share int8 ones: see Graph.unsigned)
+        own = prefix + tensor.name if tensor.name in lowered.alone else ""
         key = tensor.data_type, tuple(tensor.dims), lowered.digests[tensor.name], own
         common = lowered.n_bytes[tensor.name] <= COMMON
         found = self._stored.get(key)
@@ -187,7 +191,7 @@ class Splice:
         return value
 
     def _entered(
-        self, new: _Nodes, x: ir.Value, layer: CompressedLayer, flat: bool
+        self, new: _Nodes, x: ir.Value, layer: CompressedLayer, lowered: Lowered
     ) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
         """x as the lowering takes it, and what makes of its y that of the layer: in the dtype of x, with its leading dimensions."""
         kind, outside = layer.kind, x
@@ -198,7 +202,9 @@ class Splice:
         elif kind.tokens and layer.dtype.itemsize != 4:
             back.append(partial(new, "Cast", to=int(ir.DataType[_NAMES[str(layer.dtype)]])))
         leading = len(outside.shape) - kind.dims
-        if flat and leading != 1 and kind.dims < 2:
+        if lowered.any_rank:
+            pass
+        elif lowered.flat and leading != 1 and kind.dims < 2:
             sizes = new("Slice", new("Shape", outside), self._integers(0), self._integers(leading))
             last = layer.k if kind.tokens else layer.n
             sizes = new("Concat", sizes, self._integers(last), axis=0)
@@ -237,9 +243,9 @@ class _Nodes:
         self.prefix = prefix
         self.nodes: list[ir.Node] = []
 
-    def add(self, operator: str, inputs: Any, outputs: Any, attributes: Any) -> None:
+    def add(self, operator: str, inputs: Any, outputs: Any, attributes: Any, domain: str = "") -> None:
         name = f"{self.prefix}{operator}_{len(self.nodes)}"
-        self.nodes.append(ir.Node("", operator, inputs, [*attributes], outputs=outputs, name=name))
+        self.nodes.append(ir.Node(domain, operator, inputs, [*attributes], outputs=outputs, name=name))
 
     def __call__(self, operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         """Adds a node between a layer and what is around it. Returns its result."""

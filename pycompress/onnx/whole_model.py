@@ -20,7 +20,7 @@ from pycompress.flat_call import Dynamic, dimensions, flat_call
 from pycompress.nn.trained import is_trained
 from pycompress.onnx import lowering_of
 from pycompress.onnx.exported import KEY, VERSION
-from pycompress.onnx.graph import OPSET
+from pycompress.onnx.graph import KERNELS_DOMAIN, KERNELS_VERSION, OPSET
 from pycompress.onnx.spliced import Lowerings, Splice
 from pycompress.onnx.stored import write
 from pycompress.onnx.traced import DOMAIN, traced
@@ -47,6 +47,8 @@ def export_model(model: nn.Module, path: FilePath, example_inputs: Inputs, dynam
     proto, outputs = traced(model, example_inputs, call, sizes, layers, opset)
     places = Splice(proto, lowerings, lowered).run(layers)
     proto.opset_imports.pop(DOMAIN, None)
+    if any(node.domain == KERNELS_DOMAIN for one in lowered.values() for node in one.graph.nodes):
+        proto.opset_imports[KERNELS_DOMAIN] = KERNELS_VERSION
     proto.ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
     proto.producer_name, proto.producer_version = DOMAIN, __version__
     entries = {

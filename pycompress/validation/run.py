@@ -17,7 +17,7 @@ from pycompress.passes import whole
 from pycompress.replacing import FilePath
 from pycompress.storage.plan import entry_of
 from pycompress.surgery import compressed_layers
-from pycompress.validation.checks import Absent, Check
+from pycompress.validation.checks import Absent, Check, KernelCheck
 from pycompress.validation.formulas import EXACT_ACTIVATIONS, array
 from pycompress.validation.fused import FusedCheck, as_fused, differs
 from pycompress.validation.outputs import SMALLEST_COSINE, SMALLEST_COSINE_OF_FILES, compare_outputs, outputs_of
@@ -68,10 +68,10 @@ def validate(
     model, and of one that moves far by itself, the report is not OK, and says that no verdict was reached.
 
     With ``exported`` it is a file of :func:`pycompress.export` that is compared: each layer with the nodes and constants that the
-    file has for it, and the outputs with those of the whole file, run in ONNX Runtime on the same inputs. These are never equal to
-    the bit by promise, since what lies between the layers is in the file too: they must be SMALLEST_COSINE_OF_FILES close
-    (SMALLEST_COSINE, in the form ``fused``), or about as close as the native model is to itself when the results of its layers
-    move.
+    file has for it (to the bit, where it runs as our own op), and the outputs with those of the whole file, run in ONNX Runtime on
+    the same inputs. These are never equal to the bit by promise, since what lies between the layers is in the file too: they must
+    be SMALLEST_COSINE_OF_FILES close (SMALLEST_COSINE, in the form ``fused``), or about as close as the native model is to itself
+    when the results of its layers move.
 
     Args:
         model: has at least one compressed layer; also one that ``torch.compile`` made, whose layers run eagerly here.
@@ -97,13 +97,16 @@ def validate(
         sessions = {layer: onnx.session(onnx.lower(layer)) for layer in chosen}
     else:
         sessions = {layer: onnx.session(file.layer(name)) for layer, name in chosen.items() if name in file.layers}
-    fused = [] if file is None or file.form == "exact" else [*filter(differs, compressed_layers(model).values())]
-    checks = {
-        layer: Absent(name, layer)
-        if layer not in sessions
-        else (FusedCheck if layer in fused else check_of)(name, layer, sessions[layer])
-        for layer, name in chosen.items()
-    }
+    form = "exact" if file is None else file.form
+    fused = [*filter(differs, compressed_layers(model).values())] if form not in ("exact", "kernels") else []
+
+    def check_for(name: str, layer: CompressedLayer) -> Check:
+        if layer not in sessions:
+            return Absent(name, layer)
+        ours = form == "kernels" and onnx.runs(layer)
+        return (KernelCheck if ours else FusedCheck if layer in fused else check_of)(name, layer, sessions[layer])
+
+    checks = {layer: check_for(name, layer) for layer, name in chosen.items()}
     in_order: list[Check] = []
 
     def checked(layer: CompressedLayer, native: Forward) -> Forward:
@@ -151,7 +154,7 @@ def validate(
         again = outputs_of(model, inputs)
     in_order += [check for check in checks.values() if check.calls == 0]
     # (what a runtime fuses it rounds in its own way: ONNX Runtime makes biases between static ranges integers)
-    smallest = SMALLEST_COSINE_OF_FILES if file is not None and file.form == "exact" else SMALLEST_COSINE
+    smallest = SMALLEST_COSINE_OF_FILES if file is not None and form in ("exact", "kernels") else SMALLEST_COSINE
     record = compare_outputs(expected, actual, perturbed, again, smallest)
     return Report([check.record() for check in in_order], record, onnxruntime.__version__)
 

@@ -1,4 +1,4 @@
-"""Every row in one exported model: the file's part for each layer is what the layer is, in both forms."""
+"""Every row in one exported model: the file's part for each layer is what the layer is, in all forms."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ pytest.importorskip("onnxscript", reason="the extra pycompress[onnx] is not inst
 
 import pycompress as pc  # noqa: E402
 from contract.cases import CASES, Case  # noqa: E402
+from pycompress.onnx import runs  # noqa: E402
 from pycompress.onnx.exported import Exported  # noqa: E402
 from pycompress.validation.fused import differs  # noqa: E402
 
@@ -43,7 +44,9 @@ def inputs(lead: tuple[int, ...]) -> dict[str, Tensor]:
     return {name: case.x(*(lead if case.kind.dims < 2 else lead[:1])) for name, case in of_kind.items()}
 
 
-@pytest.mark.parametrize(("form", "lead", "calls"), [("exact", (2, 3), 1), ("exact", (4,), 2), ("fused", (4,), 1)])
+@pytest.mark.parametrize(
+    ("form", "lead", "calls"), [("exact", (2, 3), 1), ("exact", (4,), 2), ("fused", (4,), 1), ("kernels", (2, 3), 2)]
+)
 def test_every_row(form: str, lead: tuple[int, ...], calls: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, path = Every(CASES, calls).eval(), tmp_path / "every.onnx"
@@ -54,13 +57,15 @@ def test_every_row(form: str, lead: tuple[int, ...], calls: int, tmp_path: Path)
     report = pc.validate(model, given, exported=path)
     assert report.ok, str(report)
     file, records = Exported(path), {record.name: record for record in report.layers}
-    assert {node.domain for node in file.model.graph.node} == {""}
+    assert {node.domain for node in file.model.graph.node} == ({"", "pycompress"} if form == "kernels" else {""})
     assert len(records) == len(CASES)
     natively = {record.name: record for record in pc.validate(model, given).layers}
     for name, layer in model.named_children():
         record, native = records[name], natively[name]
         assert (record.rows, record.status) == (native.rows, "ok")
-        if form == "exact" or not differs(layer):  # what is promised of a layer alone, the file keeps
+        if form == "kernels" and runs(layer):
+            assert (record.integers_equal, record.max_ulp) == (None, 0)
+        elif form != "fused" or not differs(layer):  # what is promised of a layer alone, the file keeps
             assert (record.integers_equal, record.max_ulp) == (native.integers_equal, native.max_ulp)
         else:
             assert record.integers_equal is None and record.max_ulp is None

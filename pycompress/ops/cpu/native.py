@@ -46,6 +46,11 @@ def extension_error() -> str | None:
     return _extension_error
 
 
+def folder() -> Path | None:
+    """Where the native modules lie, which in an editable installation is not beside the package; None where they are absent."""
+    return Path(_C.__file__).parent if _extension_error is None else None
+
+
 def kernels() -> list[dict[str, Any]]:
     """All kernels that were compiled, best first: op, name, isa, mr, nr, kr, available (here and now: let by
     the processor and the cap, with no other forced).
