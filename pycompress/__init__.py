@@ -2,7 +2,7 @@
 
 from pycompress.calibration import calibrate
 from pycompress.evaluation import evaluate
-from pycompress.interchange import export, from_onnx
+from pycompress.interchange import compress_onnx, export, from_onnx
 from pycompress.methods import (
     Entropy,
     Int4,
@@ -45,6 +45,7 @@ __all__ = [
     "SparseLinear",
     "calibrate",
     "compress",
+    "compress_onnx",
     "deploy",
     "equalize",
     "evaluate",

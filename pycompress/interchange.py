@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
+from pycompress.calibration import calibrate
 from pycompress.calls import Inputs
+from pycompress.model import compress, summary
+from pycompress.plan import Plan
+from pycompress.records import Summary
 from pycompress.replacing import FilePath
 
 
@@ -81,3 +85,41 @@ def from_onnx(path: str | os.PathLike[str]) -> fx.GraphModule:
     from pycompress.onnx.importing.importer import import_file
 
     return import_file(path)
+
+
+def compress_onnx(
+    path: FilePath, plan: Plan, output: FilePath, *, calibration: Iterable[Inputs] | None = None, form: str = "exact"
+) -> Summary:
+    """Compresses an ONNX file, which never has to become a PyTorch model: MatMul and Gemm with constant weights, outside of loops
+    and branches, are replaced; all else of the file stays as it is, with its names and operators of other domains.
+
+    A constant that is added behind a MatMul is its layer's bias. Weights that other nodes read too (embeddings that are tied to the
+    last product) stay. Equal weights of several products are stored once. The file is checked, and takes the place of an older one
+    whole or not at all, as that of :func:`export`, and says as much of itself.
+
+    Args:
+        path: of the file; its external data must lie below its folder.
+        plan: as for :func:`compress`, of the names that :func:`from_onnx` gives the layers; activations stay behind them.
+        output: where the new file goes. It may be ``path``.
+        calibration: batches for methods that make use of them: each a mapping of the file's inputs, tensors or arrays, or a
+            sequence in their order. ONNX Runtime runs the file on them.
+        form: as for :func:`export`. ``exact`` and ``fused`` raise the file's opset to what their operators need; ``kernels`` fits
+            into any.
+    Returns:
+        What became of each product; those that cannot be layers are not in it.
+    Raises:
+        ValueError: the file is none, has no such product or none that the plan compresses, or an opset that cannot be raised; what
+            :func:`compress` and :func:`calibrate` raise. TypeError: the plan is none, or calibration is one batch.
+        OSError: it cannot be read or written; an older file is as it was.
+        ImportError: the extra ``pycompress[onnx]`` is not installed.
+    """
+    from pycompress import onnx  # first: its error names the extra
+    from pycompress.onnx.products import Products, batches_of
+
+    if form not in onnx.FORMS:
+        raise ValueError(f"compress_onnx: form is {form!r}, expected one of {', '.join(onnx.FORMS)}")
+    products = Products(path)
+    seen = None if calibration is None else calibrate(products.layers, batches_of(calibration), plan=plan)
+    compress(products.layers, plan, calibration=seen, inplace=True, blocks=False)
+    products.write(output, form)
+    return summary(products.layers)

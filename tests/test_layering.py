@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"train"},
     "flat_call": {"calls"},
     "onnx": HOUSE | {"flat_call", "passes", "replacing", "state", "storage"},
-    "interchange": {"calls", "onnx", "replacing"},
+    "interchange": {"calibration", "calls", "model", "onnx", "plan", "records", "replacing"},
     "targets": HOUSE | {"copying", "flat_call", "interchange", "onnx", "passes", "replacing", "state"},
     "validation": HOUSE | {"onnx", "passes", "replacing", "storage"},
     "evaluation": HOUSE | {"benchmark", "measure", "passes", "state", "storage"},

@@ -105,9 +105,16 @@ class Place:
 class Splice:
     """Puts layers into a graph, in the places of the nodes that stand for them."""
 
-    def __init__(self, model: ir.Model, lowerings: Lowerings, lowered: Mapping[str, Lowered]) -> None:
+    def __init__(
+        self, model: ir.Model, lowerings: Lowerings, lowered: Mapping[str, Lowered], *, keep_names: bool = False
+    ) -> None:
+        """``keep_names``: what a layer gives is called as what its placeholder gave."""
+        self.keep_names = keep_names
         self.graph, self.lowerings, self.lowered = model.graph, lowerings, dict(lowered)
         self._stored: dict[Any, ir.Value] = {}
+        every = ir.traversal.RecursiveGraphIterator(model.graph)
+        self._taken = {value.name for node in every for value in (*node.inputs, *node.outputs) if value is not None}
+        self._taken |= {*model.graph.initializers, *(value.name for value in model.graph.inputs)}
         self._placeholders: list[tuple[str, ir.Node]] = [
             (node.attributes["layer"].as_string(), node)
             for node in ir.traversal.RecursiveGraphIterator(model.graph)
@@ -141,7 +148,7 @@ class Splice:
         }
         values = {"": None, "x": x, **taken, **constants}
         for proto in lowered.graph.nodes:
-            outputs = [ir.Value(name=within + one) for one in proto.output]
+            outputs = [ir.Value(name=self._free(within + one)) for one in proto.output]
             values.update(zip(proto.output, outputs, strict=True))
             inputs = [values[one] for one in proto.input]
             new.add(proto.op_type, inputs, outputs, map(ir.from_proto, proto.attribute), proto.domain)
@@ -159,6 +166,8 @@ class Splice:
             for i, one in enumerate(graph.outputs):
                 if one is old:  # (it is called as the graph's output, then)
                     graph.outputs[i], y.name = y, old.name
+            if self.keep_names:
+                y.name = old.name
             ir.convenience.replace_all_uses_with(old, y)
         graph.remove(node, safe=True)
         return Place(
@@ -178,6 +187,7 @@ class Splice:
         name = f"{DOMAIN}.{tensor.name}" if common else prefix + tensor.name
         if name in self.graph.initializers:
             name = prefix + tensor.name
+        name = self._free(name)
         if lowered.n_bytes[tensor.name] > KEPT:
             made: ir.TensorProtocol = ir.LazyTensor(
                 partial(self.lowerings.tensor, layer, lowered.graph.unsigned, tensor.name), dtype=ir.DataType(tensor.data_type),
@@ -190,6 +200,13 @@ class Splice:
         self._stored[key] = value
         return value
 
+    def _free(self, name: str) -> str:
+        """The name, or where something in the graph has it, a longer one."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
+
     def _entered(
         self, new: _Nodes, x: ir.Value, layer: CompressedLayer, lowered: Lowered
     ) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
@@ -201,10 +218,11 @@ class Splice:
             x = _as_float(new, x)
         elif kind.tokens and layer.dtype.itemsize != 4:
             back.append(partial(new, "Cast", to=int(ir.DataType[_NAMES[str(layer.dtype)]])))
-        leading = len(outside.shape) - kind.dims
+        # (of an unknown rank all but the dimensions of an item lead)
+        leading = -kind.dims if outside.shape is None else len(outside.shape) - kind.dims
         if lowered.any_rank:
             pass
-        elif lowered.flat and leading != 1 and kind.dims < 2:
+        elif (lowered.flat or outside.shape is None) and leading != 1 and kind.dims < 2:
             sizes = new("Slice", new("Shape", outside), self._integers(0), self._integers(leading))
             last = layer.k if kind.tokens else layer.n
             sizes = new("Concat", sizes, self._integers(last), axis=0)

@@ -18,9 +18,9 @@ ALIGNMENT = 2**16  # of weights in a file of their own: what every system can ma
 BESIDE = 2**10  # bytes of the largest constant that stays in the graph then
 
 
-def write(model: ir.Model, path: FilePath) -> None:
-    """Writes a graph, which the ONNX checker has to pass. Where its weights are larger than a protobuf message can be, they go to a
-    second file beside it, one after the other and never together in memory.
+def write(model: ir.Model, path: FilePath, *, check: bool = True) -> None:
+    """Writes a graph, which the ONNX checker has to pass where it is asked (``check``). Where its weights are larger than a
+    protobuf message can be, they go to a second file beside it, one after the other and never together in memory.
 
     The second file is called ``NAME.DIGEST.data`` after what is in it. So it lies beside an older one until the graph, which says
     the name, has taken the place of the older graph in one step; then the older one goes.
@@ -44,7 +44,8 @@ def write(model: ir.Model, path: FilePath) -> None:
                 beside = _write_weights(weights, os.path.dirname(temporary), name)
             with open(temporary, "wb") as file:
                 file.write(ir.to_proto(model).SerializeToString())
-            onnx.checker.check_model(temporary)
+            if check:
+                onnx.checker.check_model(temporary)
             if beside:
                 fresh = not os.path.exists(os.path.join(folder, beside))
                 os.replace(os.path.join(os.path.dirname(temporary), beside), os.path.join(folder, beside))

@@ -176,10 +176,8 @@ def _fields(proto: onnx.TensorProto, name: str) -> bytearray:
     return bytearray(narrow.tobytes())
 
 
-def _external(proto: onnx.TensorProto, name: str, folder: Path, n_bytes: int) -> bytearray:
-    """Its bytes in another file, which is opened where it lies below the folder, under its own name."""
-    said = {entry.key: entry.value for entry in proto.external_data}
-    location = said.get("location", "")
+def located(name: str, location: str, folder: Path) -> str:
+    """The path of a file with a tensor's data. Raises ValueError where it is not below the folder, or behind a link."""
     where = Path(location)
     if not location or where.is_absolute() or ".." in where.parts or "\0" in location or "\\" in location:
         raise ValueError(
@@ -189,6 +187,14 @@ def _external(proto: onnx.TensorProto, name: str, folder: Path, n_bytes: int) ->
     path = os.path.normpath(os.path.join(base, location))
     if os.path.realpath(path) != path:
         raise ValueError(f"from_onnx: the data of {name} are in {location!r}, which is a link, expected a file")
+    return path
+
+
+def _external(proto: onnx.TensorProto, name: str, folder: Path, n_bytes: int) -> bytearray:
+    """Its bytes in another file, which is opened where it lies below the folder, under its own name."""
+    said = {entry.key: entry.value for entry in proto.external_data}
+    location = said.get("location", "")
+    path = located(name, location, folder)
     try:
         offset, length = (int(said.get(key, default)) for key, default in (("offset", "0"), ("length", str(n_bytes))))
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
