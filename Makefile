@@ -8,7 +8,7 @@ CUDA_READY := $(VENV)/.cuda-ready
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
 PYTEST := $(BIN)/python -m pytest
-TARGETS := executorch litert
+TARGETS := executorch litert openvino coreml
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 

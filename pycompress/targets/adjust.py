@@ -200,10 +200,9 @@ class Uint8Images(_Format):
                 raise ValueError(f"deploy: {self.name}: {name} has {len(values)} numbers, expected 1 or {x.shape[1]}")
         if min(self.std) <= 0:
             raise ValueError(f"deploy: {self.name}: std is {tuple(self.std)}, expected positive numbers")
-        return tuple(
-            torch.tensor([*values], dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
-            for values in (self.mean, self.std)
-        )  # type: ignore[return-value]
+        numbers = (torch.tensor([*values], dtype=torch.float32, device="cpu") for values in (self.mean, self.std))
+        mean, std = (one.view(1, -1, 1, 1) for one in numbers)
+        return mean, std
 
 
 ADJUSTMENTS: dict[str, Callable[[], Adjustment]] = {
