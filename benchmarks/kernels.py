@@ -11,7 +11,7 @@ from pathlib import Path
 from pycompress import cli
 
 RESULTS = Path(__file__).parent / "results"
-GRIDS = {"int8": cli.int8, "int4": cli.int4, "sparse": cli.sparse, "low_rank": cli.low_rank}
+GRIDS = {"int8": cli.bench.int8, "int4": cli.bench.int4, "sparse": cli.bench.sparse, "low_rank": cli.bench.low_rank}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

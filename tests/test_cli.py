@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from pycompress import cli, demo
+from pycompress.cli.terminal import WIDTH
 
 GRIDS = ["int8", "int4", "sparse", "low-rank"]
 COMMANDS = [[], ["info"], ["bench"], *(["bench", name] for name in GRIDS), ["demo"]]
@@ -88,10 +89,10 @@ def test_openmp_libraries_are_counted_once(tmp_path: Path) -> None:
         "7f2-7f3 r-xp 0 08:01 12   /usr/lib/libiomp5.so\n"
         "7f3-7f4 r-xp 0 08:01 13   /usr/lib/libc.so.6\n"
     )
-    assert cli.openmp_libraries(maps) == ["/usr/lib/libiomp5.so", "/usr/lib/torch/lib/libgomp.so.1"]
+    assert cli.info.openmp_libraries(maps) == ["/usr/lib/libiomp5.so", "/usr/lib/torch/lib/libgomp.so.1"]
     maps.write_text("")
-    assert cli.openmp_libraries(maps) == ["none"]
-    assert cli.openmp_libraries(tmp_path / "absent")[0].startswith("unknown")
+    assert cli.info.openmp_libraries(maps) == ["none"]
+    assert cli.info.openmp_libraries(tmp_path / "absent")[0].startswith("unknown")
 
 
 TINY = ["--shapes", "64x32", "--rows", "1,4", "--rounds", "2"]
@@ -116,7 +117,7 @@ def test_bench_int4_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [line.split()[:4] for line in result.output.splitlines()]
     assert ["1", "64", "32"] in [row[:3] for row in rows]
     assert ["1", "cold", "64", "32"] in rows
-    assert all(len(line) <= cli.WIDTH for line in result.output.split("pycompress_int4 against")[0].splitlines())
+    assert all(len(line) <= WIDTH for line in result.output.split("pycompress_int4 against")[0].splitlines())
     quick = invoke("bench", "int4", "--shapes", "64x32", "--rows", "1", "--rounds", "1", "--quick")
     assert quick.exit_code == 0, quick.output
     assert "cold" not in quick.output
@@ -129,7 +130,7 @@ def test_bench_sparse_prints_a_table() -> None:
     assert "16x4_int8_80" not in result.output  # its lines are about 128 rows and more
     assert "sparse_fp32_80 against the best dense fp32, m = 4" in result.output
     assert "break-even with the best dense fp32, m = 1" in result.output
-    assert all(len(line) <= cli.WIDTH for line in result.output.split("sparse_fp32_50 against")[0].splitlines())
+    assert all(len(line) <= WIDTH for line in result.output.split("sparse_fp32_50 against")[0].splitlines())
 
 
 def test_bench_low_rank_prints_a_table() -> None:
@@ -140,7 +141,7 @@ def test_bench_low_rank_prints_a_table() -> None:
     assert "low_rank_8 against two torch layers, m <= 64" in result.output
     assert "int8_branch_32 over dense_int8 alone, whole grid" in result.output
     assert "break-even with the best dense fp32, m = 4" in result.output
-    assert all(len(line) <= cli.WIDTH for line in result.output.split("low_rank_8 against")[0].splitlines())
+    assert all(len(line) <= WIDTH for line in result.output.split("low_rank_8 against")[0].splitlines())
 
 
 def test_bench_sparse_on_trained_weights(monkeypatch: pytest.MonkeyPatch) -> None:

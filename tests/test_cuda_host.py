@@ -79,7 +79,7 @@ def test_asking_for_cuda_says_why_it_is_not_there() -> None:
     assert why is not None
     with pytest.raises(RuntimeError, match="int8_pack: no CUDA here: " + re.escape(why)):
         int8.pack({"values": torch.zeros(2, 2, dtype=torch.int8)}, (2, 2), {"activation_bits": 8})
-    assert cli.cuda_state() == f"not available: {why}"
+    assert cli.info.cuda_state() == f"not available: {why}"
 
 
 @pytest.mark.usefixtures("no_device")
