@@ -158,7 +158,7 @@ def test_subcommands_exist_and_have_their_options() -> None:
     for page, command in named:
         found: Any = group()
         for word in command.split()[1:]:
-            if word.startswith("-"):
+            if word.startswith("-") or not hasattr(found, "commands"):  # options, arguments
                 break
             for part in word.split("|"):  # `int8|int4`
                 assert part in found.commands, f"{page} names `{command}`, there are {', '.join(found.commands)}"

@@ -79,7 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": HOUSE | {"benchmark", "calibration", "evaluation", "records", "replacing", "validation"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
-    "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx"},
+    "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx", "plan_file", "targets", "toml"},
     "__init__": HOUSE
     | {
         "evaluation",
@@ -106,7 +106,7 @@ ABOVE = {
     "evaluation", "report", "search",
 }  # fmt: skip
 OUTSIDE = {
-    "onnx", "onnx_ir", "onnxruntime", "onnxscript", "click", "rich", "transformers", "jinja2", "matplotlib",
+    "onnx", "onnx_ir", "onnxruntime", "onnxscript", "click", "rich", "yaml", "transformers", "jinja2", "matplotlib",
     "sentence_transformers", "coremltools", "openvino", "torchmetrics",
 }  # fmt: skip
 

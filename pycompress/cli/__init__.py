@@ -1,6 +1,7 @@
-"""The command line: `pycompress info`, `pycompress bench int8|int4|sparse|low-rank` and `pycompress demo`.
+"""The command line: `pycompress compress`, `validate`, `export` and `deploy`; `info`, `bench` and `demo`.
 
-Exit codes: 0 for success, 1 for a failure (such as a validation that found a difference), 2 for wrong usage.
+Exit codes: 0 for success; 1 for a failure, such as a validation that found a difference; 2 for wrong usage, such as a plan that
+names no method, or a model that cannot be read.
 """
 
 from __future__ import annotations
@@ -13,11 +14,23 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f'pycompress: the command line needs {error.name}: pip install "pycompress[cli]"')
 
-from pycompress.cli import bench, demo, info
+from pycompress.cli import bench, compress, demo, deploy, export, info, validate
 from pycompress.cli.tables import environment_text
 from pycompress.cli.terminal import console
 
-__all__ = ["bench", "console", "demo", "environment_text", "info", "main", "pycompress"]
+__all__ = [
+    "bench",
+    "compress",
+    "console",
+    "demo",
+    "deploy",
+    "environment_text",
+    "export",
+    "info",
+    "main",
+    "pycompress",
+    "validate",
+]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,7 +39,10 @@ def pycompress() -> None:
     """Compressed layers for PyTorch: fast int8, sparse and low-rank kernels, validated against ONNX Runtime."""
 
 
-for command in (info.info, bench.bench, demo.demo):
+for command in (
+    *(compress.compress, validate.validate, export.export, deploy.deploy),
+    *(info.info, bench.bench, demo.demo),
+):
     pycompress.add_command(command)
 
 

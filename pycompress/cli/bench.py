@@ -14,6 +14,7 @@ import click
 from rich.progress import track
 from rich.table import Table
 
+from pycompress.cli.options import writable
 from pycompress.cli.tables import environment_text, int4_table, int8_table, low_rank_table, sparse_table
 from pycompress.cli.terminal import console
 
@@ -43,23 +44,6 @@ def shape(text: str) -> tuple[int, int]:
     if k > MAX_IN_FEATURES:
         raise click.BadParameter(f"{text!r} has {k} input features, expected at most {MAX_IN_FEATURES}")
     return k, n
-
-
-def writable(_context: click.Context, _option: click.Parameter, path: Path | None) -> Path | None:
-    """Whether the file can be written, found out before anything is measured; it is left as it was."""
-    if path is None:
-        return None
-    if path == Path():  # what an empty name becomes
-        raise click.BadParameter("it is empty, expected the name of a file")
-    missing = not path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise click.BadParameter(f"'{path}' cannot be written: {error.strerror}") from error
-    if missing:
-        path.unlink()
-    return path
 
 
 @click.group()

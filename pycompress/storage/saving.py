@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -19,15 +20,18 @@ from pycompress.storage.plan import KEY, describe
 from pycompress.storage.reading import stored_dtype
 
 
-def save(model: nn.Module, path: FilePath) -> None:
+def save(model: nn.Module, path: FilePath, *, about: Mapping[str, str] | None = None) -> None:
     """Writes a model with compressed layers to a safetensors file that :func:`load` reads on any processor.
 
     The file holds the canonical weights, the rest of the state dict, and the buffers that are not in it, which a model on the meta
     device has to get from somewhere. It takes the place of an older one whole or not at all, whatever happens: see
     :func:`pycompress.replacing.replacing`, also for its mode and for symbolic links.
 
+    Args:
+        about: what you want to say of it, text by names: further entries of the file's metadata, which :func:`load` leaves alone.
     Raises:
-        ValueError: the model has no compressed layer, or its state something that no file can hold (it is named).
+        ValueError: the model has no compressed layer, or its state something that no file can hold (it is named); a name in
+            ``about`` that is ours.
         TypeError: its state holds something that is not a tensor.
         OSError: the file could not be written; an older one is as it was.
     """
@@ -45,6 +49,9 @@ def save(model: nn.Module, path: FilePath) -> None:
     buffers = _other_buffers(model, state)
     tensors, aliases = _unique(state, buffers)
     metadata = {"format": "pt", KEY: describe(model, aliases, list(buffers))}
+    if taken := metadata.keys() & (about or {}).keys():
+        raise ValueError(f"save: about has {min(taken)!r}, expected another name than ours")
+    metadata |= about or {}
     try:
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)

@@ -1,0 +1,50 @@
+"""`pycompress deploy`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from pycompress.cli.failing import reading, working
+from pycompress.cli.options import COMPRESSED, DENSE, INPUTS, JSON
+from pycompress.cli.terminal import console, json_text
+
+
+@click.command()
+@click.argument("target")
+@COMPRESSED
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), help="The file, or folder, that is written."
+)
+@DENSE
+@INPUTS
+@click.option("--widen", is_flag=True, help="Let layers be stored in a wider encoding where the target lacks theirs.")
+@JSON
+def deploy(
+    target: str, path: Path, output: Path, model: Path | None, inputs: str | None, widen: bool, as_json: bool
+) -> None:
+    """Write a COMPRESSED model for TARGET, such as onnxruntime, and say what becomes of each layer.
+
+    The exit code is 1 where the target would refuse or widen a layer, or where its file, run here, gives something else.
+    """
+    import pycompress as pc
+    from pycompress.cli.inputs import inputs_for
+    from pycompress.cli.source import open_compressed
+    from pycompress.targets import TARGETS
+
+    if target not in TARGETS:
+        raise click.BadParameter(f"{target!r} is none, expected one of {', '.join(TARGETS)}", param_hint="TARGET")
+    err = console(stderr=True)
+    with reading(), err.status(f"reading {path}"):
+        source, example = open_compressed(path, model, lambda dense: inputs_for(dense, inputs))
+    with working(), err.status(f"deploying to {TARGETS[target].title}"):
+        done = pc.deploy(source.model, target, output, example, source.dynamic_of(example), widen=widen)
+    if as_json:
+        layers = {name: {"method": label, **asdict(carried)} for name, (label, carried) in done.layers.items()}
+        click.echo(json_text({**asdict(done), "layers": layers, "ok": done.ok, "verdict": done.verdict}))
+    else:
+        click.echo(str(done))
+    if done.checked is not None and not done.ok:
+        raise click.exceptions.Exit(1)
