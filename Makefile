@@ -12,7 +12,7 @@ TARGETS := executorch litert openvino coreml
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
-.PHONY: demo test test-all targets stress emulated spills gpu gpu-dry lint format bench models sanitize docs clean drawn
+.PHONY: demo test test-all targets stress emulated spills gpu gpu-dry lint format bench models migrate sanitize docs clean drawn
 
 demo: $(READY)
 	$(BIN)/pycompress demo
@@ -87,6 +87,15 @@ models: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt 'pycompress[bench]'
 	$(BIN)/python benchmarks/models.py --threads 1 --threads 2
 	$(BIN)/python benchmarks/models.py --blocks --threads 1 --threads 2
+
+MIGRATE := build/migrate
+
+# A Keras and a JAX model to two runtimes, in an environment of its own: these frameworks bring 1.2 GB.
+migrate:
+	test -x $(MIGRATE)/bin/python || $(PYTHON) -m venv $(MIGRATE)
+	$(MIGRATE)/bin/pip install --quiet --constraint constraints.txt --config-settings cmake.define.PYCOMPRESS_CUDA=OFF \
+		--config-settings build-dir=$(MIGRATE)/extension --editable '.[migrate]' pytest
+	$(MIGRATE)/bin/python -m pytest --capture=no tests/test_migrate.py::test_all_the_way
 
 EMULATED := build/sanitize/tests/native/cuda/cuda_kernels
 
