@@ -22,7 +22,7 @@ from pycompress.cli.terminal import WIDTH
 
 GRIDS = ["int8", "int4", "sparse", "low-rank"]
 COMMANDS = [[], ["info"], ["bench"], *(["bench", name] for name in GRIDS), ["demo"]]
-COMMANDS += [["compress"], ["validate"], ["export"], ["deploy"]]
+COMMANDS += [["compress"], ["validate"], ["export"], ["deploy"], ["report"]]
 
 
 def invoke(*arguments: str) -> Result:

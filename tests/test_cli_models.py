@@ -50,6 +50,7 @@ PLAN = '[layers."*.query"]\nmethod = "LowRank"\nrank = 4\nresidual = { method = 
 def invoke(*arguments: Any, code: int = 0) -> Result:
     result = CliRunner().invoke(cli.pycompress, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception  # no traceback
     return result
 
 
@@ -216,6 +217,20 @@ def test_an_exported_program(home: Path, every: Path) -> None:
     invoke("deploy", "onnxruntime", small, "-o", home / "program.onnx")
 
 
+@pytest.mark.parametrize("suffix", [".md", ".html"])
+def test_a_page_about_it(graph: Path, every: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("jinja2", reason="pages need the extra pycompress[report]")
+    pytest.importorskip("matplotlib", reason="pages need the extra pycompress[report]")
+    small, page = tmp_path / "small.safetensors", tmp_path / f"page{suffix}"
+    invoke("compress", graph, "--plan", every, "-o", small)
+    invoke("report", small, "--plan", every, "-o", page)
+    text = page.read_text()
+    assert "second" in text
+    assert "agree with ONNX Runtime" in text
+    assert "Int8(" in text
+    assert "expected" in said(invoke("report", small, "-o", tmp_path / "page.pdf", code=1))
+
+
 def test_a_moved_model_is_asked_for(graph: Path, every: Path, tmp_path: Path) -> None:
     here, small = tmp_path / "here.onnx", tmp_path / "small.safetensors"
     here.write_bytes(graph.read_bytes())
@@ -346,9 +361,8 @@ def test_pickles_in_programs_are_never_loaded(every: Path, tmp_path: Path, monke
             one.writestr(name, (tmp_path / "evil.pt").read_bytes() if inputs else archive.read(name))
             two.writestr(name, archive.read(name))
         two.writestr("good/data/constants/opaque_obj_0", pickle.dumps(Evil()))
-    for path in (bad, worse):
-        code = 1 if path == bad else 2
-        invoke("compress", path, "--plan", every, "-o", tmp_path / "x.safetensors", code=code)
+    for path, message in ((bad, "bad.pt2 could not be read"), (worse, "opaque_obj_0, a pickled object")):
+        assert message in said(invoke("compress", path, "--plan", every, "-o", tmp_path / "x.safetensors", code=2))
     assert not (tmp_path / "evil").exists()
 
 

@@ -96,25 +96,29 @@ def open_compressed(
     Raises:
         ValueError: it is no such file, or of another model. OSError: it, or the model, cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     from pycompress.storage import load
+
+    source = open_source(dense or path_of_dense(path), weights=False)
+    example = inputs(source)
+    source.model = load(source.model, path).eval()
+    return source, example
+
+
+def path_of_dense(path: Path) -> Path:
+    """Where the model lies that a compressed file was made of. Raises ValueError where it does not say so, or nothing is there."""
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             about = json.loads((file.metadata() or {}).get(KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}; expected a file that pycompress compress wrote") from None
-    if dense is None:
-        if not isinstance(about, dict) or not isinstance(about.get("path"), str):
-            raise ValueError(f"{path} does not say which model was compressed, expected --model PATH")
-        dense = path.resolve().parent / about["path"]
-        if not dense.exists():
-            raise ValueError(f"{path} was made of {about['path']}, which is not there: expected --model PATH")
-    source = open_source(dense, weights=False)
-    example = inputs(source)
-    source.model = load(source.model, path).eval()
-    return source, example
+    if not isinstance(about, dict) or not isinstance(about.get("path"), str):
+        raise ValueError(f"{path} does not say which model was compressed, expected --model PATH")
+    dense: Path = path.resolve().parent / about["path"]
+    if not dense.exists():
+        raise ValueError(f"{path} was made of {about['path']}, which is not there: expected --model PATH")
+    return dense
 
 
 def _of_folder(path: Path, weights: bool) -> Source:
@@ -219,7 +223,11 @@ def _program(path: Path) -> torch.export.ExportedProgram:
     if objects:
         raise ValueError(f"{path} holds {objects[0]}, a pickled object, which can run code when it is read")
     with _no_pickles():
-        return export.load(path)
+        try:
+            return export.load(path)
+        except Exception as error:  # many kinds, of what is no program, or holds what only a pickle could
+            head = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} could not be read as an exported program, without pickles: {head}") from error
 
 
 @contextmanager
