@@ -40,6 +40,15 @@ inline __m128i requantized(__m512 v, float inverse, float low, float high, int32
   return _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(zero_point)));
 }
 
+// Sixty-four bytes of as many whole numbers, in order: their sums with `zero` in each of its 32 lanes, those below 0
+// made 0. No number is above 255 - zero.
+inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d, __m512i zero) {
+  const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero);
+  const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+}
+
 inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 inline Vector load_up_to(const float* p, int count) {
   return count >= 16 ? Vector::load(p) : Vector{_mm512_maskz_loadu_ps(first_lanes(count), p)};

@@ -107,7 +107,26 @@ inline __m512i integers(const void* x, int64_t i, int64_t count, const Range& ra
 
 template <Type kType>
 void quantize_line(const void* x, int64_t at, int64_t count, const Range& range, int amax, Vector& poison, uint8_t* q) {
-  for (int64_t i = 0; i < count; i += kLanes)
+  // The upper end is a whole number: cut off before rounding or behind it is the same. NaN and what is too low for an
+  // int give INT_MIN.
+  const __m512 inverse = _mm512_set1_ps(range.inverse), none = _mm512_setzero_ps();
+  const __m512 high = _mm512_set1_ps(static_cast<float>(amax - range.zero_point));
+  const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(range.zero_point));
+  __m512 bad[4] = {none, none, none, none};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 value = load_as<Vector, kType>(x, at + i + j * kLanes, kLanes).value;
+      bad[j] = _mm512_fmadd_ps(value, none, bad[j]);  // 0 where finite, NaN for ever after NaN or Inf
+      v[j] = _mm512_cvtps_epi32(_mm512_min_ps(high, _mm512_mul_ps(value, inverse)));
+    }
+    _mm512_storeu_si512(q + i, bytes_of(v[0], v[1], v[2], v[3], zero));
+  }
+  poison.value =
+      _mm512_add_ps(_mm512_add_ps(_mm512_add_ps(bad[0], bad[1]), _mm512_add_ps(bad[2], bad[3])), poison.value);
+  for (; i < count; i += kLanes)
     _mm_mask_storeu_epi8(q + i, up_to(count - i),
                          _mm512_cvtepi32_epi8(integers<kType>(x, at + i, count - i, range, amax, poison)));
 }

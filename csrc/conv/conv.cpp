@@ -23,6 +23,9 @@ namespace {
 
 constexpr double kSerialOperations = 1.5e6;  // as int8/gemm.cpp
 constexpr int64_t kTaskRows = 64, kFewRows = 16, kTasksPerThread = 4;
+constexpr int64_t kStripRows = 256, kStripBytes = 1 << 19;  // of a task of strips, and what its rows may take at most
+constexpr int kSlice = 8;                                   // rows of a strip that are finished at once
+constexpr int64_t kBoth = 1 << 20;          // bytes of images that are read for their ends, then from the L2
 constexpr int64_t kTogether = 1 << 20;      // bytes of quantized images that are computed at once: they stay in the L2
 constexpr int64_t kRoomFloats = 48 * 1024;  // of a depthwise task
 constexpr int64_t kTaskChannels = 64;       // of a depthwise task where they lie last: as bytes a cache line of a pixel
@@ -66,20 +69,29 @@ struct Ranges {
   }
 };
 
-std::vector<Extremes> extremes_of(const Convolution& p, const Kernel& kernel, int threads) {
+// Of images [first, first + images).
+std::vector<Extremes> extremes_of(const Convolution& p, const Kernel& kernel, int64_t first, int64_t images,
+                                  int threads) {
   const int64_t count = p.channels * p.height * p.width, chunks = divide_up(count, kChunk);
-  std::vector<Extremes> found(static_cast<size_t>(p.images * chunks));
-  each(p.images * chunks, threads, [&](int64_t t) {
+  std::vector<Extremes> found(static_cast<size_t>(images * chunks));
+  each(images * chunks, threads, [&](int64_t t) {
     const int64_t at = t % chunks * kChunk;
     found[static_cast<size_t>(t)] =
-        kernel.extremes(value_of(p.x, p.type, t / chunks * count + at), p.type, std::min(kChunk, count - at));
+        kernel.extremes(value_of(p.x, p.type, (first + t / chunks) * count + at), p.type, std::min(kChunk, count - at));
   });
-  std::vector<Extremes> images(static_cast<size_t>(p.images), Extremes{0, 0, true});
+  std::vector<Extremes> result(static_cast<size_t>(images), Extremes{0, 0, true});
   for (size_t t = 0; t < found.size(); ++t) {
-    Extremes& all = images[t / static_cast<size_t>(chunks)];
+    Extremes& all = result[t / static_cast<size_t>(chunks)];
     all = {std::min(all.low, found[t].low), std::max(all.high, found[t].high), all.finite && found[t].finite};
   }
-  return images;
+  return result;
+}
+
+// Each image's own.
+void find_ranges(const Convolution& p, const Kernel& kernel, int amax, int64_t first, int64_t images, int threads,
+                 Ranges& ranges) {
+  const std::vector<Extremes> extremes = extremes_of(p, kernel, first, images, threads);
+  for (size_t i = 0; i < extremes.size(); ++i) ranges.of[static_cast<size_t>(first) + i] = range_of(extremes[i], amax);
 }
 
 // Bytes of an image that the positions of y reach, its zeros around it included.
@@ -91,22 +103,35 @@ Reach reach_of(const Convolution& p, const Header& header) {
           (p.out_w - 1) * p.stride_w + (header.kernel_w - 1) * p.dilation_w + 1};
 }
 
-// The ends of each image; with the range of a static weight nobody looks for them, unless rows or columns of an image
-// lie beyond the reach of y, where only this look finds a NaN.
-Ranges ranges_of(const Convolution& p, const Header& header, const Kernel& kernel, int amax, int threads) {
+// Whether the rows and columns of an image that lie beyond the reach of y are finite: nobody else looks there.
+bool finite_beyond(const Convolution& p, const Reach& reach, const Kernel& kernel, int64_t image) {
+  const int64_t rows = std::clamp<int64_t>(reach.height - p.pad_top, 0, p.height);
+  const int64_t columns = std::clamp<int64_t>(reach.width - p.pad_left, 0, p.width);
+  const int64_t planes = p.channels_last ? 1 : p.channels, step = p.channels_last ? p.channels : 1;
+  const auto finite = [&](int64_t at, int64_t count) {
+    return count == 0 || kernel.extremes(value_of(p.x, p.type, at * step), p.type, count * step).finite;
+  };
+  for (int64_t plane = image * planes; plane < (image + 1) * planes; ++plane) {
+    const int64_t begin = plane * p.height * p.width;
+    for (int64_t y = 0; y < rows; ++y)
+      if (!finite(begin + y * p.width + columns, p.width - columns)) return false;
+    if (!finite(begin + rows * p.width, (p.height - rows) * p.width)) return false;
+  }
+  return true;
+}
+
+// Those of a static weight, of which nobody looks for the ends of an image. Else they are to be found.
+Ranges ranges_of(const Convolution& p, const Header& header, const Kernel& kernel, int threads) {
   const int8::Range fixed = fixed_range(header);
   Ranges ranges = fixed.or_null() == nullptr ? Ranges(p.images)
                                              : Ranges(p.images, {fixed.scale, 1.0f / fixed.scale, fixed.zero_point});
   const Reach reach = reach_of(p, header);
-  if (p.type == Type::uint8) return ranges;
+  if (p.type == Type::uint8 || fixed.or_null() == nullptr) return ranges;
   const bool all_met = reach.height >= p.pad_top + p.height && reach.width >= p.pad_left + p.width;
-  if (fixed.or_null() != nullptr && all_met) return ranges;
-  const std::vector<Extremes> extremes = extremes_of(p, kernel, threads);
-  for (size_t i = 0; i < extremes.size(); ++i)
-    if (fixed.or_null() == nullptr)
-      ranges.of[i] = range_of(extremes[i], amax);
-    else
-      ranges.broken[i] = !extremes[i].finite;
+  if (all_met) return ranges;
+  each(p.images, threads, [&](int64_t i) {
+    if (!finite_beyond(p, reach, kernel, i)) ranges.broken[static_cast<size_t>(i)] = true;
+  });
   return ranges;
 }
 
@@ -190,12 +215,20 @@ inline void copy(const uint8_t* from, int64_t count, uint8_t* to) {
   for (int64_t i = 0; i < count; i += 16) std::memcpy(to + i, from + i, 16);
 }
 
+constexpr int64_t kStep = 64;  // positions of k that tiles take at once
+
 // Whether the rows of the kernel are multiplied where they lie in the image, none of them copied: pixel by pixel, so
 // the kernel takes no wider steps; and in pieces of k of which tiles read no byte too many.
 bool slides(const Convolution& p, const Header& header, const int8::Header& part, const Bytes& bytes) {
-  constexpr int64_t kStep = 64;
   return header.groups == 1 && header.kernel_h * header.kernel_w > 1 && p.stride_h == 1 && p.stride_w == 1 &&
          p.dilation_w == 1 && part.layout == int8::Layout::dot4 && header.kernel_w * bytes.channels % kStep == 0;
+}
+
+// Whether a row of the kernel is at most one step of a tile, as in first layers: it is multiplied where it lies, too,
+// with the bytes behind it, which meet zeros. That takes more products than rows copied together, and no copies.
+bool narrow(const Convolution& p, const Header& header, const int8::Kernel& product, const Bytes& bytes) {
+  return product.strip != nullptr && header.groups == 1 && header.kernel_h * header.kernel_w > 1 && p.dilation_w == 1 &&
+         header.kernel_w * bytes.channels < kStep && p.out_w >= kTaskRows / 2;
 }
 
 // One thread's share: rows of a group, a position each, times panels of its weights.
@@ -216,18 +249,25 @@ class Worker {
         shape_{part.k, part.versions},
         in_place_(is_in_place()),
         slides_(slides(p, header, part, bytes)),
-        stride_(in_place_ ? bytes.channels : shape_.stride()) {
+        narrow_(!slides_ && narrow(p, header, product, bytes)),
+        stride_(in_place_ ? bytes.channels : round_up<int64_t>(shape_.stride(), kStep)) {
     const size_t rows = static_cast<size_t>(max_rows), nr = static_cast<size_t>(product.nr);
-    const size_t sums = rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
-    const size_t copied = in_place_ || slides_ ? 0 : (static_cast<size_t>(stride_) * rows + 63) / 64 * 64;
+    const size_t tile = 2 * static_cast<size_t>(product.mr) * 2 * nr;
+    const size_t sums =
+        product.strip != nullptr ? tile : rows * nr * static_cast<size_t>(shape_.blocks() > 1 ? max_panels : 1);
+    const size_t turned = product.strip != nullptr ? tile : rows * nr;
+    const size_t copied = in_place_ || slides_ || narrow_ ? 0 : (static_cast<size_t>(stride_) * rows + 63) / 64 * 64;
     const size_t line = (static_cast<size_t>(shape_.stride()) + 127) / 64 * 64;
-    uint8_t* room = scratch.reserve(copied + line + (sums + rows * nr + 2 * rows) * 4);
+    const size_t spread = narrow_ ? static_cast<size_t>(divide_up(part.n, product.nr) * spread_size()) : 0;
+    uint8_t* room = scratch.reserve(copied + line + (sums + turned + 2 * rows) * 4 + spread);
     copied_ = room;
     line_ = room + copied;
-    sums_ = reinterpret_cast<int32_t*>(line_ + line);
+    spread_ = line_ + line;
+    sums_ = reinterpret_cast<int32_t*>(spread_ + spread);
     turned_ = sums_ + sums;
-    scale_ = reinterpret_cast<float*>(turned_ + rows * nr);
+    scale_ = reinterpret_cast<float*>(turned_ + turned);
     zero_point_ = reinterpret_cast<int32_t*>(scale_ + rows);
+    if (narrow_) spread_weights();
     if (product.begin != nullptr) product.begin();
   }
   ~Worker() {
@@ -245,27 +285,52 @@ class Worker {
     row_ = row;
     rows_ = rows;
     const int64_t positions = p_.out_h * p_.out_w;
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0, end; i < rows; i = end) {  // the rows of one image at a time
+      end = slides_ ? rows : static_cast<int>(std::min<int64_t>(rows, i + positions - (row + i) % positions));
       const Range& range = ranges_[slides_ ? image : (row + i) / positions];
-      scale_[i] = range.scale;
-      zero_point_[i] = range.zero_point;
+      std::fill(scale_ + i, scale_ + end, range.scale);
+      std::fill(zero_point_ + i, zero_point_ + end, range.zero_point);
     }
     data_ = bytes_.data + image * bytes_.size() + row * bytes_.channels;
-    if (in_place_ || slides_) return;
+    if (in_place_ || slides_ || narrow_) return;
     data_ = copied_;
-    for (int i = 0; i < rows; ++i) {
-      const int64_t at = row + i, position = at % positions;
-      const uint8_t* from =
-          bytes_.data + at / positions * bytes_.size() + channel +
-          (position / p_.out_w * p_.stride_h * bytes_.width + position % p_.out_w * p_.stride_w) * bytes_.channels;
-      uint8_t* to = shape_.versions == 1 ? copied_ + i * stride_ : line_;
-      unfold(from, own, to);
-      if (shape_.versions != 1) kernel_.reorder(line_, shape_, copied_ + i * stride_);
+    for (int i = 0; i < rows;) {  // those of one line of an image at a time
+      const int64_t at = row + i, position = at % positions, y = position / p_.out_w, x = position % p_.out_w;
+      const uint8_t* from = bytes_.data + at / positions * bytes_.size() + channel +
+                            (y * p_.stride_h * bytes_.width + x * p_.stride_w) * bytes_.channels;
+      const int end = static_cast<int>(std::min<int64_t>(rows, i + p_.out_w - x));
+      for (; i < end; ++i, from += p_.stride_w * bytes_.channels) {
+        uint8_t* to = shape_.versions == 1 ? copied_ + i * stride_ : line_;
+        unfold(from, own, to);
+        if (shape_.versions != 1) kernel_.reorder(line_, shape_, copied_ + i * stride_);
+      }
     }
+  }
+
+  // All of some images, one after the other under two panels at a time, which come from afar once.
+  void multiply_images(int64_t image, int64_t images, int rows, int64_t first, int64_t end, int64_t first_channel) {
+    for (int64_t panel = first; panel < end; panel += 2)
+      for (int64_t i = image; i < image + images; ++i) {
+        load(i, 0, rows, 0, bytes_.channels);
+        multiply_strips(panel, std::min(end, panel + 2), first_channel);
+      }
+  }
+
+  // Two panels over all rows, whose sums are finished as they come.
+  void multiply_strips(int64_t first, int64_t end, int64_t first_channel) {
+    for (int64_t panel = first; panel < end; panel += 2)
+      if (!narrow_)
+        multiply_strip(panel, end, first_channel, 0, rows_);
+      else
+        for (int i = 0, next; i < rows_; i = next) {  // a line of y at a time
+          next = static_cast<int>(std::min<int64_t>(rows_, i + p_.out_w - (row_ + i) % p_.out_w));
+          multiply_strip(panel, end, first_channel, i, next - i);
+        }
   }
 
   // As int8/gemm.cpp: block by block of k, so that a panel's share stays in the L1 while the rows pass over it.
   void multiply(int64_t first, int64_t end, int64_t first_channel) {
+    if (product_.strip != nullptr) return multiply_strips(first, end, first_channel);
     const int last = shape_.blocks() - 1;
     for (int block = 0; block <= last; ++block)
       for (int64_t panel = first; panel < end; ++panel) {
@@ -275,7 +340,7 @@ class Worker {
           slide_over_block(panel, block, sums);
         else
           add_block(panel, block, sums);
-        if (block == last) finish(panel, sums, first_channel);
+        if (block == last) finish(panel, sums, first_channel, 0, rows_);
       }
   }
 
@@ -291,6 +356,55 @@ class Worker {
     const int64_t count = whole ? header_.kernel_w * own : own, pieces = whole ? 1 : header_.kernel_w;
     for (int r = 0; r < header_.kernel_h; ++r, from += p_.dilation_h * line)
       for (int64_t s = 0; s < pieces; ++s, to += count) copy(from + s * p_.dilation_w * bytes_.channels, count, to);
+  }
+
+  void multiply_strip(int64_t panel, int64_t end, int64_t first_channel, int first, int rows) const {
+    struct Context {
+      const Worker* worker;
+      int64_t panel, first_channel;
+      int first;
+    } context{this, panel, first_channel, first};
+    const int last = shape_.blocks() - 1;
+    int8::Strip strip{};
+    strip.a = data_ + first * stride_, strip.lda = stride_, strip.pieces = 1;
+    strip.length = static_cast<int>(shape_.offset(last)) + shape_.length(last);
+    if (slides_ || narrow_) {
+      const int64_t position = row_ + first, y = position / p_.out_w, image = y / p_.out_h;
+      strip.lda = p_.stride_w * bytes_.channels;
+      strip.distance = p_.dilation_h * bytes_.width * bytes_.channels;
+      strip.pieces = header_.kernel_h;
+      strip.length = static_cast<int>(narrow_ ? kStep : header_.kernel_w * bytes_.channels);
+      strip.a = slides_ ? data_
+                        : bytes_.data + image * bytes_.size() +
+                              (y % p_.out_h * p_.stride_h * bytes_.width + position % p_.out_w * p_.stride_w) *
+                                  bytes_.channels;
+    }
+    strip.rows = rows;
+    for (int64_t i = 0; i < std::min<int64_t>(2, end - panel); ++i)
+      strip.panels[i] = narrow_ ? spread_ + (panel + i) * spread_size() : weights_of(panel + i, 0);
+    strip.sums = sums_;
+    strip.slice = p_.y_channels_last ? kSlice : product_.mr;  // of those of one channel as many as can be side by side
+    strip.context = &context;
+    strip.finished = [](const void* given, const int32_t* sums, int row, int count) {
+      const auto& of = *static_cast<const Context*>(given);
+      of.worker->finish(of.panel, sums, of.first_channel, of.first + row, count);
+    };
+    product_.strip(strip);
+  }
+
+  int64_t spread_size() const { return header_.kernel_h * kStep * product_.nr; }
+
+  // The weights of a narrow kernel, zeros behind each of its rows.
+  void spread_weights() const {
+    const int64_t nr = product_.nr, panels = divide_up(part_.n, nr), own = header_.kernel_w * bytes_.channels;
+    std::memset(spread_, 0, static_cast<size_t>(panels * spread_size()));
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t k = 0; k < part_.k; ++k) {
+        const int64_t to = k / own * kStep + k % own;
+        const uint8_t* from = weights_of(panel, 0) + k / 4 * nr * 4 + k % 4;
+        uint8_t* at = spread_ + panel * spread_size() + to / 4 * nr * 4 + to % 4;
+        for (int64_t c = 0; c < nr; ++c) at[4 * c] = from[4 * c];
+      }
   }
 
   // Its rows lie far from each other, so that nothing else would fetch them before the product is done.
@@ -329,23 +443,28 @@ class Worker {
       }
   }
 
-  void finish(int64_t panel, const int32_t* sums, int64_t first_channel) const {
+  // Of the rows that were loaded, `count` from `first` on, whose sums these are.
+  void finish(int64_t panel, const int32_t* sums, int64_t first_channel, int first, int count) const {
     const int64_t positions = p_.out_h * p_.out_w;
-    if (!slides_) return finish_rows(panel, sums, first_channel, 0, rows_, first_image_ * positions + row_);
-    for (int64_t i = row_; i < row_ + rows_;) {  // what of each line is a position
+    if (!slides_) return finish_rows(panel, sums, first_channel, first, count, first_image_ * positions + row_ + first);
+    const int64_t begin = row_ + first;
+    for (int64_t i = begin; i < begin + count;) {  // what of each line is a position
       const int64_t y = i / bytes_.width, x = i % bytes_.width,
-                    end = std::min(y * bytes_.width + p_.out_w, row_ + rows_);
+                    end = std::min(y * bytes_.width + p_.out_w, begin + count);
       if (i < end)
-        finish_rows(panel, sums, first_channel, static_cast<int>(i - row_), static_cast<int>(end - i),
-                    (first_image_ + image_) * positions + y * p_.out_w + x);
+        finish_rows(panel, sums + (i - begin) * width(), first_channel, static_cast<int>(i - row_),
+                    static_cast<int>(end - i), (first_image_ + image_) * positions + y * p_.out_w + x);
       i = (y + 1) * bytes_.width;
     }
   }
 
-  // Of the rows that were multiplied, `rows` from `first` on, which are the positions from `at` on of all images.
+  // Channels that are finished at once.
+  int width() const { return product_.strip != nullptr ? 2 * product_.nr : product_.nr; }
+
+  // `rows` from `first` on, which are the positions from `at` on of all images.
   void finish_rows(int64_t panel, const int32_t* sums, int64_t first_channel, int first, int rows, int64_t at) const {
-    const int nr = product_.nr;
-    const int64_t inside = panel * nr, n = first_channel + inside, positions = p_.out_h * p_.out_w;
+    const int nr = width();
+    const int64_t inside = panel * product_.nr, n = first_channel + inside, positions = p_.out_h * p_.out_w;
     const int columns = static_cast<int>(std::min<int64_t>(nr, part_.n - inside));
     const auto* column_sums =
         reinterpret_cast<const int32_t*>(reinterpret_cast<const uint8_t*>(&part_) + part_.column_sums);
@@ -362,7 +481,6 @@ class Worker {
                                   p_.addend == nullptr ? nullptr : p_.addend + at * p_.n + n,
                                   p_.beside == nullptr ? nullptr : p_.beside + at * p_.n + n,
                                   &finite};
-    sums += first * nr;
     if (p_.y_channels_last) {
       product_.finish(sums, nr, rows, columns, epilogue, value_of(p_.y, p_.y_type, at * p_.n + n), p_.n);
       if (!finite) finite_ = false;
@@ -389,9 +507,9 @@ class Worker {
   const int64_t first_image_;
   std::atomic<bool>& finite_;  // all y of which bytes were made here
   const int8::ActivationShape shape_;
-  const bool in_place_, slides_;
+  const bool in_place_, slides_, narrow_;
   const int64_t stride_;
-  uint8_t *copied_, *line_;
+  uint8_t *copied_, *line_, *spread_;
   const uint8_t* data_ = nullptr;
   int32_t *sums_, *turned_, *zero_point_;
   float* scale_;
@@ -408,6 +526,13 @@ const int8::Kernel& product_for(const int8::Header& part) {
   return *found;
 }
 
+// Rows of a task, so that they stay in the L2 while the weights pass over them: with few, these come from afar again.
+// Floats of y, of which 256 bytes are written in each row, went faster with few (benchmarks/NOTES.md).
+int64_t strip_rows(const Convolution& p, bool sliding, const Bytes& bytes, const int8::Header& part) {
+  if (p.y_type != Type::uint8) return kTaskRows;
+  return std::clamp<int64_t>(kStripBytes / (sliding ? bytes.channels : part.k), kTaskRows, kStripRows);
+}
+
 // Images [first, first + images), which are quantized into `bytes`, by one group of channels after the other.
 void convolve(const Convolution& p, const Header& header, const Kernel& kernel, const Bytes& bytes, const Range* ranges,
               int64_t first, int64_t images, int threads, std::atomic<bool>& finite) {
@@ -417,18 +542,26 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
   const int8::Header& part = *reinterpret_cast<const int8::Header*>(front.packed);
   const bool sliding = slides(p, header, part, bytes);
   // Rows of a chunk: of all images together, or of each.
-  const int64_t chunks = sliding ? images : 1;
+  int64_t chunks = sliding ? images : 1, chunk_images = 1;
   const int64_t m = sliding ? (p.out_h - 1) * bytes.width + p.out_w : images * p.out_h * p.out_w;
   const int64_t panels = divide_up(out, product.nr);
-  int64_t rows = std::clamp<int64_t>(divide_up(chunks * m, kTasksPerThread * threads), kFewRows, kTaskRows);
+  const bool strips = product.strip != nullptr;
+  const int64_t most = strips ? strip_rows(p, sliding, bytes, part) : kTaskRows;
+  int64_t rows = std::clamp<int64_t>(divide_up(chunks * m, kTasksPerThread * threads), kFewRows, most);
   int64_t panel_tasks = 1;
   if (chunks * m < threads * kFewRows && threads > 1)
     panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
   rows = round_up<int64_t>(divide_up(m, divide_up(m, rows)), product.mr);
+  if (!sliding && narrow(p, header, product, bytes)) rows = round_up(rows, p.out_w);
   const int64_t row_tasks = divide_up(m, rows);
+  if (strips && sliding && row_tasks == 1) {
+    chunk_images = std::clamp<int64_t>(divide_up(images, threads), 1, std::max<int64_t>(1, 2 * kStripRows / m));
+    chunks = divide_up(images, chunk_images);
+  }
   if (threads > 1 && chunks * row_tasks * header.groups < threads)
     panel_tasks = std::min<int64_t>(panels, kTasksPerThread * threads);
-  const int64_t task_panels = divide_up(panels, panel_tasks);
+  const int64_t task_panels = round_up<int64_t>(divide_up(panels, panel_tasks), strips ? 2 : 1);
+  panel_tasks = divide_up(panels, task_panels);
   const int64_t group_tasks = chunks * row_tasks * panel_tasks;
   std::atomic<int64_t> next{0};
   const int team = static_cast<int>(std::min<int64_t>(threads, group_tasks * header.groups));
@@ -442,8 +575,14 @@ void convolve(const Convolution& p, const Header& header, const Kernel& kernel, 
       for (; t < (group + 1) * group_tasks; t = next++) {
         const int64_t inside = t % group_tasks, task = inside / panel_tasks, row = task % row_tasks * rows,
                       panel = inside % panel_tasks * task_panels;
-        worker.load(task / row_tasks, row, static_cast<int>(std::min(rows, m - row)), group * own, own);
-        worker.multiply(panel, std::min(panels, panel + task_panels), group * out);
+        const int64_t chunk = task / row_tasks * chunk_images, end = std::min(panels, panel + task_panels);
+        const int count = static_cast<int>(std::min(rows, m - row));
+        if (chunk_images > 1) {
+          worker.multiply_images(chunk, std::min(chunk_images, images - chunk), count, panel, end, group * out);
+          continue;
+        }
+        worker.load(chunk, row, count, group * own, own);
+        worker.multiply(panel, end, group * out);
       }
     }
   });
@@ -467,15 +606,22 @@ bool convolve_all(const Convolution& p, const Header& header, const Kernel& kern
   bytes.data = room;
   const int64_t band = std::max<int64_t>(1, kChunk / (bytes.width * bytes.channels)),
                 bands = divide_up(bytes.height, band);
+  const bool own = fixed_range(header).or_null() == nullptr;  // a range of its own for each image
+  const int64_t image_bytes = p.channels * p.height * p.width * static_cast<int64_t>(size_of(p.type));
+  const int64_t both = std::max<int64_t>(1, kBoth / image_bytes);
   for (int64_t first = 0; first < p.images; first += together) {
     const int64_t images = std::min(together, p.images - first);
-    each(images * bands, threads, [&](int64_t t) {
-      const int64_t i = t / bands, row = t % bands * band;
-      const auto image = static_cast<size_t>(first + i);
-      if (!quantize_rows(p, kernel, amax, ranges.of[image], first + i, row, std::min(band, bytes.height - row), bytes,
-                         room + i * bytes.size()))
-        ranges.broken[image] = true;
-    });
+    for (int64_t begin = 0, count; begin < images; begin += count) {
+      count = own ? std::min(both, images - begin) : images;
+      if (own) find_ranges(p, kernel, amax, first + begin, count, threads, ranges);
+      each(count * bands, threads, [&](int64_t t) {
+        const int64_t i = begin + t / bands, row = t % bands * band;
+        const auto image = static_cast<size_t>(first + i);
+        if (!quantize_rows(p, kernel, amax, ranges.of[image], first + i, row, std::min(band, bytes.height - row), bytes,
+                           room + i * bytes.size()))
+          ranges.broken[image] = true;
+      });
+    }
     for (int64_t i = 0; i < images; ++i)
       if (ranges.settle(first + i))
         std::memset(room + i * bytes.size(), ranges.of[static_cast<size_t>(first + i)].zero_point,
@@ -537,7 +683,9 @@ bool conv2d(const Convolution& given) {
   const double operations =
       2.0 * static_cast<double>(p.images * p.out_h * p.out_w) * static_cast<double>(p.n * header.k());
   if (operations < kSerialOperations) threads = 1;
-  Ranges ranges = ranges_of(p, header, kernel, amax, threads);
+  Ranges ranges = ranges_of(p, header, kernel, threads);
+  if (header.depthwise() && fixed_range(header).or_null() == nullptr)
+    find_ranges(p, kernel, amax, 0, p.images, threads, ranges);
   bool finite = true;
   if (header.depthwise())
     convolve_alone(p, header, kernel, amax, ranges, threads);

@@ -20,7 +20,8 @@
 // position of y: the images are quantized once, to bytes with the channels last and their zeros around them, of which
 // the rows are copied tile by tile. Not so for a kernel of 1x1 without steps, whose rows lie there; nor for one that
 // takes each pixel, whose own rows are multiplied one after the other where they lie, in pieces that are whole steps of
-// a tile. Bytes that are given as x, with nothing around them, are read as they are.
+// a tile; nor, by AMX, for one whose rows are less than a step, as in first layers: with the bytes behind them, which
+// meet zeros. Bytes that are given as x, with nothing around them, are read as they are.
 //
 // The floor of the op: 2 * images * positions * n * k operations at the peak of the int8 product; depthwise, an fma for
 // each of images * positions * n * taps. Or x read twice (once where its range is given) and y written once.

@@ -162,6 +162,109 @@ void finish_as(const int32_t* c, int nr, int rows, int columns, const Epilogue& 
     *e.finite = false;
 }
 
+// Whether all of them are the same bits.
+inline bool alike(const void* numbers, int count) {
+  const auto* words = static_cast<const int32_t*>(numbers);
+  const __m512i first = _mm512_set1_epi32(words[0]);
+  for (int i = 0; i < count; i += kLanes) {
+    const __mmask16 lanes = up_to(count - i);
+    if (_mm512_mask_cmpneq_epi32_mask(lanes, _mm512_maskz_loadu_epi32(lanes, words + i), first) != 0) return false;
+  }
+  return true;
+}
+
+// Bytes of which the lower end is a whole number, as that of a range or of ReLU is: packed with saturation, the ends of
+// 64 of them are cut at once.
+struct Bytes {
+  __m512 inverse, high;
+  __m512i zero, low;
+  explicit Bytes(const Requantize& to)
+      : inverse(_mm512_set1_ps(to.inverse)),
+        high(_mm512_set1_ps(to.high)),
+        zero(_mm512_set1_epi16(static_cast<int16_t>(to.zero_point))),
+        low(_mm512_set1_epi8(static_cast<int8_t>(static_cast<int>(to.low) + to.zero_point))) {}
+  static bool fits(const Requantize& to) {
+    return to.low == static_cast<float>(static_cast<int>(to.low)) && to.low + static_cast<float>(to.zero_point) >= 0;
+  }
+  // NaN and what is too low for an int give INT_MIN.
+  __m512i rounded(__m512 v) const { return _mm512_cvtps_epi32(_mm512_min_ps(high, _mm512_mul_ps(v, inverse))); }
+  template <int kVectors>
+  __m512i of(const __m512 (&v)[kVectors]) const {
+    const __m512i a = rounded(v[0]), b = rounded(v[1]);
+    if constexpr (kVectors == 2)
+      return _mm512_max_epu8(bytes_of(a, b, a, b, zero), low);
+    else
+      return _mm512_max_epu8(bytes_of(a, b, rounded(v[2]), rounded(v[3]), zero), low);
+  }
+};
+
+// Up to 64 columns or 32, of rows of one scale and zero point: the same steps, with all that the rows share in
+// registers.
+template <Type kType, int kVectors, bool kCut>
+void finish_alike(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  const __m512 row_scale = _mm512_set1_ps(e.row_scale[0]);
+  const __m512i zero_point = _mm512_set1_epi32(e.zero_point[0]);
+  __m512i correction[kVectors];
+  __m512 weight_scale[kVectors], bias[kVectors];
+  __mmask16 lanes[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const int at = j * kLanes;
+    lanes[j] = columns > at ? up_to(columns - at) : 0;
+    correction[j] = _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(lanes[j], e.column_sum + at), zero_point);
+    weight_scale[j] = _mm512_maskz_loadu_ps(lanes[j], e.weight_scale + at);
+    bias[j] = _mm512_set1_ps(-0.0f);  // changes no number
+    if (e.bias != nullptr) bias[j] = _mm512_maskz_loadu_ps(lanes[j], e.bias + at);
+  }
+  const __m512 top = _mm512_set1_ps(e.activation == Activation::relu6 ? 6.0f : __builtin_inff());
+  const Bytes bytes(e.to);
+  const __mmask64 all = columns >= 64 ? ~0ull : (1ull << columns) - 1;
+  for (int m = 0; m < rows; ++m, c += nr) {
+    __m512 v[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512i acc = _mm512_sub_epi32(_mm512_loadu_si512(c + j * kLanes), correction[j]);
+      const __m512 scaled = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), row_scale), weight_scale[j]);
+      v[j] = _mm512_add_ps(scaled, bias[j]);
+      if constexpr (kCut) v[j] = _mm512_min_ps(top, _mm512_max_ps(_mm512_setzero_ps(), v[j]));  // NaN and -0 stay
+    }
+    if constexpr (kType == Type::uint8) {
+      auto* at = static_cast<uint8_t*>(y) + m * ldy;
+      const __m512i result = bytes.of(v);
+      if (columns == 64)
+        _mm512_storeu_si512(at, result);
+      else if (columns == 32)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(result));
+      else
+        _mm512_mask_storeu_epi8(at, all, result);
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j)
+        _mm512_mask_storeu_ps(static_cast<float*>(y) + m * ldy + j * kLanes, lanes[j], v[j]);
+    }
+  }
+}
+
+// Whether it did.
+template <Type kType>
+bool finished_alike(const int32_t* c, int nr, int rows, int columns, const Epilogue& e, void* y, ptrdiff_t ldy) {
+  const bool plain = e.activation == Activation::none;
+  const bool cut = e.activation == Activation::relu || e.activation == Activation::relu6;
+  if (rows < 2 || nr < 32 || columns > 64 || !(plain || cut) || e.bias_stride != 0 || e.weight_scale == nullptr)
+    return false;
+  if (kType == Type::uint8 && (cut || !Bytes::fits(e.to))) return false;
+  if (e.addend != nullptr || e.beside != nullptr) return false;
+  if (!alike(e.row_scale, rows) || !alike(e.zero_point, rows)) return false;
+  const auto run = [&](auto narrow, auto wide) {
+    return (columns > 32 ? wide : narrow)(c, nr, rows, columns, e, y, ldy);
+  };
+  if (kType != Type::uint8 && cut)
+    run(finish_alike<kType, 2, true>, finish_alike<kType, 4, true>);
+  else
+    run(finish_alike<kType, 2, false>, finish_alike<kType, 4, false>);
+  return true;
+}
+
 }  // namespace
 
 void quantize_avx512(const void* x, Type type, ptrdiff_t ldx, int rows, ActivationShape shape, int amax,
@@ -179,6 +282,7 @@ void finish_avx512(const int32_t* c, int nr, int rows, int columns, const Epilog
   }
   switch (e.type) {
     case Type::float32:
+      if (finished_alike<Type::float32>(c, nr, rows, columns, e, y, ldy)) return;
       return finish_as<Type::float32>(c, nr, rows, columns, e, y, ldy);
     case Type::bfloat16:
       return finish_as<Type::bfloat16>(c, nr, rows, columns, e, y, ldy);
@@ -187,6 +291,7 @@ void finish_avx512(const int32_t* c, int nr, int rows, int columns, const Epilog
     case Type::int32:
       return finish_as<Type::int32>(c, nr, rows, columns, e, y, ldy);
     case Type::uint8:
+      if (finished_alike<Type::uint8>(c, nr, rows, columns, e, y, ldy)) return;
       return finish_as<Type::uint8>(c, nr, rows, columns, e, y, ldy);
   }
 }

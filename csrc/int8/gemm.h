@@ -106,6 +106,21 @@ struct Epilogue {
 using Finish = void (*)(const int32_t* c, int nr, int rows, int columns, const Epilogue& epilogue, void* y,
                         ptrdiff_t ldy);
 
+// Rows of activations whose positions of k lie in pieces: those of row i at a + i * lda + piece * distance. Behind the
+// last one of a row up to 63 bytes are read, which may be any.
+struct Strip {
+  const uint8_t* a;
+  ptrdiff_t lda, distance;
+  int pieces, length;  // positions of a piece: a multiple of 64, or where there is one piece of 32
+  int rows;
+  const void* panels[2];  // of `pieces` * `length` positions each; the second one may be null
+  int32_t* sums;          // [2 * mr, 2 * nr], where they lie until they are finished
+  int slice;              // rows of them that are finished at once
+  // Called with c [rows, columns of the panels], row stride 2 * nr, of the rows from `first` on: all of them, in order.
+  void (*finished)(const void* context, const int32_t* c, int first, int rows);
+  const void* context;
+};
+
 struct Kernel {
   const char* name;
   Isa isa;
@@ -116,6 +131,7 @@ struct Kernel {
   Finish finish;
   void (*begin)() = nullptr;  // on a thread before it calls tile, and after; or null
   void (*end)() = nullptr;
+  void (*strip)(const Strip& strip) = nullptr;  // products and what is to be made of them in turns; or null
 };
 
 Kernels<Kernel>& kernels();

@@ -267,6 +267,111 @@ void run_n_of_m(const Kernel& kernel, std::mt19937& random) {
           run({kernel, 5, kernel.nr + 1, 150, bits, static_cast<Values>(values), {keep, of, false}}, random);
 }
 
+// Pieces of k in turns with what is made of the sums: all rows once, in order, up to the guard page.
+void run_strips(const Kernel& kernel, std::mt19937& random) {
+  struct Pieces {
+    int count, length;
+  };
+  const int lda = 80;
+  for (const int rows : {1, 15, 16, 17, 31, 32, 33, 64, 77})
+    for (const int n : {5, kernel.nr, kernel.nr + 1, 2 * kernel.nr})
+      for (const Pieces& pieces : {Pieces{1, 32}, {1, 64}, {1, 96}, {3, 64}, {2, 128}, {1, kBlockK + 32}}) {
+        const int k = pieces.count * pieces.length, distance = 2 * lda;
+        begin(text("kernel=", kernel.name, " strip rows=", rows, " n=", n, " pieces=", pieces.count, " of ",
+                   pieces.length));
+        std::vector<int8_t> w(static_cast<size_t>(n * k));
+        for (int8_t& value : w) value = static_cast<int8_t>(std::uniform_int_distribution<int>(-127, 127)(random));
+        const std::vector<uint8_t> packed = pack(kernel, w.data(), n, k, 8, 1);
+        Header header;
+        std::memcpy(&header, packed.data(), sizeof(header));
+        const auto panel_of = [&](int panel) {
+          uint64_t at;
+          const int blocks = ActivationShape{k, 1}.blocks();
+          std::memcpy(&at, packed.data() + header.blocks + static_cast<size_t>(panel * blocks) * sizeof(at),
+                      sizeof(at));
+          return packed.data() + at;
+        };
+        Guarded<uint8_t> a(static_cast<size_t>((rows - 1) * lda + (pieces.count - 1) * distance + pieces.length + 63));
+        for (size_t i = 0; i < a.size(); ++i)
+          a[i] = static_cast<uint8_t>(std::uniform_int_distribution<int>(0, 255)(random));
+        struct Finished {
+          int stride, columns, next = 0;
+          std::vector<int32_t> c{};
+        } finished{2 * kernel.nr, n};
+        Guarded<int32_t> sums(static_cast<size_t>(2 * kernel.mr * 2 * kernel.nr));
+        Strip strip{a.data(),    lda, distance, pieces.count, pieces.length, rows, {panel_of(0), nullptr},
+                    sums.data(), 8,   nullptr,  nullptr};
+        if (n > kernel.nr) strip.panels[1] = panel_of(1);
+        strip.context = &finished;
+        strip.finished = [](const void* context, const int32_t* c, int first, int count) {
+          auto& to = *static_cast<Finished*>(const_cast<void*>(context));
+          expect(first == to.next, text("row ", first, " after ", to.next));
+          to.next = first + count;
+          for (int i = 0; i < count; ++i) to.c.insert(to.c.end(), c + i * to.stride, c + i * to.stride + to.columns);
+        };
+        if (kernel.begin != nullptr) kernel.begin();
+        kernel.strip(strip);
+        if (kernel.end != nullptr) kernel.end();
+        std::vector<int32_t> expected;
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < n; ++j) {
+            int64_t sum = 0;
+            for (int p = 0; p < k; ++p)
+              sum += int64_t{a[static_cast<size_t>(i * lda + p / pieces.length * distance + p % pieces.length)]} *
+                     w[static_cast<size_t>(j * k + p)];
+            expected.push_back(static_cast<int32_t>(sum));
+          }
+        expect(finished.c == expected && sums.intact(), "sums of a strip");
+      }
+}
+
+// The epilogue of two panels at once, of rows that share their scale and of such as do not: the bits of scalar.cpp.
+void run_finishes(const Kernel& kernel, std::mt19937& random) {
+  constexpr int kRows = 9, kMost = 64;
+  for (const int columns : {1, 16, 31, 32, 33, 63, 64})
+    for (const Type type : {Type::float32, Type::uint8})
+      for (const Activation activation : {Activation::none, Activation::relu, Activation::relu6, Activation::silu})
+        for (int which = 0; which < 8; ++which) {
+          begin(text("kernel=", kernel.name, " finish columns=", columns, " type=", static_cast<int>(type),
+                     " activation=", static_cast<int>(activation), " which=", which));
+          const bool alike = which % 2 == 0;
+          const auto number = [&](int most) { return std::uniform_int_distribution<int>(-most, most)(random); };
+          std::vector<int32_t> c(kRows * kMost), column_sum(kMost), zero_point(kRows, 77);
+          for (int32_t& value : c) value = number(which / 4 ? 1 << 30 : 1000);
+          for (int32_t& value : column_sum) value = number(300);
+          std::vector<float> scale(kRows, 0.01f), weight_scale(kMost), bias(kMost);
+          for (float& value : weight_scale) value = 0.001f * static_cast<float>(2000 + number(1000));
+          for (float& value : bias) value = 0.01f * static_cast<float>(number(100));
+          if (!alike) zero_point[7] = 3, scale[8] = 0.5f;
+          if (which / 4 && alike) std::fill(scale.begin(), scale.end(), NAN);
+          const Requantize to = requantize(0.05f, which % 3 * 90, 255);
+          const Epilogue epilogue{column_sum.data(),
+                                  weight_scale.data(),
+                                  which & 2 ? bias.data() : nullptr,
+                                  0,
+                                  scale.data(),
+                                  zero_point.data(),
+                                  activation,
+                                  type,
+                                  to};
+          const size_t bytes = static_cast<size_t>(kRows * columns) * size_of(type);
+          Guarded<uint8_t> y(bytes);
+          std::vector<uint8_t> expected(bytes);
+          kernel.finish(c.data(), kMost, kRows, columns, epilogue, y.data(), columns);
+          kScalar.finish(c.data(), kMost, kRows, columns, epilogue, expected.data(), columns);
+          const auto is_nan = [&](const uint8_t* at) {
+            float v;
+            std::memcpy(&v, at, sizeof(v));
+            return std::isnan(v);
+          };
+          bool same = y.intact();
+          for (size_t i = 0; i < bytes; i += size_of(type))
+            same = same && (std::memcmp(y.data() + i, expected.data() + i, size_of(type)) == 0 ||
+                            (type == Type::float32 && is_nan(y.data() + i) && is_nan(&expected[i])));
+          expect(same, "finished");
+        }
+}
+
 #if defined(PYCOMPRESS_X86)
 // Groups of four positions that are zero in all channels cost nothing.
 void check_skipped(const Kernel& kernel) {
@@ -315,6 +420,8 @@ void test_int8() {
 #endif
   for (const Kernel* kernel : kernels) {
     run_tile_edges(*kernel, random);
+    run_finishes(*kernel, random);
+    if (kernel->strip != nullptr) run_strips(*kernel, random);
     if (kernel->layout == Layout::chains || kernel->layout == Layout::windows) run_n_of_m(*kernel, random);
   }
   test_refusals();
