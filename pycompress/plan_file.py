@@ -73,9 +73,8 @@ class WrittenPlan(Mapping[str, Method | None]):
         """Writes a TOML file, which takes the place of an older one whole or not at all.
 
         Raises:
-            TypeError: a method that is no dataclass, or a setting that no file can hold: a mask, what calibration saw. The
-                inputs of
-            layers are no part of a plan: ``compress(..., calibration=...)`` is given them.
+            TypeError: a method that is no dataclass, or a setting that no file can hold: a mask, what calibration saw. The inputs
+                of layers are no part of a plan: ``compress(..., calibration=...)`` is given them.
         """
         layers = {
             glob: {"method": _DENSE} if method is None else table_of(method, f"plan: {glob}")

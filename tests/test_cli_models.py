@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 import pycompress as pc
 from pycompress import cli
+from pycompress.search.machine import Machine
 
 WORDS = [
     "[PAD]",
@@ -425,3 +427,41 @@ def test_about_stays_in_the_file(tmp_path: Path) -> None:
     pc.load(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="about has 'pycompress', expected another name"):
         pc.save(model, tmp_path / "m.safetensors", about={"pycompress": "{}"})
+
+
+@pytest.mark.slow
+def test_a_plan_is_searched_and_compresses(graph: Path, home: Path) -> None:
+    found, data, candidates = home / "found.toml", home / "tokens.npz", home / "candidates.yaml"
+    rng = np.random.default_rng(0)
+    np.savez(data, tokens=rng.integers(0, 50, (16, 8)), mask=np.ones((16, 8), np.int64))
+    candidates.write_text("candidates:\n  eight: {method: Int8}\n  four: {method: Int4}\n")
+    asked = ("search", graph, "--calibrate", data, "--candidates", candidates, "--cache", home / "cache", "-o", found)
+    facts = json.loads(invoke(*asked, "--quality", 0.9, "--json").stdout)
+    (best,) = (point for point in facts["front"] if point["best"])
+    assert facts["missed"] == {}
+    assert best["quality"] >= 0.9
+    assert all(set(point["plan"]) == set(best["plan"]) for point in facts["front"])
+    invoke("compress", graph, "--plan", found, "-o", home / "found.safetensors")
+    out = said(invoke(*asked, "--mb", 1e-6, code=1))
+    assert "no plan keeps to mb = 1e-06: the nearest misses it by" in out
+    assert "no limit is given" in said(invoke(*asked, code=2))
+    candidates.write_text("candidates:\n  eight: {method: Int9}\n")
+    assert "Int9" in said(invoke(*asked, "--quality", 0.9, code=2))
+    candidates.write_text('layers:\n  "*": {method: Int8}\n')
+    assert "it holds layers, expected a table candidates" in said(invoke(*asked, "--quality", 0.9, code=2))
+
+
+def test_a_machine_is_profiled(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pc, "profile", partial(pc.profile, rows=(1,), sizes=(32,)))
+    path = home / "machine.toml"
+    assert "here, " in invoke("profile", "-o", path, "--name", "here").output
+    assert Machine.load(path).name == "here"
+
+
+def test_adjustments_are_named(graph: Path, every: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    invoke("compress", graph, "--plan", every, "-o", small)
+    out = invoke("deploy", "onnxruntime", small, "-o", tmp_path / "x.onnx", "--adjust", "int32_tokens").output
+    assert "adjusted: int32_tokens" in out
+    refused = invoke("deploy", "onnxruntime", small, "-o", tmp_path / "x.onnx", "--adjust", "int31", code=2)
+    assert "'int31' is none, expected some of gelu_tanh" in said(refused)

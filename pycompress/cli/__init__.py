@@ -1,4 +1,4 @@
-"""The command line: `pycompress compress`, `validate`, `export`, `deploy` and `report`; `info`, `bench` and `demo`.
+"""The command line: `pycompress compress`, `validate`, `export`, `deploy`, `report`, `search`, `profile`, `info`, `bench`, `demo`.
 
 Exit codes: 0 for success; 1 for a failure, such as a validation that found a difference; 2 for wrong usage, such as a plan that
 names no method, or a model that cannot be read.
@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f'pycompress: the command line needs {error.name}: pip install "pycompress[cli]"')
 
-from pycompress.cli import bench, compress, demo, deploy, export, info, report, validate
+from pycompress.cli import bench, compress, demo, deploy, export, info, report, search, validate
 from pycompress.cli.tables import environment_text
 from pycompress.cli.terminal import console
 
@@ -30,6 +30,7 @@ __all__ = [
     "main",
     "pycompress",
     "report",
+    "search",
     "validate",
 ]
 
@@ -41,8 +42,8 @@ def pycompress() -> None:
 
 
 for command in (
-    *(compress.compress, validate.validate, export.export, deploy.deploy, report.report),
-    *(info.info, bench.bench, demo.demo),
+    *(compress.compress, validate.validate, export.export, deploy.deploy, report.report, search.search),
+    *(search.profile, info.info, bench.bench, demo.demo),
 ):
     pycompress.add_command(command)
 

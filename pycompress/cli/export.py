@@ -20,12 +20,12 @@ from pycompress.cli.terminal import console, json_text
 @DENSE
 @INPUTS
 @click.option(
-    "--form", type=click.Choice(["exact", "fused"]), default="exact", show_default=True,
-    help="The integers of our kernels, or what runtimes have one operator for.",
+    "--form", type=click.Choice(["exact", "fused", "kernels"]), default="exact", show_default=True,
+    help="The integers of our kernels, what runtimes have one operator for, or our kernels themselves.",
 )  # fmt: skip
 @JSON
 def export(path: Path, output: Path, model: Path | None, inputs: str | None, form: str, as_json: bool) -> None:
-    """Write a COMPRESSED model as one ONNX file of standard operators, its weights compressed."""
+    """Write a COMPRESSED model as one ONNX file, its weights compressed."""
     import pycompress as pc
     from pycompress.cli.inputs import inputs_for
     from pycompress.cli.source import open_compressed

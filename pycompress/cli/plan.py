@@ -1,4 +1,4 @@
-"""A plan from a TOML or a YAML file."""
+"""A plan, or candidates for one, from a TOML or a YAML file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pycompress.methods.method import Method
     from pycompress.plan_file import WrittenPlan
 
 SUFFIXES = (".toml", ".yaml", ".yml")
@@ -17,13 +18,30 @@ def read_plan(path: Path) -> WrittenPlan:
     Raises:
         ValueError: it is no such file, or says something else; the place is named. OSError: it cannot be read.
     """
-    from pycompress import toml
     from pycompress.plan_file import VERSION, WrittenPlan
 
+    return WrittenPlan.of_table({"version": VERSION, **_table(path, "plan")}, f"plan: {path}")
+
+
+def read_candidates(path: Path) -> dict[str, Method]:
+    """Methods by name: a table ``candidates`` in the words of a plan's ``layers``. Raises as :func:`read_plan`."""
+    from pycompress.plan_file import VERSION, WrittenPlan
+
+    table = _table(path, "candidates")
+    if set(table) != {"candidates"}:
+        raise ValueError(f"candidates: {path}: it holds {', '.join(table) or 'nothing'}, expected a table candidates")
+    found = WrittenPlan.of_table({"version": VERSION, "layers": table["candidates"]}, f"candidates: {path}")
+    if dense := [name for name, method in found.items() if method is None]:
+        raise ValueError(f"candidates: {path}: {dense[0]} is dense, which every layer may stay anyway")
+    return {name: method for name, method in found.items() if method is not None}
+
+
+def _table(path: Path, what: str) -> dict[str, Any]:
+    from pycompress import toml
+
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"plan: {path}: expected a file {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    table = toml.read(path, "plan") if path.suffix == ".toml" else read_yaml(path)
-    return WrittenPlan.of_table({"version": VERSION, **table}, f"plan: {path}")
+        raise ValueError(f"{what}: {path}: expected a file {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    return toml.read(path, what) if path.suffix == ".toml" else read_yaml(path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
