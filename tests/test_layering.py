@@ -79,7 +79,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": HOUSE | {"benchmark", "calibration", "evaluation", "records", "replacing", "validation"},
     "benchmark": HOUSE | {"model", "measure", "onnx"},
     "demo": HOUSE | {"benchmark", "validation", "storage", "model", "calibration", "onnx"},
-    "cli": HOUSE | {"demo", "benchmark", "validation", "storage", "model", "onnx", "plan_file", "targets", "toml"},
+    "cli": HOUSE
+    | {"search", "demo", "benchmark", "validation", "storage", "model", "onnx", "plan_file", "targets", "toml"},
     "__init__": HOUSE
     | {
         "evaluation",

@@ -692,7 +692,7 @@ def test_one_density_for_convolutions_and_linear_layers(pattern: str) -> None:
 def test_only_if_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Size, torch.Size]] = []
 
-    def times(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[float, float]:
+    def times(first: Callable[[], Tensor], second: Callable[[], Tensor], **_: Any) -> tuple[float, float]:
         seen.append((first().shape, second().shape))
         return (2.0, 1.0) if faster else (1.0, 2.0)
 
@@ -719,7 +719,7 @@ def test_layers_are_measured_in_the_memory_format_of_their_input(monkeypatch: py
         return conv2d(x, *arguments)
 
     monkeypatch.setattr(nn.functional, "conv2d", watched)
-    monkeypatch.setattr(race, "interleaved_us", lambda first, second: (first() is None, 1.0))
+    monkeypatch.setattr(race, "interleaved_us", lambda first, second, **_: (first() is None, 1.0))
     x = torch.randn(2, 5, 8, 8)
     for channels_last in (False, True):
         seen.clear()

@@ -121,12 +121,12 @@ def _drawn(source: Source, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Normal numbers, tokens of the embedding that they go to, and ones where there is none: masks."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     shapes = {port.name: [_size(port, d, sizes) for d in range(len(port.sizes))] for port in source.ports}
     found = {
-        port.name: torch.randn(shapes[port.name], generator=generator, dtype=torch.float32).to(port.dtype)
+        port.name: torch.randn(shapes[port.name], generator=generator, dtype=torch.float32, device="cpu").to(port.dtype)
         if port.dtype.is_floating_point
-        else torch.zeros(shapes[port.name], dtype=port.dtype)
+        else torch.zeros(shapes[port.name], dtype=port.dtype, device="cpu")
         for port in source.ports
     }
     whole = {port.name for port in source.ports if not port.dtype.is_floating_point}
@@ -138,8 +138,8 @@ def _drawn(source: Source, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         vocabularies = _vocabularies(source.model, {name: x for name, x in found.items() if name in whole}, found)
     for name in whole:
         x = found[name]
-        ids = torch.randint(vocabularies.get(name, 1), x.shape, generator=generator)
-        found[name] = ids.to(x.dtype) if name in vocabularies else torch.ones_like(x)
+        ids = torch.randint(vocabularies.get(name, 1), x.shape, generator=generator, dtype=x.dtype, device="cpu")
+        found[name] = ids if name in vocabularies else torch.ones_like(x)
     return found
 
 

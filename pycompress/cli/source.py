@@ -134,8 +134,8 @@ def _of_folder(path: Path, weights: bool) -> Source:
         raise ValueError(f"{path}: its architecture is {name}, expected a model that transformers itself has")
     if not weights:
         dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
-        with torch.device("meta"), _default(dtype):
-            model = architecture(config)
+        with torch.device("meta"):
+            model = architecture._from_config(config, torch_dtype=dtype)
     elif not any(path.glob("*.safetensors")):
         pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
         also = f"; {pickles[0]} is a pickle, which can run code when it is read, and is never loaded" if pickles else ""
@@ -143,19 +143,6 @@ def _of_folder(path: Path, weights: bool) -> Source:
     else:
         model = architecture.from_pretrained(path, local_files_only=True, use_safetensors=True, torch_dtype="auto")
     return Source(path, "transformers", model.eval(), _ports_of(model, config), {}, getattr(config, "vocab_size", None))
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """In the block parameters that name no dtype have this one."""
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _ports_of(model: Any, config: Any) -> list[Port]:

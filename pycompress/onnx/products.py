@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx import checker, defs, helper
@@ -325,10 +326,14 @@ def batches_of(given: Iterable[Any]) -> Iterable[Any]:
 
     def tensors(batch: Any) -> Any:
         if isinstance(batch, Mapping):
-            return {name: torch.as_tensor(x) for name, x in batch.items()}
-        return [torch.as_tensor(x) for x in batch] if isinstance(batch, list | tuple) else batch
+            return {name: _tensor(x) for name, x in batch.items()}
+        return [_tensor(x) for x in batch] if isinstance(batch, list | tuple) else batch
 
     return map(tensors, given)
+
+
+def _tensor(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
 
 
 def _session(model: ir.Model, shown: Iterable[ir.Value]) -> Any:
