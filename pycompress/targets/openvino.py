@@ -1,8 +1,6 @@
 """OpenVINO: its intermediate representation (IR), read from our ONNX file of the form ``fused``.
 
-That form and not the exact one, of which OpenVINO widens int8 weights to float32: MiniLM with ``Int8()`` takes 1.7 times the time
-and 3.8 times the memory then, on a processor with AVX-512, and is hardly closer to the model (relative error 0.039, not 0.045),
-because in later layers roundings flip.
+That form and not the exact one, of which OpenVINO widens int8 weights to float32, which takes more time and memory.
 """
 
 from __future__ import annotations
