@@ -20,6 +20,7 @@ from pycompress.targets.twins import (
     as_floats,
     check_stored,
     dense_int8,
+    integers_carried,
     matrices_of,
     together,
     twin_of,
@@ -103,19 +104,7 @@ def _carried(weight: Weight, layer: CompressedLayer) -> Carried:
     zeros = ", zeros and all" if isinstance(weight, SparseWeight) else ""
     if form == "float32":
         return Carried("widened", f"float32{zeros}", _why_floats(weight, layer, bits))
-    if layer.kind.tokens:
-        return Carried("kept", "int8 rows with a scale each")
-    item = "image" if isinstance(layer.geometry, Walk) else "row"
-    seen = f"{item}s quantized as they come"
-    if isinstance(weight, Int4Weight):
-        if weight.symmetric:
-            return Carried("kept", f"int4 in groups of {weight.group}, {seen}")
-        why = "XNNPACK has no zero points in groups: a product with the sums of groups stands for them"
-        return Carried("widened", f"int4 in groups of {weight.group}, float32 for zero points, {seen}", why)
-    reasons = ["the input has 8 bits, not 7"] if bits == 7 else []
-    if getattr(weight, "static", None):
-        reasons.append(f"each {item} has a range of its own, not the fixed one")
-    return Carried("widened" if zeros else "kept", f"int8 per channel{zeros}, {seen}", "; ".join(reasons))
+    return integers_carried(weight, layer, "XNNPACK")
 
 
 def _why_floats(weight: Weight, layer: CompressedLayer, bits: int | None) -> str:

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, from_numpy, nn
 
-from pycompress.kinds.walk import Walk
 from pycompress.nn import CompressedLayer
 from pycompress.targets.source import Source
 from pycompress.targets.target import Carried, Run, Target
@@ -31,6 +30,7 @@ from pycompress.targets.twins import (
     as_floats,
     check_stored,
     dense_int8,
+    integers_carried,
     matrices_of,
     together,
     twin_of,
@@ -158,19 +158,8 @@ def _carried(weight: Weight, layer: CompressedLayer) -> Carried:
         elif isinstance(weight, Int4Weight):
             why = f"k is {weight.k}, no multiple of the group"
         return Carried("widened", f"float32{zeros}", why)
-    if layer.kind.tokens:
-        return Carried("kept", "int8 rows with a scale each")
-    item = "image" if isinstance(layer.geometry, Walk) else "row"
-    seen = "made floats as they are used" if bits == 16 else f"{item}s quantized as they come"
-    if isinstance(weight, Int4Weight):
-        if weight.symmetric:
-            return Carried("kept", f"int4 in groups of {weight.group}, {seen}")
-        why = "LiteRT has no zero points in groups: a product with the sums of groups stands for them"
-        return Carried("widened", f"int4 in groups of {weight.group}, float32 for zero points, {seen}", why)
-    reasons = ["the input has 8 bits, not 7"] if bits == 7 else []
-    if getattr(weight, "static", None):
-        reasons.append(f"each {item} has a range of its own, not the fixed one")
-    return Carried("widened" if zeros else "kept", f"int8 per channel{zeros}, {seen}", "; ".join(reasons))
+    seen = "made floats as they are used" if bits == 16 else ""
+    return integers_carried(weight, layer, "LiteRT", seen)
 
 
 def _claimed(weight: Weight, shape: tuple[int, ...], layer: CompressedLayer) -> bytes:

@@ -258,3 +258,25 @@ def factors_of(weight: LowRankWeight) -> tuple[Weight, Weight]:
 
 def _dense(factor: Tensor, encode: Encode) -> Encoded:
     return encode(DenseWeight(factor.flatten(1).contiguous()), tuple(factor.shape))
+
+
+def integers_carried(weight: Weight, layer: CompressedLayer, who: str, seen: str = "") -> Carried:
+    """What becomes of one matrix in a runtime that has integers for it, and rounds each row or image of the input to 8 bits.
+
+    Args:
+        who: the runtime, in reasons. seen: what it does with the weight instead; '' where it is that.
+    """
+    if layer.kind.tokens:
+        return Carried("kept", "int8 rows with a scale each")
+    item = "image" if isinstance(layer.geometry, Walk) else "row"
+    seen = seen or f"{item}s quantized as they come"
+    if isinstance(weight, Int4Weight):
+        if weight.symmetric:
+            return Carried("kept", f"int4 in groups of {weight.group}, {seen}")
+        why = f"{who} has no zero points in groups: a product with the sums of groups stands for them"
+        return Carried("widened", f"int4 in groups of {weight.group}, float32 for zero points, {seen}", why)
+    zeros = ", zeros and all" if isinstance(weight, SparseWeight) else ""
+    reasons = ["the input has 8 bits, not 7"] if getattr(weight, "activation_bits", None) == 7 else []
+    if getattr(weight, "static", None):
+        reasons.append(f"each {item} has a range of its own, not the fixed one")
+    return Carried("widened" if zeros else "kept", f"int8 per channel{zeros}, {seen}", "; ".join(reasons))
