@@ -68,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "race",
         "records",
     }
-    | {"replacing", "state", "toml"},
+    | {"integrations", "replacing", "state", "toml"},
     "integrations": {"train"},
     "flat_call": {"calls"},
     "onnx": HOUSE | {"flat_call", "passes", "replacing", "state", "storage"},

@@ -37,13 +37,14 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 @click.option("--quality", type=float, help="The least cosine of the outputs to those of the dense model.")
 @click.option("--candidates", type=FILE, help="TOML or YAML: a table `candidates`, each in the words of a plan.")
 @click.option("--target", type=FILE, help="The machine that the plan is for: a file of `pycompress profile`.")
+@click.option("--workers", type=click.Choice(["ray"]), help="Who rates plans: a Ray cluster; else this process.")
 @click.option("--cache", type=OUTPUT, help="Keeps measurements, so that a search that was stopped repeats none.")
 @INPUTS
 @JSON
 def search(
     source_path: Path, output: Path, calibrate: tuple[Path, ...], judge: tuple[Path, ...], ms: float | None, mb: float | None,
-    layer_mb: float | None, quality: float | None, candidates: Path | None, target: Path | None, cache: Path | None,
-    inputs: str | None, as_json: bool,
+    layer_mb: float | None, quality: float | None, candidates: Path | None, target: Path | None, workers: str | None,
+    cache: Path | None, inputs: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Find a plan for MODEL under limits of time, size and quality, by measuring.
 
@@ -78,6 +79,7 @@ def search(
             example_inputs=example,
             calibration=calibration,
             target=machine,
+            workers=workers,
             cache=cache,
         )
     with working():

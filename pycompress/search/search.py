@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,8 @@ from pycompress.search.front import LIMITS, Cost, Front, Point, goal_of
 from pycompress.search.machine import DENSE, Machine
 from pycompress.search.pricing import priced
 from pycompress.search.quality import Metric, Quality, checked
-from pycompress.search.sensitivity import Sensitivity, measured
+from pycompress.search.ratings import Question, Ratings, check_workers, pool_of
+from pycompress.search.sensitivity import Sensitivity, cheap, rated
 from pycompress.search.solver import BYTES, LOSS, TIME, Costs, Picked, best, hull, total
 from pycompress.search.timing import LayerTimes, here, model_us
 
@@ -45,6 +46,7 @@ def search(
     calibration: Mapping[str, InputStatistics] | None = None,
     target: Machine | None = None,
     points: int = 12,
+    workers: str | None = None,
     cache: FilePath | None = None,
     progress: bool | None = None,
 ) -> Front:
@@ -67,6 +69,8 @@ def search(
         target: the machine that the plan is for, from :func:`profile`; None: this one, with as many threads as torch has now.
             Times are predicted then, and only linear layers compressed: of these it has times.
         points: how many mixed plans are measured besides those for the limits.
+        workers: as :func:`sensitivity` has them: who rates the models of plans. Times are measured in this process, while they
+            wait. All comes out as without them, times apart; with a ``target``, to the bit.
         cache: a file that keeps each measurement as soon as it is made: a search that was stopped, or is made again, repeats
             none. It goes by the content of model, batches and candidates, by the processor, its kernels and the number of threads.
         progress: show progress bars; None: on a terminal.
@@ -75,7 +79,7 @@ def search(
         much.
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sensitivity`; a limit of another name, or that is no number; a target that
-            has no times of a candidate.
+            has no times of a candidate. ImportError: as :func:`sensitivity`.
     """
     who = "search"
     inputs, methods = checked(batches, who), named(candidates, who)
@@ -84,15 +88,18 @@ def search(
         raise ValueError(f"{who}: a candidate is called {DENSE!r}, which every layer may stay, expected another name")
     if target is not None:
         target.check(methods, who)
+    check_workers(workers, who)
     known = Cache(cache)
     show = on_a_terminal() if progress is None else progress
     seen = calibrated(model, methods, inputs, calibration, who)
     choices = Choices(model, methods, seen, example_inputs, known, who)
     quality = Quality(choices.model, inputs, metric, who)
-    losses = measured(choices, inputs, quality, known, exact=exact, progress=show)
-    if not exact and any(loss.cheap is not None and loss.change is None for loss in losses.values()):
-        losses = measured(choices, inputs, quality, known, exact=True, progress=show)
-    return _Search(choices, losses, quality, example_inputs, dict(limits), target, known, show).run(points)
+    losses = cheap(choices, inputs, quality, known, progress=show)
+    with pool_of(workers, choices, quality) as pool:
+        ratings = Ratings(choices, quality, known, pool, progress=show)
+        if exact or any(loss.cheap is not None and loss.change is None for loss in losses.values()):
+            losses = rated(losses, ratings, show)
+        return _Search(choices, losses, quality, ratings, example_inputs, dict(limits), target, known, show).run(points)
 
 
 def _check_limits(limits: Any, who: str) -> None:
@@ -108,11 +115,11 @@ class _Search:
     """What is known, and what is measured next."""
 
     def __init__(
-        self, choices: Choices, losses: Sensitivity, quality: Quality, inputs: Inputs, limits: dict[str, float],
-        target: Machine | None, cache: Cache, progress: bool,
+        self, choices: Choices, losses: Sensitivity, quality: Quality, ratings: Ratings, inputs: Inputs,
+        limits: dict[str, float], target: Machine | None, cache: Cache, progress: bool,
     ) -> None:  # fmt: skip
         self._choices, self._quality, self._inputs, self._limits = choices, quality, inputs, limits
-        self._target, self._cache, self._progress, self._here = target, cache, progress, here()
+        self._ratings, self._target, self._cache, self._progress, self._here = ratings, target, cache, progress, here()
         self._original = copied(choices.model, ())  # to be raced against
         self._dense_bytes = summary(self._original).bytes
         self._others = self._dense_bytes - sum(layer.bytes for layer in choices.layers.values())
@@ -142,6 +149,7 @@ class _Search:
     def run(self, points: int) -> Front:
         """Measures plans of one candidate, which say most of the corrections; then mixed ones; then those for the limits."""
         uniform = dict.fromkeys(self._uniform(name) for name in self._choices.candidates)
+        self._ratings.prepare([self._question(picked) for picked in uniform])
         losses = [
             (self._sums(picked)[1], self._whole(picked)[2]) for picked in track([*uniform], "measuring", self._progress)
         ]
@@ -153,8 +161,9 @@ class _Search:
         self._measure(self._half_dense())
         self._correct()
         for _ in track([*range(points)], "measuring", self._progress):
-            if (next_one := self._between()) is None:
+            if (next_one := self._between(self._done)) is None:
                 break
+            self._prepare(next_one)
             self._measure(next_one)
             self._correct()
         tighter = 0.0
@@ -200,17 +209,30 @@ class _Search:
                 bounds[BYTES] = min(room, bounds.get(BYTES, math.inf))
         return bounds
 
-    def _between(self) -> Picked | None:
-        """Of the plans on the hull, near the limits where there are any, the one whose loss is farthest from those of all that were
-        measured, by their ranks; None where all were."""
+    def _between(self, done: Collection[Picked]) -> Picked | None:
+        """Of the plans on the hull, near the limits where there are any, the one whose loss is farthest from those of all that are
+        done, by their ranks; None where all are."""
         items = self._corrected()
         plans = sorted(hull(items), key=lambda picked: float(total(items, picked)[LOSS]))
         wide = self._bounds(_WIDER)
         near = [picked for picked in plans if all(total(items, picked)[axis] <= most for axis, most in wide.items())]
         plans = near or plans
-        places = [i for i, picked in enumerate(plans) if picked in self._done or not any(picked)]
+        places = [i for i, picked in enumerate(plans) if picked in done or not any(picked)]
         left = [i for i in range(len(plans)) if i not in places]
         return plans[max(left, key=lambda i: min((abs(i - j) for j in places), default=i))] if left else None
+
+    def _prepare(self, next_one: Picked) -> None:
+        """Has workers rate a plan, and beside it those that would follow if it corrected nothing."""
+        if self._ratings.at_once == 1 or self._ratings.knows(self._question(next_one)):
+            return
+        done = {*self._done}
+        following: Picked | None = next_one
+        questions: list[Question] = []
+        while following is not None and len(questions) < self._ratings.at_once:
+            questions.append(self._question(following))
+            done.add(following)
+            following = self._between(done)
+        self._ratings.prepare(questions)
 
     def _corrected(self) -> list[Costs]:
         """What items cost, so that the sums are what was found to come out."""
@@ -253,20 +275,25 @@ class _Search:
 
     def _whole(self, picked: Picked) -> tuple[float | None, float, float]:
         """Of the plan's model: microseconds (None where they are those of another machine), bytes and quality."""
+        question = self._question(picked)
+        size, quality = self._ratings.of(question)
+        if not math.isfinite(quality):
+            raise ValueError(
+                f"search: the metric {self._ratings.metric} gives {quality} for {question.what}, expected a finite number"
+            )
+        if self._target is not None:
+            return None, size, quality
+        key = digest("model us", self._choices.key, self._methods(picked), self._here)
+        ratio = self._cache.get(key)
+        if ratio is None:
+            with self._choices.applied(question.plan, blocks=True) as model:
+                ratio = self._cache.put(key, model_us(self._original, model, self._inputs)[1])
+        return ratio * self._dense_us, size, quality
+
+    def _question(self, picked: Picked) -> Question:
         plan = self._by_layer(picked)
-        own = {name: self._choices.candidates.get(candidate) for name, candidate in plan.items()}
-        key = digest("model", self._choices.key, own, self._quality.key)
-        timed = digest("model us", key, self._here)
-        known = self._cache.get(key)
-        ratio = self._cache.get(timed) if self._target is None else math.nan
-        if known is None or ratio is None:
-            with self._choices.applied({n: None if c == DENSE else c for n, c in plan.items()}, blocks=True) as model:
-                if known is None:
-                    what = f"a plan of {', '.join(dict.fromkeys(plan.values()))}"
-                    known = self._cache.put(key, [float(summary(model).bytes), self._quality.of(model, what)])
-                if ratio is None:
-                    ratio = self._cache.put(timed, model_us(self._original, model, self._inputs)[1])
-        return None if self._target is not None else ratio * self._dense_us, known[0], known[1]
+        what = f"a plan of {', '.join(dict.fromkeys(plan.values()))}"
+        return Question({name: None if own == DENSE else own for name, own in plan.items()}, True, what)
 
     def _by_layer(self, picked: Picked) -> dict[str, str]:
         """The name of the candidate of each layer, in the order of the model."""
@@ -275,11 +302,13 @@ class _Search:
         }
         return {name: found[name] for name in self._choices.layers}
 
+    def _methods(self, picked: Picked) -> dict[str, Method | None]:
+        return {name: self._choices.candidates.get(candidate) for name, candidate in self._by_layer(picked).items()}
+
     def _written(self, picked: Picked, cost: Cost) -> WrittenPlan:
-        methods = {name: self._choices.candidates.get(candidate) for name, candidate in self._by_layer(picked).items()}
         where = self._here if self._target is None else {"target": self._target.name}
         about = {"ms": cost.ms, "mb": cost.mb, "layer_mb": cost.layer_mb, "quality": cost.quality}
-        return WrittenPlan(methods, {**about, "metric": self._quality.name, **where})
+        return WrittenPlan(self._methods(picked), {**about, "metric": self._quality.name, **where})
 
     def _correct(self) -> None:
         """By all plans that were measured."""

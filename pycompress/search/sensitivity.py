@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from pycompress.search.cache import Cache, digest
 from pycompress.search.choices import Candidates, Choices, calibrated, named
 from pycompress.search.probes import changes
 from pycompress.search.quality import Metric, Quality, checked
+from pycompress.search.ratings import Question, Ratings, check_workers, pool_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def sensitivity(
     metric: Metric = "cosine",
     exact: bool = False,
     calibration: Mapping[str, InputStatistics] | None = None,
+    workers: str | None = None,
     cache: FilePath | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
@@ -108,27 +110,39 @@ def sensitivity(
         exact: rate the model once for each layer and candidate. Otherwise there is one backward pass for all of them, and
             ``change`` says in which order they come.
         calibration: what was gathered of the layers' inputs; None: it is gathered from the batches.
+        workers: who rates models, with ``exact=True``: None, this process; ``"ray"`` (the extra ``ray``), the processes of the
+            cluster for which ``ray.init`` was called, or else of this machine, each with as many threads as torch has here. They
+            give the same bits; one on a machine with another processor, which may not, is an error. A metric of your own travels to
+            them by cloudpickle.
         cache: a file that keeps whatever was found, by content of model, batches, candidates and metric, as soon as it is known.
         progress: show progress bars; None: on a terminal.
     Raises:
         TypeError: batches is one input, a candidate is no method. ValueError: no batches, no candidates, no layer that one of them
             takes, a metric of another name, or one that gives the original NaN or Inf. RuntimeError: the metric failed; the
-            layer and the candidate are named, and what was found before is in the cache.
+            layer and the candidate are named, and what was found before is in the cache. ImportError: the extra is not installed.
     """
     who = "sensitivity"
     inputs, methods = checked(batches, who), named(candidates, who)
+    check_workers(workers, who)
+    if workers is not None and not exact:
+        raise ValueError(
+            f"{who}: workers is {workers!r} with exact=False, for which no model is rated, expected exact=True"
+        )
     known = Cache(cache)
     choices = Choices(model, methods, calibrated(model, methods, inputs, calibration, who), inputs[0], known, who)
     quality = Quality(choices.model, inputs, metric, who)
-    return measured(
-        choices, inputs, quality, known, exact=exact, progress=on_a_terminal() if progress is None else progress
-    )
+    show = on_a_terminal() if progress is None else progress
+    losses = cheap(choices, inputs, quality, known, progress=show)
+    if not exact:
+        return losses
+    with pool_of(workers, choices, quality) as pool:
+        return rated(losses, Ratings(choices, quality, known, pool, progress=show), show)
 
 
-def measured(
-    choices: Choices, batches: Sequence[Inputs], quality: Quality, cache: Cache, *, exact: bool, progress: bool
+def cheap(
+    choices: Choices, batches: Sequence[Inputs], quality: Quality, cache: Cache, *, progress: bool
 ) -> Sensitivity:  # fmt: skip
-    """The losses of all choices."""
+    """The losses of all choices, without the exact ones."""
     for candidate in track([*choices.candidates], "compressing", progress):
         choices.learn(candidate)
     found = _changes(choices, batches, cache)
@@ -137,12 +151,27 @@ def measured(
         for name, layer in choices.layers.items()
         for candidate, fact in layer.facts.items()
     }
-    if exact:
-        for key in track([*losses], "rating", progress):
-            losses[key] = _exact(choices, key, losses[key], quality, cache)
     losses |= {key: Loss(reason=reason) for key, reason in choices.refused.items()}
     order = [(name, candidate) for name in choices.layers for candidate in choices.candidates]
     return Sensitivity({key: losses[key] for key in order}, quality.best)
+
+
+def rated(losses: Sensitivity, ratings: Ratings, progress: bool) -> Sensitivity:
+    """The same with the exact losses."""
+    questions = {
+        (name, candidate): Question({name: candidate}, False, f"{name} as {candidate}")
+        for (name, candidate), loss in losses.items()
+        if not loss.reason
+    }
+    ratings.prepare([*questions.values()])
+    found = dict(losses)
+    for key in track([*questions], "rating", progress):
+        quality, old = ratings.of(questions[key])[1], losses[key]
+        if math.isfinite(quality):
+            found[key] = replace(old, exact=losses.quality - quality)
+        else:
+            found[key] = replace(old, reason=f"the metric {ratings.metric} gives {quality}")
+    return Sensitivity(found, losses.quality)
 
 
 def _changes(choices: Choices, batches: Sequence[Inputs], cache: Cache) -> dict[str, dict[str, float]]:
@@ -164,16 +193,3 @@ def _changes(choices: Choices, batches: Sequence[Inputs], cache: Cache) -> dict[
             known.setdefault(name, {})[candidate] = change
         cache.put(key, known)
     return known  # type: ignore[no-any-return]
-
-
-def _exact(choices: Choices, key: tuple[str, str], loss: Loss, quality: Quality, cache: Cache) -> Loss:
-    name, candidate = key
-    own = digest("exact", choices.key, choices.candidates[candidate], name, quality.key)
-    value = cache.get(own)
-    if value is None:
-        with choices.applied({name: candidate}, blocks=False) as model:
-            found = quality.try_of(model, f"{name} as {candidate}")
-        value = cache.put(own, found if math.isfinite(found) else str(found))
-    if isinstance(value, str):
-        return Loss(loss.error, loss.change, None, f"the metric {quality.name} gives {value}")
-    return Loss(loss.error, loss.change, quality.best - value)
