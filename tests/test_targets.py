@@ -63,6 +63,14 @@ def test_every_target_says_what_it_is_by_itself() -> None:
         assert place.packages
 
 
+@pytest.mark.parametrize("name", [name for name, place in TARGETS.items() if not place.open_sizes])
+def test_sizes_that_cannot_stay_open_are_refused(compressed: nn.Module, name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"dynamic is \{0: 'batch'\}, but a file of .* sizes of its example inputs only"
+    ):
+        pc.deploy(compressed, name, tmp_path / "m", torch.randn(3, 32), {0: "batch"})
+
+
 def test_onnx_runtime_keeps_all_layers_and_gives_what_the_model_gives(compressed: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="the extra onnx")
     found = pc.deploy(compressed, "onnxruntime", tmp_path / "m.onnx", torch.randn(3, 32))

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 import pycompress as pc
+from pycompress.targets import TARGETS
 from pycompress.targets.openvino import FILE
 from pycompress.targets.rounding import NOT_ROUNDED
 
 openvino = pytest.importorskip("openvino", reason="the extra targets-openvino")
 pytestmark = pytest.mark.slow  # torch.onnx, and OpenVINO's first start
 
+Deployed = tuple[pc.targets.Deployment, Any, nn.Module]
 PLAN = {
     "0": pc.Int8(activation="static"), "2": pc.Int4(group=32), "3": pc.Sparse(density=0.3), "4": pc.LowRank(8, residual=pc.Int8()),
     "5": pc.Sparse(density=0.3, bits=8),
@@ -22,20 +24,21 @@ PLAN = {
 
 
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> tuple[pc.targets.Deployment, Any]:
-    """A model with a layer of each weight, and the graph that its file holds."""
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """What was written of a model with a layer of each weight, the graph in its file, and the model."""
     torch.manual_seed(0)
     layers = [nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.Linear(64, 64), nn.Linear(64, 64)]
     dense = nn.Sequential(*layers, nn.Linear(64, 256)).eval()
     model = pc.compress(dense, PLAN, calibration=pc.calibrate(dense, [torch.randn(64, 64)], plan=PLAN))
     path = tmp_path_factory.mktemp("openvino") / "m"
-    return pc.deploy(model, "openvino", path, torch.randn(5, 64)), openvino.Core().read_model(path / FILE)
+    found = pc.deploy(model, "openvino", path, torch.randn(5, 64))
+    return found, openvino.Core().read_model(path / FILE), model
 
 
 def test_it_gives_what_the_model_gives_but_for_the_rounding_of_inputs(
-    deployed: tuple[pc.targets.Deployment, Any],
+    deployed: Deployed,
 ) -> None:
-    found, _ = deployed
+    found, _, _ = deployed
     assert found.ok, found.verdict
     assert found.checked is not None
     assert found.checked.error < 2e-2
@@ -45,8 +48,15 @@ def test_it_gives_what_the_model_gives_but_for_the_rounding_of_inputs(
     }  # fmt: skip
 
 
-def test_what_is_kept_is_stored_in_no_more_bits(deployed: tuple[pc.targets.Deployment, Any]) -> None:
-    _, graph = deployed
+def test_another_number_of_rows(deployed: Deployed) -> None:
+    found, _, model = deployed
+    x = torch.randn(9, 64)
+    (y,) = TARGETS["openvino"].run(found.path, {"input": x})
+    assert float(torch.linalg.norm(y - model(x)) / torch.linalg.norm(model(x))) < 2e-2
+
+
+def test_what_is_kept_is_stored_in_no_more_bits(deployed: Deployed) -> None:
+    _, graph, _ = deployed
     constants = {one.get_friendly_name(): one for one in graph.get_ops() if one.get_type_name() == "Constant"}
     kinds = {name: one.get_element_type().to_string() for name, one in constants.items()}
     expected = {

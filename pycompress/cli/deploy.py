@@ -51,7 +51,8 @@ def deploy(
     with reading(), err.status(f"reading {path}"):
         source, example = open_compressed(path, model, lambda dense: inputs_for(dense, inputs))
     with working(), err.status(f"deploying to {TARGETS[target].title}"):
-        done = pc.deploy(source.model, target, output, example, source.dynamic_of(example), widen=widen, adjust=adjust)
+        dynamic = source.dynamic_of(example) if TARGETS[target].open_sizes else None
+        done = pc.deploy(source.model, target, output, example, dynamic, widen=widen, adjust=adjust)
     if as_json:
         layers = {name: {"method": label, **asdict(carried)} for name, (label, carried) in done.layers.items()}
         click.echo(json_text({**asdict(done), "layers": layers, "ok": done.ok, "verdict": done.verdict}))

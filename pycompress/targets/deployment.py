@@ -127,15 +127,17 @@ def deploy(
         model: has at least one compressed layer. It is left as it was.
         target: one of :data:`pycompress.targets.TARGETS`.
         path: of the file, or folder, which takes the place of an older one whole or not at all.
-        example_inputs, dynamic: as for :func:`pycompress.export`; dimensions are those of the adjusted inputs.
+        example_inputs, dynamic: as for :func:`pycompress.export`; dimensions are those of the adjusted inputs. A target whose
+            files know no open sizes takes no ``dynamic``.
         widen: whether layers whose encoding the target lacks may be stored in a wider one. Without it they are an error.
         adjust: what may be changed first, in a copy, because the platform lacks it: names from
             :data:`pycompress.targets.ADJUSTMENTS`, or such adjustments themselves, one behind the other. Nothing else is changed.
     Returns:
         What became of each layer, what each adjustment cost, the sizes, and how far the file is from the (adjusted) model.
     Raises:
-        ValueError: the target or an adjustment is not known; the model has no compressed layer, or is prepared; a layer that the
-            target refuses, or would widen: each is named with the reason, and nothing is written.
+        ValueError: the target or an adjustment is not known; dimensions that the target cannot leave open; the model has no
+            compressed layer, or is prepared; a layer that the target refuses, or would widen: each is named with the reason, and
+            nothing is written.
         TypeError: inputs, or adjustments, of another type; a model that is to be adjusted and cannot be copied.
         RuntimeError: torch or the target could not convert the model.
         ImportError: the target's extra is not installed. OSError: the file could not be written.
@@ -145,6 +147,11 @@ def deploy(
     if target not in TARGETS:
         raise ValueError(f"deploy: target is {target!r}, expected one of {', '.join(TARGETS)}")
     place = TARGETS[target]
+    if dynamic is not None and not place.open_sizes:
+        raise ValueError(
+            f"deploy: dynamic is {dynamic!r}, but a file of {place.title} runs at the sizes of its example inputs only, expected "
+            "None, and one file for each size"
+        )
     model = uncompiled(model)
     if twin := next((name for name, module in model.named_modules() if is_trained(module)), None):
         raise ValueError(f"deploy: {twin or 'the model'} is prepared, expected compress(model) first")

@@ -47,6 +47,7 @@ class LiteRT(Target):
 
     name, title, suffix = "litert", "LiteRT", ".tflite"
     extra, packages = "targets-litert", ("litert_torch", "ai_edge_quantizer", "ai_edge_litert")
+    open_sizes = False
 
     def carried(self, layer: CompressedLayer) -> Carried:
         if layer.kind.recurrent:

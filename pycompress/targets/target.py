@@ -43,6 +43,7 @@ class Target(ABC):
         suffix: of the file, or folder, that is written.
         extra: of pycompress, which installs what it needs.
         packages: what has to be importable for that.
+        open_sizes: whether dimensions of inputs may stay open; else a file runs at the sizes of the example inputs only.
         absent: why no file can be run here; '' where it can.
     """
 
@@ -51,6 +52,7 @@ class Target(ABC):
     suffix: ClassVar[str]
     extra: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
+    open_sizes: ClassVar[bool] = True
 
     @property
     def absent(self) -> str:
