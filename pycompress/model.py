@@ -22,7 +22,16 @@ from pycompress.nn import CompressedLayer, layer_for
 from pycompress.nn.trained import as_dense, is_trained
 from pycompress.passes import whole
 from pycompress.passes.fold_norm import fold_behind, note_left
-from pycompress.plan import Plan, Planner, Target, count_shared_weights_once, number_ties, settle_methods, targets_of
+from pycompress.plan import (
+    Costs,
+    Plan,
+    Planner,
+    Target,
+    count_shared_weights_once,
+    number_ties,
+    settle_methods,
+    targets_of,
+)
 from pycompress.progress import on_a_terminal, track
 from pycompress.race import keep_blocks_that_are_not_slower, keep_faster_layers, keep_what_makes_it_faster, replacements
 from pycompress.records import LayerRecord, Summary, leave_records, relative_error, summary
@@ -107,7 +116,7 @@ def compress(
     *,
     calibration: Mapping[str, InputStatistics] | None = None,
     example_inputs: Inputs | None = None,
-    only_if_faster: bool = False,
+    only_if_faster: bool | Costs = False,
     inplace: bool = False,
     progress: bool | None = None,
     blocks: bool = True,
@@ -133,7 +142,9 @@ def compress(
             the model, them and the random state as they were.
         only_if_faster: measure each layer on the shapes that ``example_inputs`` produce, dense and compressed in turns, and keep
             the dense one where it is not slower; then the whole model, and put layers back (half of them, half of these, and so
-            on) until its median time is below the dense model's.
+            on) until its median time is below the dense model's. Layers that are alike are measured once. The profile of another
+            machine (:func:`profile`) instead: linear layers stay compressed that are faster by its times, all others stay dense;
+            nothing is measured here.
         inplace: change ``model`` itself. All compressed layers are made before the first is put in its place, so that the model and
             they are in memory together. Otherwise a copy is returned, which shares nothing with ``model``, except functions; the
             dense weights that are replaced are never copied.
@@ -167,7 +178,8 @@ def compress(
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
             without ``example_inputs``, ``skip_padding`` without ``blocks``, ``inplace`` where the model itself is the layer, a
             calibration that is still running or that never saw a layer whose method makes use of it, a plan for a prepared model, a
-            target beside a plan, or one whose memory is too small for the model (``DoesNotFit``).
+            target beside a plan, or one whose memory is too small for the model (``DoesNotFit``); a method of which the machine to
+            be faster on has no times.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -199,7 +211,7 @@ def compress(
     whole.remove(result)
     if blocks:
         whole.install(result, skip_padding=skip_padding)
-        if only_if_faster:
+        if only_if_faster is True:
             assert example_inputs is not None
             keep_blocks_that_are_not_slower(result, example_inputs)
     return given if inplace else result
@@ -219,7 +231,7 @@ def _frozen(model: ModelT, plan: Plan | None, options: Mapping[str, Any]) -> Mod
 
 def _replaced(
     model: ModelT, plan: Plan, calibration: Mapping[str, InputStatistics] | None, example_inputs: Inputs | None,
-    only_if_faster: bool, inplace: bool, progress: bool | None, correct_bias: bool, without: Collection[passes.Pass],
+    only_if_faster: bool | Costs, inplace: bool, progress: bool | None, correct_bias: bool, without: Collection[passes.Pass],
 ) -> ModelT:  # fmt: skip
     """The model, or a copy of it, with compressed layers."""
     targets, edits = planned(model, plan, calibration, example_inputs, without=without)
@@ -230,8 +242,9 @@ def _replaced(
     layers = layers_of(targets, (calibration or {}) if correct_bias else {}, progress=progress)
     if only_if_faster:
         assert example_inputs is not None
-        keep_faster_layers(model, _chosen(targets), layers, example_inputs, progress)
-        if model not in layers:
+        costs = None if only_if_faster is True else only_if_faster
+        keep_faster_layers(model, _chosen(targets), layers, example_inputs, costs, progress)
+        if costs is None and model not in layers:
             keep_what_makes_it_faster(model, _chosen(targets), layers, example_inputs)
     result = _with_layers(model, replacements(_chosen(targets), layers), inplace=inplace)
     for target in targets:

@@ -53,6 +53,19 @@ class Planner(Protocol):
         """Raises ValueError where there is none."""
 
 
+class Costs(Protocol):
+    """Times that were measured somewhere (:class:`pycompress.search.Machine`).
+
+    Attributes:
+        name: of that machine.
+    """
+
+    name: str
+
+    def layer_us(self, method: Method, shape: tuple[int, int], rows: int) -> tuple[float, float]:
+        """Microseconds of a linear layer [n, k] at so many rows, dense and compressed. Raises ValueError where there are none."""
+
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = 128  # of the input with which layers are measured where a method asks for it
 

@@ -131,13 +131,18 @@ def _is_default(field: Field[Any], value: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
-def _rule(entry: Any, place: str, known: Iterable[type]) -> Method | None:
-    if isinstance(entry, Mapping) and dict(entry) == {"method": _DENSE}:
-        return None
+def method_of(entry: Any, place: str, known: Iterable[type] = ()) -> Method:
+    """The method whose table it is. Raises ValueError where it is none."""
     found = _made(entry, place, KNOWN | {kind.__name__: kind for kind in known})
     if not is_method(found):
         raise ValueError(f"{place}: {found!r} is no method")
     return found
+
+
+def _rule(entry: Any, place: str, known: Iterable[type]) -> Method | None:
+    if isinstance(entry, Mapping) and dict(entry) == {"method": _DENSE}:
+        return None
+    return method_of(entry, place, known)
 
 
 def _made(entry: Any, place: str, known: Mapping[str, type]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -16,7 +18,7 @@ from pycompress.measure import Clock, interleaved_us
 from pycompress.nn import CompressedLayer
 from pycompress.nn.block import LEFT, Block, become_block, become_original
 from pycompress.passes.blocks import blocks_of
-from pycompress.plan import Target
+from pycompress.plan import Costs, Target
 from pycompress.progress import track
 from pycompress.state import unwatched
 from pycompress.surgery import Swap, switch_off_fast_paths
@@ -44,19 +46,55 @@ def replacements(targets: Iterable[Target], layers: Layers) -> dict[nn.Module, n
 
 
 def keep_faster_layers(
-    model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs, progress: bool
+    model: nn.Module, targets: list[Target], layers: Layers, inputs: Inputs, costs: Costs | None, progress: bool
 ) -> None:  # fmt: skip
-    """Measures each layer on the shapes that the inputs produce; where dense wins, the target loses its method."""
+    """Measures each layer on the shapes that the inputs produce, or looks up its ``costs``; where dense wins, the target loses its
+    method. Layers that are alike are measured once."""
     calls = input_shapes(model, targets, inputs)
+    known: dict[str, tuple[float, float]] = {}
     for target in track(targets, "measuring", progress):
-        shapes = calls[id(target.module)]
+        shapes, layer, record = calls[id(target.module)], layers[target.module], target.record
         if not shapes:
             target.keep_dense("example_inputs never reach it, so it could not be shown to be faster")
             continue
-        record = target.record
-        record.dense_us, record.us = layer_us(target, layers[target.module], shapes)
+        if costs is not None:
+            where = f"on {costs.name}"
+            if target.kind.name != "linear":
+                target.keep_dense(
+                    f"{costs.name} has times of linear layers only, so it could not be shown to be faster"
+                )
+                continue
+            record.dense_us, record.us = _looked_up(target, shapes, costs)
+        else:
+            where = "here"
+            alike = repr((makes(target, layer), [(x.shape, x.stride(), x.dtype) for x in shapes]))
+            if alike not in known:
+                known[alike] = layer_us(target, layer, shapes)
+            record.dense_us, record.us = known[alike]
         if record.us >= record.dense_us:
-            target.keep_dense(f"dense is faster here: {record.dense_us:.0f} us against {record.us:.0f} us")
+            target.keep_dense(f"dense is faster {where}: {record.dense_us:.0f} us against {record.us:.0f} us")
+
+
+def _looked_up(target: Target, shapes: list[Tensor], costs: Costs) -> tuple[float, float]:
+    method = target.method
+    assert method is not None
+    if getattr(method, "inputs", None) is not None:  # what calibration saw changes no time
+        method = replace(method, inputs=None)  # type: ignore[type-var]
+    try:
+        pairs = [costs.layer_us(method, target.kind.shape(target.module), math.prod(x.shape[:-1])) for x in shapes]
+    except ValueError as error:
+        raise ValueError(f"compress: {target.name}: {error}") from None
+    return sum(dense for dense, _ in pairs), sum(us for _, us in pairs)
+
+
+def makes(target: Target, layer: CompressedLayer) -> dict[str, Any]:
+    """What the time of a compressed layer may depend on besides the shape of its input."""
+    geometry = None if layer.geometry is None else layer.geometry.settings()
+    return {
+        "kind": layer.kind.name, "method": layer.label, "n": layer.n, "k": layer.k, "geometry": geometry,
+        "bias": layer.bias32 is not None, "activation": layer.activation, "norms": len(target.norms),
+        "pads": target.pad is not None, **layer.settings,
+    }  # fmt: skip
 
 
 def input_shapes(model: nn.Module, targets: list[Target], inputs: Inputs) -> dict[int, list[Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from torch import nn
 
 import pycompress as pc
 from pycompress.nn import CompressedLayer
+from pycompress.profiles import PROFILES
 from pycompress.search import DoesNotFit, Machine
 
+MACHINES = Path(__file__).parent / "machines"  # what `profile` measured; test_the_machines_here says how
 INT8, INT7, INT4 = repr(pc.Int8()), repr(pc.Int8(7)), repr(pc.Int4())
 
 
@@ -142,3 +146,106 @@ def test_a_plan_for_another_machine() -> None:
         small = pc.compress(model(), front.best.plan, calibration=pc.calibrate(model(), [x]))
         cosine = torch.cosine_similarity(small(x).double(), model()(x).double()).mean()
         assert front.best.measured.quality == pytest.approx(float(cosine.detach()), abs=1e-6)
+
+
+# --- machines that were measured --------------------------------------------------------------------------------------------
+
+
+def layers(depth: int = 2) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(256, 256) for _ in range(depth))).eval()
+
+
+def plan(there: Machine, **limits: float) -> set[Any]:
+    """The methods that a search takes, of three."""
+    x = torch.randn(128, 256, generator=torch.Generator().manual_seed(1))
+    seen = pc.calibrate(layers(), [torch.randn(1024, 256, generator=torch.Generator().manual_seed(2))])
+    candidates = [pc.Int8(), pc.Int8(7), pc.Sparse(pattern="4:16", bits=8)]
+    front = pc.search(
+        layers(),
+        {repr(one): one for one in candidates},
+        [x],
+        limits,
+        example_inputs=x,
+        target=there,
+        calibration=seen,
+        points=2,
+    )
+    return set(front.best.plan.values())
+
+
+def test_a_plan_for_each_machine_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One processor, capped by PYCOMPRESS_ISA: 7-bit activations are faster than 8-bit ones where products are added in 16 bits,
+    and so are 4 of 16 weights; with VNNI they are not; and without vectors dense layers are, which torch runs on vectors.
+
+    .. code-block:: python
+
+        candidates = [pc.Int8(), pc.Int8(7), pc.Int4(), pc.Sparse(pattern="4:16", bits=8)]  # torch.set_num_threads(1)
+        pc.profile(candidates, name=name, rows=(1, 16, 128), sizes=(128, 512, 1536)).save(path)
+    """
+    monkeypatch.setattr(
+        import_module("pycompress.search.timing"), "layer_us", lambda *_: (1.0, 1.0)
+    )  # here: nothing counts
+    monkeypatch.setattr(import_module("pycompress.search.search"), "model_us", lambda *_: (3.0, 1.0))
+    machines = {path.stem: Machine.load(path) for path in sorted(MACHINES.iterdir())}
+    assert [*machines] == ["avx2", "avx512_vnni", "scalar"]
+    x = torch.randn(128, 256)
+
+    def chosen(name: str, **arguments: Any) -> set[Any]:
+        small = pc.compress(layers(), **arguments, example_inputs=x)
+        assert isinstance(small, nn.Sequential)
+        return {layer.settings["activation_bits"] if isinstance(layer, CompressedLayer) else None for layer in small}
+
+    assert {name: chosen(name, target=there) for name, there in machines.items()} == {
+        "avx2": {7}, "avx512_vnni": {8}, "scalar": {None},
+    }  # fmt: skip
+    sparse = pc.Sparse(pattern="4:16", bits=8)
+    assert {name: plan(there, quality=0.2) for name, there in machines.items()} == {
+        "avx2": {sparse}, "avx512_vnni": {pc.Int8()}, "scalar": {None},
+    }  # fmt: skip
+    assert plan(machines["avx2"], quality=0.999) == {pc.Int8(7)}
+    kept = {
+        name: chosen(name, plan=pc.Int8(), only_if_faster=there, calibration=pc.calibrate(layers(), [x]))
+        for name, there in machines.items()
+    }
+    assert kept == {"avx2": {8}, "avx512_vnni": {8}, "scalar": {None}}
+
+
+def test_only_if_faster_there() -> None:
+    there = Machine.load(MACHINES / "scalar.toml")
+    model, x = nn.Sequential(layers(), nn.Unflatten(1, (1, 16, 16)), nn.Conv2d(1, 4, 3)).eval(), torch.randn(16, 256)
+    small = pc.compress(model, pc.Int8(), example_inputs=x, only_if_faster=there)
+    reasons = {record.name: record.reason for record in pc.summary(small).layers}
+    assert reasons["0.0"].startswith("dense is faster on Zen 5 capped to no vector instructions, one thread: ")
+    assert reasons["2"].endswith("has times of linear layers only, so it could not be shown to be faster")
+    record = next(iter(pc.summary(small).layers))
+    assert (record.dense_us, record.us) == there.layer_us(pc.Int8(), (256, 256), 16)
+    with pytest.raises(
+        ValueError, match=r"compress: 0\.0: the machine Zen 5 .* has no times of Int4\(group=64\), expected one of"
+    ):
+        pc.compress(model, pc.Int4(group=64), example_inputs=x, only_if_faster=there)
+
+
+def test_what_methods_take_as_a_profile() -> None:
+    """By times of which the speed is known: a rank of 16 takes as long as so many multiply-adds of the dense layer."""
+    dense = cells(4.0, rows=(1, 64), sizes=(64, 128))
+    thin = tuple((m, n, k, 2.0 * m * 16 * (n + k) / 1000) for m, n, k, _ in dense)
+    methods = {"thin": pc.LowRank(16, rank_guard=False), "int8": pc.Int8(), "half": pc.Sparse(0.5)}
+    times = {
+        "dense": dense,
+        "thin": thin,
+        "int8": cells(1.0, (1, 64), (64, 128)),
+        "half": cells(4.0, (1, 64), (64, 128)),
+    }
+    there = Machine("a board", ("avx2",), 1, 1, times, methods=methods)
+    profile = there.profile()
+    assert profile.speeds == pytest.approx({"factors 32": 2.0, "int8": 4.0, "sparse 32": 0.5})
+    assert profile.largest_rms == PROFILES["avx2"].largest_rms
+    vnni = Machine("a board", ("avx2", "avx512_vnni"), 1, 1, times, methods=methods)
+    assert vnni.profile().largest_rms is None
+    fast, slow = (pc.LowRank(40, profile=own) for own in (profile, replace(profile, speeds={"factors 32": 0.5})))
+    model = nn.Sequential(nn.Linear(96, 96)).eval()
+    assert pc.summary(pc.compress(model, fast)).layers[0].method == "low_rank"
+    assert "would not be smaller and faster" in pc.summary(pc.compress(model, slow)).layers[0].reason
+    with pytest.raises(ValueError, match="has no times of its methods at 32 rows or more"):
+        machine(int8=1.0).profile()

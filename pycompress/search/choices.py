@@ -19,7 +19,7 @@ from pycompress.model import layers_of, planned
 from pycompress.nn import CompressedLayer
 from pycompress.passes import whole
 from pycompress.plan import Target, targets_of
-from pycompress.race import replacements
+from pycompress.race import makes, replacements
 from pycompress.search.cache import Cache, digest
 from pycompress.search.score import output_error
 from pycompress.surgery import Swap, switch_off_fast_paths
@@ -175,7 +175,7 @@ class Choices:
             shares = self.layers[name].tie != name
             size = (0 if shares else layer.canonical_bytes()) + (0 if layer.bias32 is None else layer.bias32.nbytes)
             error = output_error(target.dense, layer.canonical().decompress(), self._seen(target, layer.k))
-            facts[name] = Fact("", size, error, _makes(target, layer))
+            facts[name] = Fact("", size, error, makes(target, layer))
         return facts
 
     def _seen(self, target: Target, k: int) -> InputStatistics | None:
@@ -241,14 +241,6 @@ class Choices:
         finally:
             whole.remove(self.model)
             change.undo()
-
-
-def _makes(target: Target, layer: CompressedLayer) -> dict[str, Any]:
-    geometry = None if layer.geometry is None else layer.geometry.settings()
-    return {
-        "kind": layer.kind.name, "n": layer.n, "k": layer.k, "geometry": geometry, "bias": layer.bias32 is not None,
-        "activation": layer.activation, "norms": len(target.norms), "pads": target.pad is not None, **layer.settings,
-    }  # fmt: skip
 
 
 def calibrated(

@@ -17,11 +17,12 @@ from pycompress import toml
 from pycompress.calls import Inputs
 from pycompress.kinds import kind_of
 from pycompress.measure import Clock, interleaved_us
-from pycompress.methods import Int4, Int8
+from pycompress.methods import Int4, Int8, LowRank, Sparse
 from pycompress.methods.method import Method
 from pycompress.nn.layers import layer_for
 from pycompress.plan import Target, targets_of
-from pycompress.plan_file import WrittenPlan
+from pycompress.plan_file import WrittenPlan, method_of, table_of
+from pycompress.profiles import DEFAULT, PROFILES, Profile
 from pycompress.progress import on_a_terminal, track
 from pycompress.race import input_shapes
 from pycompress.replacing import FilePath
@@ -32,6 +33,8 @@ VERSION = 1
 DENSE = "dense"  # among the names of candidates: the layer as it is
 ROWS = (1, 16, 128, 512)
 SIZES = (128, 512, 2048)
+_NOISE = 0.03  # of a time, as a share
+_MANY_ROWS = 32  # at which a product is no longer bound by the bytes of its weights
 Cell = tuple[int, int, int, float]  # m, n, k, microseconds
 
 # What compress(target=) chooses from, most exact first: methods that need no data.
@@ -65,6 +68,7 @@ class Machine:
         threads: with how many it was measured.
         memory_bytes: that a model may take.
         times: by the name of a candidate, or ``dense``: (m, n, k, microseconds) of linear layers [n, k] at m rows.
+        methods: the candidates, by the same names.
     Raises:
         ValueError: no times of dense layers, or numbers that are not above 0.
     """
@@ -75,6 +79,7 @@ class Machine:
     memory_bytes: int
     times: Mapping[str, tuple[Cell, ...]]
     kernels: str = ""
+    methods: Mapping[str, Method] = field(default_factory=dict)
     _grids: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -109,6 +114,41 @@ class Machine:
             rates = rates[low] + (place - low) * (rates[high] - rates[low])
         return float(np.exp(rates)) * m * n * k
 
+    def layer_us(self, method: Method, shape: tuple[int, int], rows: int) -> tuple[float, float]:
+        """Of a linear layer [n, k] at so many rows, dense and compressed: what ``compress(only_if_faster=machine)`` goes by.
+
+        Raises:
+            ValueError: the method was not measured.
+        """
+        name = next((name for name, own in self.methods.items() if own == method), "")
+        if not name:
+            have = ", ".join(map(repr, self.methods.values())) or "none"
+            raise ValueError(f"the machine {self.name} has no times of {method!r}, expected one of {have}")
+        return self.us(DENSE, rows, *shape), self.us(name, rows, *shape)
+
+    def profile(self) -> Profile:
+        """What methods take as ``profile=``, by these times: ``LowRank``'s ``rank_guard`` knows by it how fast products are there.
+
+        A speed is the geometric mean over the shapes that were measured at 32 rows or more, and over the candidates with weights of
+        that name.
+
+        Raises:
+            ValueError: no candidate was measured at so many rows.
+        """
+        found: dict[str, list[float]] = {}
+        for name, method in self.methods.items():
+            for m, n, k, us in self.times.get(name, ()):
+                if m >= _MANY_ROWS and (speed := _speed(method, (n, k))) is not None:
+                    weight, share = speed
+                    found.setdefault(weight, []).append(math.log(share * self.us(DENSE, m, n, k) / us))
+        if not found:
+            raise ValueError(
+                f"profile: {self.name} has no times of its methods at {_MANY_ROWS} rows or more, expected some"
+            )
+        speeds = {weight: math.exp(sum(logs) / len(logs)) for weight, logs in found.items()}
+        adds_in_32_bits = any("vnni" in name or "amx" in name for name in self.instruction_sets)
+        return Profile(self.name, speeds, None if adds_in_32_bits else PROFILES[DEFAULT].largest_rms)
+
     # --- a file -------------------------------------------------------------------------------------------------------
 
     def save(self, path: FilePath) -> None:
@@ -119,7 +159,10 @@ class Machine:
             "kernels": self.kernels,
         }
         facts |= {"threads": self.threads, "memory_bytes": self.memory_bytes}
-        times = {name: {"cells": [[*cell] for cell in cells]} for name, cells in self.times.items()}
+        methods = {name: table_of(method, f"machine: {name}") for name, method in self.methods.items()}
+        times = {
+            name: {**methods.get(name, {}), "cells": [[*cell] for cell in own]} for name, own in self.times.items()
+        }
         toml.write(path, {"version": VERSION, "machine": facts, "times": times})
 
     @classmethod
@@ -134,8 +177,13 @@ class Machine:
                 name: tuple((int(m), int(n), int(k), float(us)) for m, n, k, us in own["cells"])
                 for name, own in times.items()
             }
+            methods = {
+                name: method_of({key: value for key, value in own.items() if key != "cells"}, name)
+                for name, own in times.items()
+                if "method" in own
+            }
             facts["instruction_sets"] = tuple(map(str, facts["instruction_sets"]))
-            return cls(**facts, times=cells)
+            return cls(**facts, times=cells, methods=methods)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"machine: {path}: no profile of a machine: {error!r}") from None
 
@@ -176,7 +224,9 @@ class Machine:
         raise DoesNotFit(self.name, min(needs), self.memory_bytes)
 
     def _fastest(self, names: Sequence[str], m: int, n: int, k: int) -> str:
-        return min(names, key=lambda name: self.us(name, m, n, k))
+        """Of those that are as fast, as far as that can be told, the first: names are in the order of exactness."""
+        times = [self.us(name, m, n, k) for name in names]
+        return next(name for name, us in zip(names, times, strict=True) if us <= (1 + _NOISE) * min(times))
 
 
 def _needed(model: nn.Module, layers: Sequence[Target], plan: Mapping[str, Method | None]) -> float:
@@ -187,6 +237,19 @@ def _needed(model: nn.Module, layers: Sequence[Target], plan: Mapping[str, Metho
         if method is not None:  # (of a weight that several layers share it is written twice)
             tensors[id(target.kind.stored(target.module))] = _bytes(method, target.kind.shape(target.module))
     return float(sum(tensors.values()))
+
+
+def _speed(method: Method, shape: tuple[int, int]) -> tuple[str, float] | None:
+    """What a :class:`Profile` calls the products of a method's layers [n, k], and how many multiply-adds they have for each one of
+    the dense layer; None where the profile knows no name for them."""
+    n, k = shape
+    if isinstance(method, Int8 | Int4):
+        return method.name, 1.0
+    if isinstance(method, Sparse) and method.density is not None and method.pattern == "unstructured":
+        return f"sparse {method.bits}", float(method.density)
+    if isinstance(method, LowRank) and isinstance(method.rank, int) and method.residual is None:
+        return f"factors {method.bits}", method.rank * (n + k) / (n * k)
+    return None
 
 
 def _bytes(method: Method, shape: tuple[int, int]) -> int:
@@ -235,8 +298,11 @@ def profile(
     facts, tick = here(), clock()
     times: dict[str, list[Cell]] = {DENSE: [], **{key: [] for key in methods}}
     shapes = [*product(sizes, sizes)]
+    generator = torch.Generator(device="cpu").manual_seed(0)
     for n, k in track(shapes, "measuring", on_a_terminal() if progress is None else progress):
         dense = nn.Linear(k, n, device="cpu", dtype=torch.float32).eval()
+        # As trained weights lie: an int8 kernel that adds products in 16 bits is slower for uniform ones, which torch begins with.
+        dense.weight.data.normal_(std=k**-0.5, generator=generator)
         kind = kind_of(dense)
         assert kind is not None
         for key, method in methods.items():
@@ -248,13 +314,21 @@ def profile(
             except ValueError:
                 continue  # such a layer would not be compressed either: a rank that is no gain, or that it cannot have
             for m in rows:
-                before, after = _pair_us(dense, layer, torch.randn(m, k, dtype=torch.float32, device="cpu"), tick)
+                before, after = _pair_us(
+                    dense, layer, torch.randn(m, k, generator=generator, dtype=torch.float32, device="cpu"), tick
+                )
                 times[DENSE].append((m, n, k, before))
                 times[key].append((m, n, k, after))
     found = {key: tuple(_medians(cells)) for key, cells in times.items() if cells}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
-        name or facts["processor"], tuple(facts["instruction_sets"]), facts["threads"], memory, found, facts["kernels"]
+        name or facts["processor"],
+        tuple(facts["instruction_sets"]),
+        facts["threads"],
+        memory,
+        found,
+        facts["kernels"],
+        methods,
     )
 
 
