@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.cases import CASES, EACH_FLOAT_ROW, EACH_ROW, EVERY, ROWS, Case, Same, over
+from contract.cases import CASES, EACH_FLOAT_ROW, EACH_ROW, ROWS, Case, Same, over
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:`torch.jit")
+OTHERS = [case for case in CASES if case not in ROWS]
+WITH_INDUCTOR = [case for case in ROWS if not case.runs_in_torch]
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +79,8 @@ def test_with_a_gradient(case: Case) -> None:
 
 
 @pytest.mark.slow
-@EVERY
-def test_every_variant(case: Case, same: Same) -> None:
+@over(OTHERS)
+def test_every_other_variant(case: Case, same: Same) -> None:
     check(case, same)
     if not case.kind.tokens:
         check_gradient(case)
@@ -102,15 +104,15 @@ def check_inductor(case: Case, same: Same) -> None:
 
 
 @compiler
-@over([case for case in ROWS if not case.runs_in_torch])
+@over(WITH_INDUCTOR)
 def test_with_inductor(case: Case, same: Same) -> None:
     check_inductor(case, same)
 
 
 @compiler
 @pytest.mark.slow
-@EVERY
-def test_every_variant_with_inductor(case: Case, same: Same) -> None:
+@over([case for case in CASES if case not in WITH_INDUCTOR])
+def test_every_other_variant_with_inductor(case: Case, same: Same) -> None:
     check_inductor(case, same)
 
 
@@ -140,8 +142,8 @@ def test_export_save_and_load_elsewhere(tmp_path: Path, python: Python) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@over([case for case in CASES if case not in ROWS])
+@over(OTHERS)
 @pytest.mark.slow
-def test_every_variant_is_exported(case: Case) -> None:
+def test_every_other_variant_is_exported(case: Case) -> None:
     program, x = exported(case), case.x(9)
     assert program.module()(x).shape[0] == 9
