@@ -22,7 +22,7 @@ from pycompress.passes.fold_norm import fold_norms
 from pycompress.report import report
 from pycompress.search import profile, search, sensitivity
 from pycompress.storage import load, save
-from pycompress.structure import Cut, fisher, shrink
+from pycompress.structure import Cut, fisher, shrink, shrunk
 from pycompress.targets import deploy
 from pycompress.train import Distillation, Ramp, prepare, reconstruct
 from pycompress.validation import validate
@@ -62,6 +62,7 @@ __all__ = [
     "search",
     "sensitivity",
     "shrink",
+    "shrunk",
     "summary",
     "validate",
 ]

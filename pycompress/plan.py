@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pycompress import ops
-from pycompress.calls import Inputs
+from pycompress.calls import Inputs, uncompiled
 from pycompress.kinds import (
     Kind,
     alteration,
@@ -39,7 +39,7 @@ from pycompress.methods.method import (
     needs_of,
 )
 from pycompress.nn.layers import LAYERS, layer_for, no_layer
-from pycompress.records import LayerRecord
+from pycompress.records import CUT, LayerRecord
 from pycompress.surgery import compressed_layers, names_of, split
 from pycompress.weights import Weight
 
@@ -161,8 +161,15 @@ def targets_of(model: nn.Module, plan: Plan) -> list[Target]:
     Kinds that are no candidates of every plan are among them where a method of the plan takes any.
 
     Raises:
-        TypeError, ValueError: a plan that is none, that fits nothing, or that is for a layer which is not on the CPU.
+        TypeError, ValueError: a plan that is none, that fits nothing, that is for a layer which is not on the CPU, or for a model
+            that was made smaller.
     """
+    calls, cut = getattr(plan, "shrink", ()), vars(uncompiled(model)).get(CUT)
+    if len(calls) > len(cut.steps if cut else ()):
+        raise ValueError(
+            "compress: the plan is for a smaller model, expected one by pc.shrunk(model, plan.shrink, batches): "
+            f"{'; '.join(map(str, calls))}"
+        )
     rules = _rules(plan)
     methods = [method for method in rules.values() if method is not None]
     targets = _candidates(model, methods)

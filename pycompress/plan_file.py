@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
@@ -44,13 +44,18 @@ class WrittenPlan(Mapping[str, Method | None]):
     Args:
         rules: the plan; a single method is one for ``*``. The first glob that matches a layer counts.
         about: text and numbers to stand on top of the file: where the plan comes from.
+        shrink: the calls of ``shrink`` that make the model smaller for which the plan is, ``[shrink.1]`` and so on in a file;
+            :func:`pycompress.shrunk` does them. ``compress`` refuses a model that was not made smaller.
     Raises:
         TypeError: no plan.
     """
 
-    def __init__(self, rules: Method | Mapping[str, Method | None], about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, rules: Method | Mapping[str, Method | None], about: Mapping[str, Any] | None = None,
+        shrink: Sequence[Mapping[str, Any]] = (),
+    ) -> None:  # fmt: skip
         self._rules = dict(rules) if isinstance(rules, Mapping) else {"*": rules}
-        self.about = dict(about or {})
+        self.about, self.shrink = dict(about or {}), tuple(dict(call) for call in shrink)
         for glob, method in self._rules.items():
             if not isinstance(glob, str) or not (method is None or is_method(method)):
                 raise TypeError(
@@ -80,7 +85,9 @@ class WrittenPlan(Mapping[str, Method | None]):
             glob: {"method": _DENSE} if method is None else table_of(method, f"plan: {glob}")
             for glob, method in self.items()
         }
-        toml.write(path, {"version": VERSION, **({"about": self.about} if self.about else {}), "layers": layers})
+        calls = {str(i): call for i, call in enumerate(self.shrink, 1)}
+        table = {"about": self.about, "shrink": calls}
+        toml.write(path, {"version": VERSION, **{name: own for name, own in table.items() if own}, "layers": layers})
 
     @classmethod
     def load(cls, path: FilePath, known: Iterable[type] = ()) -> WrittenPlan:
@@ -101,12 +108,16 @@ class WrittenPlan(Mapping[str, Method | None]):
         layers, about = table.get("layers"), table.get("about", {})
         if not isinstance(layers, Mapping) or not layers:
             raise ValueError(f"{place}: layers is {layers!r}, expected a table for each glob")
-        if not isinstance(about, Mapping) or (others := set(table) - {"version", "about", "layers"}):
+        if not isinstance(about, Mapping) or (others := set(table) - {"version", "about", "shrink", "layers"}):
             raise ValueError(
                 f"{place}: about is {about!r}, and there is {sorted(others)}, expected a table, and nothing"
             )
+        calls = table.get("shrink", {})
+        numbers = [str(i) for i in range(1, len(calls) + 1)] if isinstance(calls, Mapping) else []
+        if not isinstance(calls, Mapping) or not all(isinstance(calls.get(i), Mapping) for i in numbers):
+            raise ValueError(f"{place}: shrink is {calls!r}, expected tables shrink.1, shrink.2 and so on")
         rules = {glob: _rule(entry, f"{place}: {glob}", known) for glob, entry in layers.items()}
-        return cls(rules, about)
+        return cls(rules, about, [calls[i] for i in numbers])
 
 
 def table_of(value: Any, place: str) -> dict[str, Any]:

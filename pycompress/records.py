@@ -83,6 +83,7 @@ def _size(bias: Tensor | None) -> int:
     return 0 if bias is None else bias.numel()
 
 
+CUT = "_pycompress_cut"  # the attribute of a model made smaller that has its ``Cut``, with a step for each call of ``shrink``
 _CHUNK = 1 << 20  # weights that are in float64 at a time
 
 

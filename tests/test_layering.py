@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "race": HOUSE | {"state", "plan", "passes", "measure", "progress"},
     "model": HOUSE | {"passes", "race", "copying", "progress", "plan", "records", "calibration"},
-    "structure": HOUSE | {"passes", "copying", "state", "calibration"},
+    "structure": HOUSE | {"passes", "copying", "records", "state", "calibration"},
     "storage": HOUSE | {"passes", "records", "references", "replacing"},
     "train": HOUSE | {"calibration", "copying", "model", "passes", "plan", "progress", "records"},
     "search": HOUSE
@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "race",
         "records",
+        "structure",
     }
     | {"integrations", "replacing", "state", "toml"},
     "integrations": {"train"},

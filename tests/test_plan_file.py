@@ -110,6 +110,8 @@ def test_a_method_of_ones_own(tmp_path: Path) -> None:
         ("version = 1", "layers is None, expected a table for each glob"),
         ("version = 1\nlayers = 3", "layers is 3"),
         ("version = 1\nlayer = 1\n[layers.a]\nmethod='Int8'", "there is \\['layer'\\]"),
+        ("version = 1\nshrink = 3\n[layers.a]\nmethod='Int8'", "shrink is 3, expected tables shrink.1, shrink.2"),
+        ("version = 1\n[shrink.2]\nheads=0.5\n[layers.a]\nmethod='Int8'", "shrink is {'2'"),
         ("version = 1\n[layers.a]\ngroup=1", "a: method is None, expected 'dense' or one of"),
         ("version = 1\n[layers]\na = 1", "a: method is None"),
         ("version = 1\n[layers.a]\nmethod='os.system'", "a: method is 'os.system'"),

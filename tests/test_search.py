@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pycompress as pc
 from pycompress.plan_file import WrittenPlan
 from pycompress.search import Cost, Front, Point
 from pycompress.search.correction import Correction
-from pycompress.search.solver import BYTES, LOSS, TIME, best, hull, not_dominated, total
+from pycompress.search.solver import BYTES, LOSS, TIME, best, hull, least, not_dominated, total
 
 CANDIDATES = {"int8": pc.Int8(), "int4": pc.Int4(), "thin": pc.LowRank(12, rank_guard=False), "sparse": pc.Sparse(0.5)}
 US = {"dense": 8.0, "int8": 4.0, "int4": 6.0, "thin": 1.0, "sparse": 5.0}  # of 1,000 weights of a layer
@@ -90,6 +91,22 @@ def test_the_nearest_plan_where_none_fits() -> None:
     assert best(items, TIME, {BYTES: 100.0}) == (0, 0)
 
 
+def test_no_plan_is_below_the_bound() -> None:
+    draw = np.random.default_rng(2)
+    gaps = []
+    for _ in range(20):
+        items = [draw.random((4, 3)) for _ in range(6)]
+        sums = np.array([total(items, picked) for picked in itertools.product(range(4), repeat=6)])
+        limits = {BYTES: float(np.quantile(sums[:, BYTES], 0.2)), LOSS: float(np.quantile(sums[:, LOSS], 0.3))}
+        fitting = sums[(sums[:, BYTES] <= limits[BYTES]) & (sums[:, LOSS] <= limits[LOSS])]
+        bound = least(items, TIME, limits)
+        assert bound <= fitting[:, TIME].min() + 1e-12
+        gaps.append(fitting[:, TIME].min() / bound - 1)
+        assert least(items, TIME, {}) == pytest.approx(sums[:, TIME].min())
+        assert least(items, TIME, {BYTES: sums[:, BYTES].min() - 0.01}) == np.inf
+    assert np.median(gaps) < 0.15
+
+
 def test_the_hull_is_on_the_front() -> None:
     draw = np.random.default_rng(1)
     items = [draw.random((4, 3)) for _ in range(4)]
@@ -141,6 +158,7 @@ def test_the_front_is_measured_and_none_is_dominated(measured: list[str]) -> Non
         us = 20 + sum(US[name_of(m)] * a * b / 1000 for m, (a, b) in zip(point.plan.values(), SHAPES, strict=True))
         assert point.measured.ms == pytest.approx(us / 1000, rel=1e-6)
     # What was made up is additive, so that nothing is left to correct.
+    assert front.bound is not None and 0.02 < front.bound <= front.best.measured.ms * (1 + 1e-6)
     assert front.errors("additive").ms < 1e-6 and front.errors().ms < 0.05
     assert front.errors().quality < 0.03
 
@@ -252,6 +270,117 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
     given: dict[str, Any] = {"candidates": [pc.Int8()], "batches": batches(), "limits": {"ms": 1}} | change
     with pytest.raises(error, match=message):
         pc.search(chain(), given["candidates"], given["batches"], given["limits"], example_inputs=batches()[0])
+
+
+# --- smaller models -------------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.outer, self.scale = nn.Linear(32, 24), nn.Linear(24, 32), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.outer(torch.relu(self.inner(x)))
+
+
+def deep() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(*map(Residual, (3.0, 0.2, 2.0, 0.1))), nn.Linear(32, 12)).eval()
+
+
+def deep_batches(seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(32, 32) for _ in range(2)]
+
+
+FEWER_BLOCKS = {"3": {"blocks": {"0.*": 0.75}}, "2": {"blocks": {"0.*": 0.5}}, "1": {"blocks": {"0.*": 0.25}}}
+
+
+def deep_search(limits: dict[str, float], **options: Any) -> Front:
+    xs = deep_batches(1)
+    given: dict[str, Any] = {"calibration": deep_batches(2), "shapes": FEWER_BLOCKS, "points": 4} | options
+    return pc.search(deep(), {"int8": pc.Int8(), "half": pc.Sparse(0.5)}, xs, limits, example_inputs=xs[0], **given)
+
+
+def cosine(found: nn.Module, expected: nn.Module, xs: list[Tensor]) -> float:
+    with torch.no_grad():
+        rows = [torch.cosine_similarity(found(x).double(), expected(x).double()) for x in xs]
+    return float(torch.cat(rows).mean())
+
+
+def test_plans_of_smaller_models_on_the_same_front(measured: list[str], tmp_path: Path) -> None:
+    """Each with what it lacks, by the metric; rated beside the whole model; and made again from its file."""
+    model, xs = deep(), deep_batches(1)
+    front = deep_search({"quality": 0.97, "mb": 0.012})
+    assert [one.shrink for one in front.shapes.values()] == [
+        ({"blocks": ["0.3"]},), ({"blocks": ["0.3", "0.1"]},), ({"blocks": ["0.3", "0.1", "0.2"]},),
+    ]  # fmt: skip
+    assert {point.shape for point in front.measured} == {"", "3", "2"} and front.best.shape == "2" and not front.missed
+    assert "1: dense" in str(front) and "not searched: it misses 0.97 before any layer is compressed" in str(front)
+    assert "\n2: dense" in str(front) and "2: int8 everywhere" in str(front)
+    for name, shape in front.shapes.items():
+        small = pc.Cut.without(*shape.shrink[0]["blocks"]).apply(deep())
+        assert shape.measured is not None and bool(shape.reason) == (name == "1")
+        assert shape.measured.quality == pytest.approx(cosine(small, model, xs), abs=1e-6)
+        size = sum(p.numel() for p in small.parameters()) * 4e-6
+        assert (shape.measured.mb, shape.measured.layer_mb) == pytest.approx((size, size))
+        assert [(r.kind, r.before, r.after) for r in shape.cut.records] == [("blocks", 4, int(name))]
+    for i, point in enumerate(front.measured):
+        point.plan.save(tmp_path / f"{i}")
+        plan = WrittenPlan.load(tmp_path / f"{i}")
+        assert (plan.shrink, dict(plan)) == (point.plan.shrink, dict(point.plan))
+        small = pc.shrunk(model, plan.shrink, deep_batches(2), example_inputs=xs[0])
+        small = pc.compress(small, plan, calibration=pc.calibrate(small, deep_batches(2)))
+        assert point.measured.quality == pytest.approx(cosine(small, model, xs), abs=1e-6)
+        assert point.measured.mb * 1e6 == pytest.approx(pc.summary(small).bytes, abs=0.5)
+        assert point.predicted.mb == pytest.approx(point.measured.mb)
+        if plan.shrink:
+            with pytest.raises(ValueError, match=r"the plan is for a smaller model.*\{'blocks': \['0.3'"):
+                pc.compress(model, plan)
+    assert front.errors().quality < 0.02
+
+
+def test_blocks_and_channels_one_after_the_other(measured: list[str]) -> None:
+    calls = [{"blocks": {"0.*": 0.75}}, {"channels": 0.75, "fisher": True}]
+    front = deep_search({"ms": 1}, shapes={"both": calls})
+    (shape,) = front.shapes.values()
+    assert shape.shrink == ({"blocks": ["0.3"]}, {"channels": 0.75, "fisher": True})
+    assert [record.kind for record in shape.cut.records] == ["blocks", *["channels"] * (len(shape.cut.records) - 1)]
+    small = pc.shrunk(deep(), shape.shrink, deep_batches(2), example_inputs=deep_batches(1)[0])
+    assert shape.measured is not None
+    assert shape.measured.quality == pytest.approx(cosine(small, deep(), deep_batches(1)), abs=1e-6)
+
+
+def test_smaller_models_made_again_are_not_measured(measured: list[str], tmp_path: Path) -> None:
+    first = deep_search({"quality": 0.97}, cache=tmp_path / "c")
+    lines, count = (tmp_path / "c").read_text(), len(measured)
+    assert str(deep_search({"quality": 0.97}, cache=tmp_path / "c")) == str(first)
+    assert len(measured) == count and (tmp_path / "c").read_text() == lines
+
+
+@pytest.mark.parametrize(
+    ("shapes", "error", "message"),
+    [
+        ({"a": 3}, TypeError, "shape 'a' is 3, expected settings of shrink"),
+        ({"": {"blocks": 0.5}}, ValueError, "a shape is called ''"),
+        ({"a": {"speedup": 2}}, ValueError, "shape 'a' has 'speedup', expected some of neurons, heads"),
+        ({"a": {"channels": True}}, ValueError, "shape 'a': channels is True, expected a share"),
+        ({"a": {"blocks": {"0.*": 1.5}}}, ValueError, "shape 'a': blocks is 1.5, expected a share"),
+        ({"a": {"blocks": {"7.*": 0.5}}}, ValueError, "shape 'a': shrink: blocks: '7.*' matches no block"),
+        ({"a": {"blocks": ["0"] * 2}}, ValueError, "shape 'a': shrink: blocks has '0', expected different members"),
+        ({"a": {"heads": 0.5}}, ValueError, "shape 'a': shrink: no heads that can go"),
+    ],
+    ids=str,
+)
+def test_shapes_that_are_none(shapes: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        deep_search({"quality": 0.9}, shapes=shapes)
+
+
+def test_shapes_are_calibrated_anew() -> None:
+    with pytest.raises(ValueError, match="calibration is of the whole model, expected batches"):
+        deep_search({"quality": 0.9}, calibration=pc.calibrate(deep(), deep_batches(2)))
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------------

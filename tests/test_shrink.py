@@ -187,6 +187,17 @@ def test_whole_blocks_go_and_the_names_close_up() -> None:
     assert torch.equal(result(again, BATCH), result(twice, BATCH))
 
 
+def test_blocks_go_by_their_names() -> None:
+    dense = bert()
+    small = pc.shrink(dense, blocks=["encoder.layer.1"])
+    expected = pc.Cut.without("encoder.layer.1").apply(bert())
+    assert pc.Cut.of(small) == pc.Cut.of(expected) and torch.equal(result(small, BATCH), result(expected, BATCH))
+    (record,) = pc.Cut.of(pc.shrink(dense, blocks=["encoder.layer.1"], example_inputs=BATCH)).records
+    assert (record.name, record.before, record.after) == ("encoder.layer.*", 2, 1) and record.loss > 0
+    assert pc.shrunk(dense, [], [BATCH]) is dense
+    assert pc.Cut.of(pc.shrunk(dense, [{"blocks": ["encoder.layer.1"]}, {"neurons": 0.5}], [BATCH])).steps[0].modules
+
+
 def test_a_student_has_the_blocks_that_stay() -> None:
     teacher = bert()
     student: Any = pc.Cut.without("encoder.layer.0").apply(copy.deepcopy(teacher))
@@ -265,6 +276,13 @@ def test_speedup_shares_out_over_neurons_and_heads(monkeypatch: pytest.MonkeyPat
         ({"channels": 0.5}, "needs example_inputs"),
         ({"blocks": 0.5, "neurons": 0.5, "example_inputs": BATCH}, "a call of their own"),
         ({"neurons": {"nothing": 0.5}}, "'nothing' matches nothing"),
+        ({"blocks": []}, "blocks is \\[\\], expected a share, {glob: share}, or a list of names"),
+        ({"blocks": "encoder.layer.0"}, "blocks is 'encoder.layer.0', expected a share"),
+        ({"blocks": ["encoder.layer.2"]}, "blocks has 'encoder.layer.2', expected different members"),
+        (
+            {"blocks": ["encoder.layer.0", "encoder.layer.1"]},
+            "blocks has all members of encoder.layer, expected one to stay",
+        ),
         ({"blocks": {"nothing": 0.5}, "example_inputs": BATCH}, "'nothing' matches no block"),
         ({"neurons": 0.5, "calibration": {}}, "never saw encoder.layer.0.output.dense"),
     ],

@@ -21,6 +21,7 @@ from pycompress.passes import whole
 from pycompress.plan import Target, targets_of
 from pycompress.race import makes, replacements
 from pycompress.search.cache import Cache, digest
+from pycompress.search.quality import checked
 from pycompress.search.score import output_error
 from pycompress.surgery import Swap, switch_off_fast_paths
 
@@ -246,10 +247,11 @@ class Choices:
 def calibrated(
     model: nn.Module, candidates: Mapping[str, Method], batches: Sequence[Inputs], given: Any, caller: str
 ) -> Mapping[str, InputStatistics]:  # fmt: skip
-    """The calibration that was given, or one by these batches, of all that the candidates make use of."""
-    if given is None:
+    """The calibration that was given, or one by the batches that were, or by these, of all that the candidates make use of."""
+    if given is None or not isinstance(given, Mapping):
         needs = frozenset[str]().union(*(needs_of(method) for method in candidates.values())) | {"moments"}
-        return calibrate(model, batches, gather=sorted(needs - {"diagonals"}))
+        data = batches if given is None else checked(given, caller, "calibration")
+        return calibrate(model, data, gather=sorted(needs - {"diagonals"}))
     if isinstance(given, Calibration) and given.running:
         raise ValueError(f"{caller}: the calibration is still running, expected its `with` block to have ended")
-    return given  # type: ignore[no-any-return]
+    return given

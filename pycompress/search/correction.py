@@ -48,6 +48,13 @@ class Correction:
         factors = [value / whole for parts, value in outcomes if (whole := sum(parts.values())) > 0 and value > 0]
         return Correction(self._columns, float(np.median(factors)) if factors else 1.0, self._prior[0])
 
+    def carried(self, offset: float) -> Correction:
+        """The same as it was found, with another offset, as what is known before anything is measured."""
+        result = Correction(self._columns)
+        result._prior = np.array([offset, *self._found[1:]])
+        result._found = result._prior.copy()
+        return result
+
     def fitted(self, plans: Sequence[Parts], values: Sequence[float], errors: Sequence[float]) -> Correction:
         """The same, by what was measured; ``errors``: by how much each value may be off."""
         rows = np.array([self._row(parts) for parts in plans]).reshape(len(plans), len(self._prior))

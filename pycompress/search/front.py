@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import overload
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, overload
 
 import numpy as np
 
 from pycompress.plan_file import WrittenPlan
 from pycompress.search.solver import not_dominated
+from pycompress.structure import Cut
 
 LIMITS = ("ms", "mb", "layer_mb", "quality")
 
@@ -48,6 +49,7 @@ class Point:
         additive: by the sums over layers alone, which nothing corrected.
         measured: of the whole model. For another machine its ``ms`` are predicted.
         uniform: the name of the candidate, where all layers have the same one.
+        shape: the name of the smaller model (:class:`Shape`) that the plan is for; '' is the model itself.
     """
 
     plan: WrittenPlan
@@ -55,6 +57,31 @@ class Point:
     additive: Cost
     measured: Cost
     uniform: str = ""
+    shape: str = ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A smaller dense model, of which :func:`search` took plans.
+
+    Attributes:
+        name: by which it was asked for.
+        shrink: the settings of the calls of :func:`pycompress.shrink` that make it, one after another; blocks by their names.
+        measured: what it takes while all its layers are dense; None where it could not be made.
+        reason: why no plan for it was searched; '' where plans were.
+        cut: what it lacks, with what each part was judged by.
+    """
+
+    name: str
+    shrink: tuple[Mapping[str, Any], ...] = ()
+    measured: Cost | None = None
+    reason: str = ""
+    cut: Cut = field(default_factory=Cut)
+
+    def __str__(self) -> str:
+        own = self.measured
+        what = "" if own is None else f"dense {own.ms:.2f} ms, {own.mb:.2f} MB, quality {own.quality:.4f}"
+        return f"{self.name}: {'; '.join(one for one in (what, self.reason and f'not searched: {self.reason}') if one)}"
 
 
 class Front(Sequence[Point]):
@@ -64,10 +91,17 @@ class Front(Sequence[Point]):
         limits: by name.
         measured: all plans that were measured, those that others dominate too.
         target: the machine whose times are meant; '' is this one.
+        shapes: the smaller models, by name: what each lacks, and what that alone costs.
+        bound: no plan within the limits is better in what has no limit, ms, mb or quality, by sums over layers as measurements
+            corrected them: what is left to gain with these candidates and shapes. None: unknown.
     """
 
-    def __init__(self, measured: Sequence[Point], limits: Mapping[str, float], target: str = "") -> None:
-        self.measured, self.limits, self.target = [*measured], dict(limits), target
+    def __init__(
+        self, measured: Sequence[Point], limits: Mapping[str, float], target: str = "", shapes: Sequence[Shape] = (),
+        bound: float | None = None,
+    ) -> None:  # fmt: skip
+        self.measured, self.limits, self.target, self.bound = [*measured], dict(limits), target, bound
+        self.shapes = {shape.name: shape for shape in shapes}
         costs = np.array([[p.measured.ms, p.measured.mb, -p.measured.quality] for p in measured]).reshape(-1, 3)
         self._points = sorted((self.measured[i] for i in not_dominated(costs)), key=lambda point: point.measured.ms)
 
@@ -98,8 +132,9 @@ class Front(Sequence[Point]):
 
     @property
     def best_uniform(self) -> Point | None:
-        """As ``best``, of the plans with one candidate for all layers; None where none of them keeps to the limits."""
-        good = [point for point in self.measured if point.uniform and not self._missed(point)]
+        """As ``best``, of the plans with one candidate for all layers of the model itself; None where none of them keeps to the
+        limits."""
+        good = [point for point in self.measured if point.uniform and not point.shape and not self._missed(point)]
         goal = goal_of(self.limits)
         return min(
             good, key=lambda p: -p.measured.quality if goal == "quality" else getattr(p.measured, goal), default=None
@@ -130,10 +165,10 @@ class Front(Sequence[Point]):
             if point.uniform:
                 continue
             guess, found = getattr(point, of), point.measured
-            for field in fields(Cost):
-                a, b = getattr(guess, field.name), getattr(found, field.name)
-                off = abs(a - b) / (1.0 if field.name == "quality" else max(b, 1e-12))
-                worst = replace(worst, **{field.name: max(getattr(worst, field.name), off)})
+            for own in fields(Cost):
+                a, b = getattr(guess, own.name), getattr(found, own.name)
+                off = abs(a - b) / (1.0 if own.name == "quality" else max(b, 1e-12))
+                worst = replace(worst, **{own.name: max(getattr(worst, own.name), off)})
         return worst
 
     def __str__(self) -> str:
@@ -141,15 +176,15 @@ class Front(Sequence[Point]):
         rows: list[tuple[str, ...]] = [head]
         best = self.best
         for point in self:
-            what = point.uniform and f"{point.uniform} everywhere"
-            rows.append(
-                self._row("best" if point is best else "", point.measured, point.predicted, what or _mix(point.plan))
-            )
+            what = f"{point.uniform} everywhere" if point.uniform else _mix(point.plan)
+            what = f"{point.shape}: {what}" if point.shape else what
+            rows.append(self._row("best" if point is best else "", point.measured, point.predicted, what))
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [
             "  ".join(c.rjust(w) if 0 < i < 7 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
             for row in rows
         ]
+        lines += map(str, self.shapes.values())
         for name, value in self.missed.items():
             lines.append(f"no plan keeps to {name} = {self.limits[name]:g}: the nearest misses it by {value:.4g}")
         return "\n".join(line.rstrip() for line in lines)

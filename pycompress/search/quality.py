@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ Metric = str | Callable[[nn.Module], float]  # a name of METRICS; or what rates 
 BATCHES = "expected several inputs: a list of tensors, of sequences of arguments or of mappings of keywords"
 
 
-def checked(batches: Any, caller: str) -> list[Inputs]:
+def checked(batches: Any, caller: str, what: str = "batches") -> list[Inputs]:
     """The batches as a list. Raises TypeError where they are one input, ValueError where there are none."""
     if isinstance(batches, Tensor | Mapping | str):
-        raise TypeError(f"{caller}: batches is {type(batches).__name__}, {BATCHES}")
+        raise TypeError(f"{caller}: {what} is {type(batches).__name__}, {BATCHES}")
     found = [*batches]
     if not found:
-        raise ValueError(f"{caller}: batches is empty, {BATCHES}")
+        raise ValueError(f"{caller}: {what} is empty, {BATCHES}")
     return found
 
 
@@ -37,7 +38,7 @@ class Quality:
     Attributes:
         name: of the metric.
         best: what the original gets.
-        key: alike for a metric and batches of the same content.
+        key: alike for a metric, batches and an original of the same content.
     Raises:
         TypeError, ValueError: another metric, a failing one, one that gives the original no finite number.
     """
@@ -48,10 +49,16 @@ class Quality:
                 f"{caller}: metric is {metric!r}, expected one of {', '.join(METRICS)}, or a function of a model"
             )
         self._batches, self._metric, self._caller = batches, metric, caller
-        self.key = digest("quality", metric, batches)
+        self.key = digest("quality", metric, batches, original)
         self.name = metric if isinstance(metric, str) else getattr(metric, "__qualname__", type(metric).__name__)
         self._expected = [] if callable(metric) else [_rows(original, batch) for batch in batches]
         self.best = self.of(original, "the original")
+
+    def from_smaller(self, model: nn.Module, what: str) -> Quality:
+        """The same, but ``best`` is what a smaller model gets, beside the same original."""
+        found = copy(self)
+        found.best = self.of(model, what)
+        return found
 
     def of(self, model: nn.Module, what: str) -> float:
         """The quality of a model; ``what``: in messages. Raises ValueError where it is no finite number."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,14 +20,16 @@ from pycompress.replacing import FilePath
 from pycompress.search.cache import Cache, digest
 from pycompress.search.choices import Candidates, Choices, calibrated, named
 from pycompress.search.correction import Correction
-from pycompress.search.front import LIMITS, Cost, Front, Point, goal_of
+from pycompress.search.front import LIMITS, Cost, Front, Point, Shape, goal_of
 from pycompress.search.machine import DENSE, Machine
 from pycompress.search.pricing import priced
 from pycompress.search.quality import Metric, Quality, checked
 from pycompress.search.ratings import Question, Ratings, check_workers, pool_of
 from pycompress.search.sensitivity import Sensitivity, cheap, rated
-from pycompress.search.solver import BYTES, LOSS, TIME, Costs, Picked, best, hull, total
+from pycompress.search.shapes import Shapes, checked_shapes, smaller
+from pycompress.search.solver import BYTES, LOSS, TIME, Costs, Picked, best, hull, least, total
 from pycompress.search.timing import LayerTimes, here, model_us
+from pycompress.structure import Cut
 
 _TURNS = 4  # of a plan for the limits, a measurement of it, and what that corrects
 _TIGHTER = 0.05  # of a limit that a turn's plan missed: in the next one so much less is allowed
@@ -43,7 +46,8 @@ def search(
     example_inputs: Inputs,
     metric: Metric = "cosine",
     exact: bool = False,
-    calibration: Mapping[str, InputStatistics] | None = None,
+    calibration: Mapping[str, InputStatistics] | Sequence[Inputs] | None = None,
+    shapes: Shapes | None = None,
     target: Machine | None = None,
     points: int = 12,
     workers: str | None = None,
@@ -65,7 +69,12 @@ def search(
         limits: the most ``ms`` (of a call with the example inputs), ``mb`` (the whole model, in 1e6 bytes) and ``layer_mb`` (the
             layers that are searched), and the least ``quality``: any of them.
         example_inputs: with what times are measured, in the shape that the model will meet.
-        metric, exact, calibration: as :func:`sensitivity` has them. Where a layer has no ``change``, all losses are exact ones.
+        metric, exact: as :func:`sensitivity` has them. Where a layer has no ``change``, all losses are exact ones.
+        calibration: what was gathered of the layers' inputs, or the batches to gather it from; None: those above.
+        shapes: smaller models, whose plans stand on the same front: {name: settings of :func:`shrink`, or a list of such for one
+            call after another}: shares of ``neurons``, ``heads``, ``channels`` or ``blocks``, ``fisher`` true. Each is calibrated
+            anew, for which ``calibration`` has to be batches. Blocks go by the metric. A shape that misses the limit of quality
+            while it is dense is not searched; ``Front.shapes`` has what each costs. All are in memory.
         target: the machine that the plan is for, from :func:`profile`; None: this one, with as many threads as torch has now.
             Times are predicted then, and only linear layers compressed: of these it has times.
         points: how many mixed plans are measured besides those for the limits.
@@ -79,11 +88,13 @@ def search(
         much.
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sensitivity`; a limit of another name, or that is no number; a target that
-            has no times of a candidate. ImportError: as :func:`sensitivity`.
+            has no times of a candidate; a shape that :func:`shrink` refuses, by its name. ImportError: as :func:`sensitivity`.
     """
     who = "search"
-    inputs, methods = checked(batches, who), named(candidates, who)
+    inputs, methods, calls = checked(batches, who), named(candidates, who), checked_shapes(shapes or {}, who)
     _check_limits(limits, who)
+    if calls and isinstance(calibration, Mapping):
+        raise ValueError(f"{who}: calibration is of the whole model, expected batches: each shape is calibrated anew")
     if DENSE in methods:
         raise ValueError(f"{who}: a candidate is called {DENSE!r}, which every layer may stay, expected another name")
     if target is not None:
@@ -91,15 +102,43 @@ def search(
     check_workers(workers, who)
     known = Cache(cache)
     show = on_a_terminal() if progress is None else progress
+    data = inputs  # to calibrate shapes on
+    if calibration is not None and not isinstance(calibration, Mapping):
+        calibration = data = checked(calibration, who, "calibration")
     seen = calibrated(model, methods, inputs, calibration, who)
     choices = Choices(model, methods, seen, example_inputs, known, who)
     quality = Quality(choices.model, inputs, metric, who)
-    losses = cheap(choices, inputs, quality, known, progress=show)
-    with pool_of(workers, choices, quality) as pool:
-        ratings = Ratings(choices, quality, known, pool, progress=show)
-        if exact or any(loss.cheap is not None and loss.change is None for loss in losses.values()):
-            losses = rated(losses, ratings, show)
-        return _Search(choices, losses, quality, ratings, example_inputs, dict(limits), target, known, show).run(points)
+    made = {
+        name: smaller(choices.model, own, data, example_inputs, quality, known, f"{who}: shape {name!r}")
+        for name, own in calls.items()
+    }
+
+    def searched(choices: Choices, quality: Quality, points: int, of: tuple[_Search, Shape] | None = None) -> _Search:
+        losses = cheap(choices, inputs, quality, known, progress=show)
+        with pool_of(workers, choices, quality) as pool:
+            ratings = Ratings(choices, quality, known, pool, progress=show)
+            if exact or any(loss.cheap is not None and loss.change is None for loss in losses.values()):
+                losses = rated(losses, ratings, show)
+            one = _Search(choices, losses, quality, ratings, example_inputs, dict(limits), target, known, show, of)
+            one.run(points)
+        return one
+
+    done, records = [searched(choices, quality, points)], list[Shape]()
+    for name, (small, own) in made.items():
+        beside = quality.from_smaller(small, f"the shape {name!r}")
+        shape = Shape(name, own, done[0].cost_of(small, beside.best), cut=Cut.of(small))
+        if beside.best < limits.get("quality", -math.inf):
+            why = f"it misses {limits['quality']:g} before any layer is compressed"
+            records.append(replace(shape, reason=why))
+            continue
+        records.append(shape)
+        seen = calibrated(small, methods, inputs, calibration, who)
+        choices = Choices(small, methods, seen, example_inputs, known, who)
+        done.append(searched(choices, beside, points // 4, (done[0], shape)))
+    found = [point for one in done for point in one.points()]
+    bounds = [one.bound() for one in done]
+    best_bound = max(bounds) if goal_of(limits) == "quality" else min(bounds)
+    return Front(found, limits, target.name if target else "", records, best_bound)
 
 
 def _check_limits(limits: Any, who: str) -> None:
@@ -117,13 +156,21 @@ class _Search:
     def __init__(
         self, choices: Choices, losses: Sensitivity, quality: Quality, ratings: Ratings, inputs: Inputs,
         limits: dict[str, float], target: Machine | None, cache: Cache, progress: bool,
+        smaller: tuple[_Search, Shape] | None = None,
     ) -> None:  # fmt: skip
+        """``smaller``: the search of the whole model, of which this one's was made."""
         self._choices, self._quality, self._inputs, self._limits = choices, quality, inputs, limits
         self._ratings, self._target, self._cache, self._progress, self._here = ratings, target, cache, progress, here()
-        self._original = copied(choices.model, ())  # to be raced against
-        self._dense_bytes = summary(self._original).bytes
+        self._from: _Search | None
+        self._shape: Shape | None
+        self._from, self._shape = smaller or (None, None)
+        self._name = self._shape.name if self._shape else ""
+        # What is raced against is the whole model.
+        self._original: nn.Module = self._from._original if self._from else copied(choices.model, ())
+        self._dense_bytes = summary(choices.model).bytes
         self._others = self._dense_bytes - sum(layer.bytes for layer in choices.layers.values())
-        self._dense_us = self._dense_model_us()
+        self._dense_us: float = self._from._dense_us if self._from else self._dense_model_us()
+        own_us = self._dense_us * (self._from.ratio_of(choices.model) if self._from else 1.0)
         times = LayerTimes(choices, inputs, cache)
         self._items = priced(choices, losses, times, target, progress=progress)
         layers_us = rest_of = sum(float(item.costs[0, TIME]) for item in self._items)
@@ -131,11 +178,15 @@ class _Search:
             rest_of = sum(
                 float(item.costs[0, TIME]) for item in priced(choices, losses, times, None, progress=progress)
             )
-        rest = max(self._dense_us - rest_of, 0.02 * self._dense_us) * (layers_us / rest_of if rest_of else 1.0)
-        self._dense_ms = self._dense_us / 1e3 if target is None else (layers_us + rest) / 1e3
+        rest = max(own_us - rest_of, 0.02 * own_us) * (layers_us / rest_of if rest_of else 1.0)
+        self._dense_ms = own_us / 1e3 if target is None else (layers_us + rest) / 1e3
         names = [DENSE, *choices.candidates]
         self._ms, self._loss = Correction(names, 1.0, rest), Correction(names)
         self._sums_alone = self._ms, self._loss
+        if self._from:  # sums are off as they were found to be there
+            self._ms = self._from._ms.carried(self._from._ms.offset * own_us / self._dense_us)
+            self._loss = self._from._loss.carried(0.0)
+            self._sums_alone = self._sums_alone[0], self._from._sums_alone[1].carried(0.0)
         self._done: dict[Picked, Point] = {}
         self._outcomes: list[tuple[dict[str, float], dict[str, float], float | None, float]] = []
 
@@ -146,20 +197,24 @@ class _Search:
             known = self._cache.put(key, model_us(self._original, self._original, self._inputs)[0])
         return float(known)
 
-    def run(self, points: int) -> Front:
+    def ratio_of(self, small: nn.Module) -> float:
+        """The time of a smaller dense model to that of the whole one."""
+        key = digest("smaller us", self._choices.key, small, self._here)
+        known = self._cache.get(key)
+        if known is None:
+            known = self._cache.put(key, model_us(self._original, small, self._inputs)[1])
+        return float(known)
+
+    def cost_of(self, small: nn.Module, quality: float) -> Cost:
+        """Of a smaller dense model."""
+        layers = Choices(small, self._choices.candidates, None, None, self._cache, "search").layers.values()
+        size = sum(layer.bytes for layer in layers)
+        return Cost(self._dense_ms * self.ratio_of(small), summary(small).bytes / 1e6, size / 1e6, quality)
+
+    def run(self, points: int) -> None:
         """Measures plans of one candidate, which say most of the corrections; then mixed ones; then those for the limits."""
-        uniform = dict.fromkeys(self._uniform(name) for name in self._choices.candidates)
-        self._ratings.prepare([self._question(picked) for picked in uniform])
-        losses = [
-            (self._sums(picked)[1], self._whole(picked)[2]) for picked in track([*uniform], "measuring", self._progress)
-        ]
-        self._loss = self._sums_alone[1].scaled_to([(own, self._quality.best - found) for own, found in losses])
-        self._sums_alone = self._ms, self._loss
-        for picked in uniform:
-            self._measure(picked)
-        self._correct()
-        self._measure(self._half_dense())
-        self._correct()
+        if not self._from:
+            self._measure_uniform()
         for _ in track([*range(points)], "measuring", self._progress):
             if (next_one := self._between(self._done)) is None:
                 break
@@ -174,11 +229,36 @@ class _Search:
             self._measure(picked)
             self._correct()
             tighter += _TIGHTER if self._done[picked].measured.missed(self._limits) else 0.0
+
+    def points(self) -> list[Point]:
+        """All plans that were measured, and the one that leaves all layers dense."""
         layers = self._dense_bytes - self._others
         dense = Cost(self._dense_ms, self._dense_bytes / 1e6, layers / 1e6, self._quality.best)
-        everywhere = Point(WrittenPlan(dict.fromkeys(self._choices.layers)), dense, dense, dense, DENSE)
-        name = self._target.name if self._target else ""
-        return Front([everywhere, *self._done.values()], self._limits, name)
+        everywhere = Point(self._plan(dict.fromkeys(self._choices.layers)), dense, dense, dense, DENSE, self._name)
+        return [everywhere, *self._done.values()]
+
+    def bound(self) -> float:
+        """What no plan can be better than in the goal, within the limits, by the sums as they are corrected."""
+        goal = goal_of(self._limits)
+        axis = {"quality": LOSS, "ms": TIME, "mb": BYTES}[goal]
+        value = least(self._corrected(), axis, self._bounds({}))
+        if goal == "ms":
+            return (self._ms.offset + value) / 1e3
+        return self._quality.best - value if goal == "quality" else (self._others + value) / 1e6
+
+    def _measure_uniform(self) -> None:
+        uniform = dict.fromkeys(self._uniform(name) for name in self._choices.candidates)
+        self._ratings.prepare([self._question(picked) for picked in uniform])
+        losses = [
+            (self._sums(picked)[1], self._whole(picked)[2]) for picked in track([*uniform], "measuring", self._progress)
+        ]
+        self._loss = self._sums_alone[1].scaled_to([(own, self._quality.best - found) for own, found in losses])
+        self._sums_alone = self._ms, self._loss
+        for picked in uniform:
+            self._measure(picked)
+        self._correct()
+        self._measure(self._half_dense())
+        self._correct()
 
     # --- which plans --------------------------------------------------------------------------------------------------
 
@@ -268,7 +348,7 @@ class _Search:
         found = predicted.ms * 1e3 if found_us is None else found_us
         cost = self._cost(found, found_bytes - self._others, self._quality.best - quality)
         uniform = next((name for name in self._choices.candidates if picked == self._uniform(name) and any(picked)), "")
-        self._done[picked] = Point(self._written(picked, cost), predicted, additive, cost, uniform)
+        self._done[picked] = Point(self._written(picked, cost), predicted, additive, cost, uniform, self._name)
 
     def _cost(self, us: float, size: float, loss: float) -> Cost:
         return Cost(us / 1e3, (self._others + size) / 1e6, size / 1e6, self._quality.best - loss)
@@ -308,7 +388,10 @@ class _Search:
     def _written(self, picked: Picked, cost: Cost) -> WrittenPlan:
         where = self._here if self._target is None else {"target": self._target.name}
         about = {"ms": cost.ms, "mb": cost.mb, "layer_mb": cost.layer_mb, "quality": cost.quality}
-        return WrittenPlan(self._methods(picked), {**about, "metric": self._quality.name, **where})
+        return self._plan(self._methods(picked), {**about, "metric": self._quality.name, **where})
+
+    def _plan(self, methods: Mapping[str, Method | None], about: Mapping[str, Any] | None = None) -> WrittenPlan:
+        return WrittenPlan(methods, about, self._shape.shrink if self._shape else ())
 
     def _correct(self) -> None:
         """By all plans that were measured."""

@@ -93,7 +93,7 @@ def sensitivity(
     *,
     metric: Metric = "cosine",
     exact: bool = False,
-    calibration: Mapping[str, InputStatistics] | None = None,
+    calibration: Mapping[str, InputStatistics] | Sequence[Inputs] | None = None,
     workers: str | None = None,
     cache: FilePath | None = None,
     progress: bool | None = None,
@@ -109,7 +109,7 @@ def sensitivity(
             higher the better.
         exact: rate the model once for each layer and candidate. Otherwise there is one backward pass for all of them, and
             ``change`` says in which order they come.
-        calibration: what was gathered of the layers' inputs; None: it is gathered from the batches.
+        calibration: what was gathered of the layers' inputs, or batches to gather it from; None: it is gathered from those above.
         workers: who rates models, with ``exact=True``: None, this process; ``"ray"`` (the extra ``ray``), the processes of the
             cluster for which ``ray.init`` was called, or else of this machine, each with as many threads as torch has here. They
             give the same bits; one on a machine with another processor, which may not, is an error. A metric of your own travels to

@@ -7,6 +7,7 @@ two of them is filled by exchanges in one layer, and in two at once, as long as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ _STARTS = (
     24,
     2,
 )  # plans of the hull from which exchanges begin, and those of their results from which pairs are exchanged
+_NARROWED = 5  # grids of prices, each around the best of the one before
 _MISSED = 1e4  # what missing a limit by all of it costs, in largest costs of the goal
 _LEAST = 1e-10  # of an exchange that counts
 _MOST = 1000  # exchanges that are tried in pairs: their square is held in memory
@@ -60,6 +62,32 @@ def best(items: Sequence[Costs], goal: int, limits: Mapping[int, float]) -> Pick
     nearest = sorted(starts, key=rank)[: _STARTS[0]]
     alone = sorted({_exchanged(items, picked, merit, pairs=False) for picked in nearest}, key=rank)
     return min((_exchanged(items, picked, merit, pairs=True) for picked in alone[: _STARTS[1]]), key=rank)
+
+
+def least(items: Sequence[Costs], goal: int, limits: Mapping[int, float]) -> float:
+    """What the goal's sum is at least, of any plan whose other sums keep to the limits; infinite where one alone is out of reach.
+
+    Lagrangian duality: with any prices on what a plan takes of the limits, the sum of the layers' best choices less the price of
+    the limits is such a bound. The prices are those of a grid that narrows around the best ones."""
+    axes = [axis for axis in limits if axis != goal]
+    if any(sum(float(item[:, axis].min()) for item in items) > limits[axis] for axis in limits):
+        return math.inf
+    unit = sum(float(item[:, goal].max()) for item in items) or 1.0
+    spans = np.array([sum(float(np.ptp(item[:, axis])) for item in items) or 1.0 for axis in axes])
+    limit = np.array([limits[axis] for axis in axes])
+    ranges, found = [(1e-4, 1e4)] * len(axes), -math.inf
+    for _ in range(_NARROWED):
+        grids = [np.concatenate([[0.0], np.geomspace(low, high, _PRICES - 1)]) for low, high in ranges]
+        prices = np.stack([axis.ravel() for axis in np.meshgrid(*grids)], axis=1) if axes else np.zeros((1, 0))
+        prices = prices * (unit / spans)
+        values = sum((item[:, [goal]] + item[:, axes] @ prices.T).min(axis=0) for item in items) - prices @ limit
+        found = max(found, float(np.max(values)))
+        center = prices[int(np.argmax(values))] / (unit / spans)
+        ranges = [
+            (max(c * (low / high) ** (2 / _PRICES), 1e-9), max(c * (high / low) ** (2 / _PRICES), 1e-8))
+            for c, (low, high) in zip(center, ranges, strict=True)
+        ]
+    return found
 
 
 def excess(costs: NDArray[np.float64], limits: Mapping[int, float]) -> NDArray[np.float64]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycompress.records import CUT
 from pycompress.structure.units import Left, Units, joined
 
-_CUT = "_pycompress_cut"  # the attribute of a smaller model that has its Cut
 VERSION = 1
 
 
@@ -66,7 +66,7 @@ class Cut:
     @classmethod
     def of(cls, model: nn.Module) -> Cut:
         """That of a model that :func:`shrink` returned, or compressed since; of any other one a cut without steps."""
-        found = vars(model).get(_CUT)
+        found = vars(model).get(CUT)
         return found if isinstance(found, cls) else cls()
 
     @classmethod
@@ -144,7 +144,7 @@ class Cut:
 
 def leave_cut(model: nn.Module, cut: Cut) -> None:
     """For :meth:`Cut.of`."""
-    vars(model)[_CUT] = cut
+    vars(model)[CUT] = cut
 
 
 def masked(model: nn.Module, stay: Mapping[Units, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from pycompress.structure import channels as by_flow
 from pycompress.structure import transformers
 from pycompress.structure.choose import by_cost, by_share, loss_of
 from pycompress.structure.cut import Cut, Record, leave_cut, masked
-from pycompress.structure.depth import tensors_in, without_blocks
+from pycompress.structure.depth import tensors_in, without, without_blocks
 from pycompress.structure.pace import share_for, speedup_of
 from pycompress.structure.units import KINDS, Input, Left, Units
 from pycompress.surgery import compressed_layers
@@ -40,7 +40,7 @@ def shrink(
     neurons: Rate = None,
     heads: Rate = None,
     channels: Rate = None,
-    blocks: Rate = None,
+    blocks: Rate | Sequence[str] = None,
     speedup: float | None = None,
     calibration: Mapping[str, InputStatistics] | None = None,
     fisher: Mapping[str, Tensor] | None = None,
@@ -63,7 +63,8 @@ def shrink(
             them. Needs ``example_inputs``.
         blocks: whole blocks: modules of an ``nn.ModuleList`` or ``nn.Sequential`` whose result looks like their input; by their
             names. They go one after another, each the one without which the results of the model for ``example_inputs`` change
-            least. Needs ``example_inputs``, and a call of its own, since the inputs of what stays are others then.
+            least. Needs ``example_inputs``, and a call of its own, since the inputs of what stays are others then. Or a list of the
+            names of those that go.
         speedup: how many times as fast the model has to be on ``example_inputs``, measured in turns: of all units whose rate is
             True so many go, those first that lose least for the parameters that they save.
         calibration: what :func:`calibrate` gathered. A unit's loss is what the layers behind it lose of the power of their results
@@ -83,7 +84,9 @@ def shrink(
     with whole.without(dense):
         small: Any = copied(dense, ())
     cut_before = Cut.of(dense)
-    if blocks is not None:
+    if isinstance(blocks, Sequence):
+        cut = without(small, blocks, example_inputs)
+    elif blocks is not None:
         assert example_inputs is not None
         assert not isinstance(blocks, bool)
         cut = without_blocks(small, blocks if isinstance(blocks, Mapping) else {"*": blocks}, example_inputs)
@@ -107,7 +110,7 @@ def shrink(
 
 
 def _check(
-    model: object, rates: Mapping[str, Rate], speedup: float | None, calibration: object, inputs: Inputs | None
+    model: object, rates: Mapping[str, Rate | Sequence[str]], speedup: float | None, calibration: object, inputs: Inputs | None
 ) -> None:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -116,7 +119,11 @@ def _check(
         raise ValueError(
             "shrink: neurons, heads, channels or blocks is needed, expected the share that stays of one of them"
         )
-    shares = {name: [*rate.values()] if isinstance(rate, Mapping) else [rate] for name, rate in given.items()}
+    by_name = isinstance(given.get("blocks"), Sequence)
+    shares = {
+        name: [*rate.values()] if isinstance(rate, Mapping) else [] if isinstance(rate, Sequence) else [rate]
+        for name, rate in given.items()
+    }
     for name, own in shares.items():
         for share in own:
             if share is not None and share is not True and not (isinstance(share, int | float) and 0 < share <= 1):
@@ -128,7 +135,7 @@ def _check(
             "shrink: blocks need a share, and a call of their own: calibrate what stays before it shrinks further"
         )
     for name in ("channels", "blocks"):
-        if name in given and inputs is None:
+        if name in given and inputs is None and not (name == "blocks" and by_name):
             raise ValueError(f"shrink: {name} needs example_inputs")
     if speedup is not None and (inputs is None or speedup <= 1):
         raise ValueError(f"shrink: speedup is {speedup}, expected more than 1, and example_inputs to measure it on")
