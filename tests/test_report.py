@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pycompress as pc
 from pycompress.evaluation import Robustness
+from pycompress.plan_file import WrittenPlan
 from pycompress.report import Record
 from pycompress.report import page as pages
 
@@ -266,3 +267,10 @@ def test_a_page_that_would_be_too_large_is_refused(record: Record, monkeypatch: 
     monkeypatch.setattr(pages, "MOST_BYTES", 20_000)
     with pytest.raises(ValueError, match="expected at most 20,000"):
         record.html()
+
+
+def test_the_plan_of_a_smaller_model_says_how_it_was_shrunk() -> None:
+    dense = nn.Sequential(nn.Linear(8, 8))
+    plan = WrittenPlan(pc.Int8(), shrink=[{"blocks": ["encoder.1"]}])
+    found = pc.report(dense, pc.compress(dense, pc.Int8()), plan=plan).data["plan"]
+    assert found == {"shrink, call 1": "{'blocks': ['encoder.1']}", "*": repr(pc.Int8())}

@@ -242,7 +242,8 @@ def _front(front: Front) -> list[Data]:
 
 def _plan(plan: Any) -> dict[str, str]:
     rules = plan if isinstance(plan, Mapping) else {"*": plan}
-    return {glob: repr(method) for glob, method in rules.items()}
+    calls = {f"shrink, call {i}": repr(dict(call)) for i, call in enumerate(getattr(plan, "shrink", ()), 1)}
+    return {**calls, **{glob: repr(method) for glob, method in rules.items()}}
 
 
 def _sensitivity(losses: Mapping[tuple[str, str], Any]) -> Data:
