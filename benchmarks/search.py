@@ -25,6 +25,7 @@ from pycompress.calls import Inputs
 CANDIDATES = {
     "int8 a8": pc.Int8(),
     "int8 a7": pc.Int8(7),
+    "static": pc.Int8(activation="static"),
     "int4": pc.Int4(),
     "rank 48": pc.LowRank(48, bits=8, rank_guard=False),
     "rank 96": pc.LowRank(96, bits=8, rank_guard=False),

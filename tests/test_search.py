@@ -20,7 +20,10 @@ from torch import Tensor, nn
 import pycompress as pc
 from pycompress.plan_file import WrittenPlan
 from pycompress.search import Cost, Front, Point
+from pycompress.search.cache import Cache
 from pycompress.search.correction import Correction
+from pycompress.search.quality import Quality
+from pycompress.search.shapes import smaller
 from pycompress.search.solver import BYTES, LOSS, TIME, best, hull, least, not_dominated, total
 
 CANDIDATES = {"int8": pc.Int8(), "int4": pc.Int4(), "thin": pc.LowRank(12, rank_guard=False), "sparse": pc.Sparse(0.5)}
@@ -286,7 +289,7 @@ class Residual(nn.Module):
 
 def deep() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Sequential(*map(Residual, (3.0, 0.2, 2.0, 0.1))), nn.Linear(32, 12)).eval()
+    return nn.Sequential(nn.Sequential(*map(Residual, (3.0, 0.1, 2.0))), nn.Linear(32, 12)).eval()
 
 
 def deep_batches(seed: int) -> list[Tensor]:
@@ -294,13 +297,13 @@ def deep_batches(seed: int) -> list[Tensor]:
     return [torch.randn(32, 32) for _ in range(2)]
 
 
-FEWER_BLOCKS = {"3": {"blocks": {"0.*": 0.75}}, "2": {"blocks": {"0.*": 0.5}}, "1": {"blocks": {"0.*": 0.25}}}
+FEWER_BLOCKS = {"2": {"blocks": {"0.*": 2 / 3}}, "1": {"blocks": {"0.*": 1 / 3}}}
 
 
 def deep_search(limits: dict[str, float], **options: Any) -> Front:
     xs = deep_batches(1)
-    given: dict[str, Any] = {"calibration": deep_batches(2), "shapes": FEWER_BLOCKS, "points": 4} | options
-    return pc.search(deep(), {"int8": pc.Int8(), "half": pc.Sparse(0.5)}, xs, limits, example_inputs=xs[0], **given)
+    given: dict[str, Any] = {"calibration": deep_batches(2), "shapes": FEWER_BLOCKS, "points": 1} | options
+    return pc.search(deep(), {"int8": pc.Int8()}, xs, limits, example_inputs=xs[0], **given)
 
 
 def cosine(found: nn.Module, expected: nn.Module, xs: list[Tensor]) -> float:
@@ -312,11 +315,12 @@ def cosine(found: nn.Module, expected: nn.Module, xs: list[Tensor]) -> float:
 def test_plans_of_smaller_models_on_the_same_front(measured: list[str], tmp_path: Path) -> None:
     """Each with what it lacks, by the metric; rated beside the whole model; and made again from its file."""
     model, xs = deep(), deep_batches(1)
-    front = deep_search({"quality": 0.97, "mb": 0.012})
-    assert [one.shrink for one in front.shapes.values()] == [
-        ({"blocks": ["0.3"]},), ({"blocks": ["0.3", "0.1"]},), ({"blocks": ["0.3", "0.1", "0.2"]},),
-    ]  # fmt: skip
-    assert {point.shape for point in front.measured} == {"", "3", "2"} and front.best.shape == "2" and not front.missed
+    front = deep_search({"quality": 0.97, "mb": 0.012}, cache=tmp_path / "c")
+    lines, count = (tmp_path / "c").read_text(), len(measured)
+    assert str(deep_search({"quality": 0.97, "mb": 0.012}, cache=tmp_path / "c")) == str(front)
+    assert len(measured) == count and (tmp_path / "c").read_text() == lines
+    assert [one.shrink for one in front.shapes.values()] == [({"blocks": ["0.1"]},), ({"blocks": ["0.1", "0.2"]},)]
+    assert {point.shape for point in front.measured} == {"", "2"} and front.best.shape == "2" and not front.missed
     assert "1: dense" in str(front) and "not searched: it misses 0.97 before any layer is compressed" in str(front)
     assert "\n2: dense" in str(front) and "2: int8 everywhere" in str(front)
     for name, shape in front.shapes.items():
@@ -325,8 +329,8 @@ def test_plans_of_smaller_models_on_the_same_front(measured: list[str], tmp_path
         assert shape.measured.quality == pytest.approx(cosine(small, model, xs), abs=1e-6)
         size = sum(p.numel() for p in small.parameters()) * 4e-6
         assert (shape.measured.mb, shape.measured.layer_mb) == pytest.approx((size, size))
-        assert [(r.kind, r.before, r.after) for r in shape.cut.records] == [("blocks", 4, int(name))]
-    for i, point in enumerate(front.measured):
+        assert [(r.kind, r.before, r.after) for r in shape.cut.records] == [("blocks", 3, int(name))]
+    for i, point in enumerate([front.best, front[-1]]):
         point.plan.save(tmp_path / f"{i}")
         plan = WrittenPlan.load(tmp_path / f"{i}")
         assert (plan.shrink, dict(plan)) == (point.plan.shrink, dict(point.plan))
@@ -336,27 +340,21 @@ def test_plans_of_smaller_models_on_the_same_front(measured: list[str], tmp_path
         assert point.measured.mb * 1e6 == pytest.approx(pc.summary(small).bytes, abs=0.5)
         assert point.predicted.mb == pytest.approx(point.measured.mb)
         if plan.shrink:
-            with pytest.raises(ValueError, match=r"the plan is for a smaller model.*\{'blocks': \['0.3'"):
+            with pytest.raises(ValueError, match=r"the plan is for a smaller model.*\{'blocks': \['0.1'"):
                 pc.compress(model, plan)
     assert front.errors().quality < 0.02
 
 
-def test_blocks_and_channels_one_after_the_other(measured: list[str]) -> None:
-    calls = [{"blocks": {"0.*": 0.75}}, {"channels": 0.75, "fisher": True}]
-    front = deep_search({"ms": 1}, shapes={"both": calls})
-    (shape,) = front.shapes.values()
-    assert shape.shrink == ({"blocks": ["0.3"]}, {"channels": 0.75, "fisher": True})
-    assert [record.kind for record in shape.cut.records] == ["blocks", *["channels"] * (len(shape.cut.records) - 1)]
-    small = pc.shrunk(deep(), shape.shrink, deep_batches(2), example_inputs=deep_batches(1)[0])
-    assert shape.measured is not None
-    assert shape.measured.quality == pytest.approx(cosine(small, deep(), deep_batches(1)), abs=1e-6)
-
-
-def test_smaller_models_made_again_are_not_measured(measured: list[str], tmp_path: Path) -> None:
-    first = deep_search({"quality": 0.97}, cache=tmp_path / "c")
-    lines, count = (tmp_path / "c").read_text(), len(measured)
-    assert str(deep_search({"quality": 0.97}, cache=tmp_path / "c")) == str(first)
-    assert len(measured) == count and (tmp_path / "c").read_text() == lines
+def test_blocks_and_channels_one_after_the_other() -> None:
+    xs, data = deep_batches(1), deep_batches(2)
+    calls: list[dict[str, Any]] = [{"blocks": {"0.*": 2 / 3}}, {"channels": 0.75, "fisher": True}]
+    quality = Quality(deep(), xs, "cosine", "test")
+    small, done = smaller(deep(), calls, data, xs[0], quality, Cache(None), "test")
+    assert done == ({"blocks": ["0.1"]}, {"channels": 0.75, "fisher": True})
+    assert [record.kind for record in pc.Cut.of(small).records] == ["blocks", "channels", "channels"]
+    assert sum(small.get_submodule(f"0.{i}.inner").out_features for i in range(2)) == 36
+    again = pc.shrunk(deep(), done, data, example_inputs=xs[0])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in small.state_dict().items())
 
 
 @pytest.mark.parametrize(
