@@ -97,11 +97,13 @@ def correlation(losses: Any) -> None:
 @click.option("--sentences", default=64, help="To rate plans by.")
 @click.option("--cache", type=click.Path(dir_okay=False), default=None)
 @click.option("--exact", is_flag=True, help="Losses of layers measured one by one.")
+@click.option("--quality", default=LIMITS["quality"], help="The least cosine.")
 @click.option("--shapes", is_flag=True, help="Plans of smaller models, too.")
 @click.option("--correlation", "correlate", is_flag=True, help="Measure cheap against exact scores, and nothing else.")
 def main(
-    threads: int, rows: tuple[int, int], sentences: int, cache: str | None, exact: bool, shapes: bool, correlate: bool
-) -> None:
+    threads: int, rows: tuple[int, int], sentences: int, cache: str | None, exact: bool, quality: float,
+    shapes: bool, correlate: bool,
+) -> None:  # fmt: skip
     """Search a plan for all-MiniLM-L6-v2."""
     torch.set_num_threads(threads)
     model, tokenizer = demo.load()
@@ -120,8 +122,9 @@ def main(
         return
     ids = torch.randint(1000, 20000, tuple(rows), generator=torch.Generator().manual_seed(0))
     example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    limits = LIMITS | {"quality": quality}
     front = pc.search(
-        embedder, CANDIDATES, data, LIMITS, example_inputs=example, calibration=sample, exact=exact, cache=cache,
+        embedder, CANDIDATES, data, limits, example_inputs=example, calibration=sample, exact=exact, cache=cache,
         shapes=SHAPES if shapes else None,
     )  # fmt: skip
     print(
