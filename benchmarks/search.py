@@ -145,7 +145,7 @@ def main(
         rated = f"cosine {own.quality:.4f}; on reviews {cosine(embedder, small, unseen):.4f}"
         print(f"{name}: {own.ms:.2f} ms, {own.layer_mb:.2f} MB of layers, {rated}")
     assert front.bound is not None
-    print(f"no plan of these candidates within the limits is below {front.bound:.2f} ms, by corrected sums")
+    print(f"by the corrected sums no plan of these candidates within the limits is below {front.bound:.2f} ms")
     if front.best_uniform is not None:
         print(f"{front.best_uniform.measured.ms / front.best.measured.ms:.2f} times as fast as the best uniform plan")
 

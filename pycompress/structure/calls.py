@@ -31,6 +31,8 @@ def shrunk(
         calls: the settings ``neurons``, ``heads``, ``channels``, ``blocks`` of each; ``fisher`` true: by the model's results.
         batches: the inputs to calibrate on.
         example_inputs: as :func:`shrink` has them.
+    Returns:
+        The smaller model; the model itself where there are no calls.
     Raises:
         TypeError, ValueError, RuntimeError: a setting of another name, and what :func:`shrink` raises.
     """
