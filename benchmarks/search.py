@@ -140,7 +140,7 @@ def main(
             print(f"{name}: none keeps to the limits")
             continue
         small = pc.shrunk(embedder, point.plan.shrink, sample, example_inputs=example)
-        small = pc.compress(small, point.plan, calibration=pc.calibrate(small, sample))
+        small = pc.compress(small, point.plan, calibration=pc.calibrate(small, sample, plan=point.plan))
         own = point.measured
         rated = f"cosine {own.quality:.4f}; on reviews {cosine(embedder, small, unseen):.4f}"
         print(f"{name}: {own.ms:.2f} ms, {own.layer_mb:.2f} MB of layers, {rated}")

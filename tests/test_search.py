@@ -335,7 +335,7 @@ def test_plans_of_smaller_models_on_the_same_front(measured: list[str], tmp_path
         plan = WrittenPlan.load(tmp_path / f"{i}")
         assert (plan.shrink, dict(plan)) == (point.plan.shrink, dict(point.plan))
         small = pc.shrunk(model, plan.shrink, deep_batches(2), example_inputs=xs[0])
-        small = pc.compress(small, plan, calibration=pc.calibrate(small, deep_batches(2)))
+        small = pc.compress(small, plan, calibration=pc.calibrate(small, deep_batches(2), plan=plan))
         assert point.measured.quality == pytest.approx(cosine(small, model, xs), abs=1e-6)
         assert point.measured.mb * 1e6 == pytest.approx(pc.summary(small).bytes, abs=0.5)
         assert point.predicted.mb == pytest.approx(point.measured.mb)

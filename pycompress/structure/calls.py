@@ -24,7 +24,7 @@ def shrunk(
 
         plan = WrittenPlan.load("plan.toml")
         small = pc.shrunk(model, plan.shrink, batches, example_inputs=batches[0])
-        small = pc.compress(small, plan, calibration=pc.calibrate(small, batches))
+        small = pc.compress(small, plan, calibration=pc.calibrate(small, batches, plan=plan))
 
     Args:
         model: as :func:`shrink` takes it; it is left as it is.
