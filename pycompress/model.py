@@ -159,8 +159,8 @@ def compress(
             (:mod:`pycompress.methods.bias`).
         fold_norms: fold a batch norm behind a layer into the layer before that is compressed, as :func:`fold_norms` does; in
             evaluation mode only. The summary has the reason of each norm that stays.
-        target: instead of a plan: the profile of a machine (:func:`profile`), by which each layer gets the precision that is
-            fastest there and fits its memory.
+        target: instead of a plan: the profile of a machine (:func:`profile`), by which each linear layer gets the precision
+            that is fastest there and fits its memory; convolutions and embeddings get int8 where it is short.
     Returns:
         The compressed model; :func:`summary` tells what became of each layer.
 

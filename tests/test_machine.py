@@ -114,13 +114,51 @@ def test_what_a_plan_needs_is_what_the_model_takes() -> None:
         raise DoesNotFit("phone", 3.1e9, 2e9)
 
 
+class Mixed(nn.Module):
+    """An embedding, convolutions, one with a padding module, and linear layers, of which two share the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.pad = nn.Embedding(64, 32), nn.ConstantPad1d(1, 0.0)
+        self.conv, self.depthwise = nn.Conv1d(32, 32, 3), nn.Conv1d(32, 32, 3, groups=32)
+        self.tied, self.alone, self.own = nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50, bias=False)
+        self.own.weight = self.tied.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(self.conv(self.pad(self.words(tokens).mT))).mT
+        return self.own(self.alone(x) + self.tied(tokens[:, :6]))
+
+
+def test_convolutions_and_embeddings_get_smaller_where_memory_is_short() -> None:
+    torch.manual_seed(0)
+    big, tokens = Mixed().eval(), torch.randint(0, 50, (2, 8))
+
+    def methods(memory: int) -> tuple[dict[str, str | None], int]:
+        small = pc.compress(big, target=machine(memory, int8=1.0, int4=1.0), example_inputs=tokens)
+        assert small(tokens).shape == (2, 6, 50)
+        return {layer.name: layer.method for layer in pc.summary(small).layers if layer.method}, pc.summary(small).bytes
+
+    assert methods(10**9)[0] == {"alone": "int8"}
+    convolution = nn.Sequential(nn.Conv2d(1, 2, 3))
+    assert not machine(int8=1.0).plan_for(convolution)["*"]
+    assert [layer.reason for layer in pc.summary(pc.compress(convolution, target=machine(int8=1.0))).layers] == [
+        "the plan keeps '*' dense"
+    ]
+    with pytest.raises(DoesNotFit) as raised:
+        methods(1)
+    found, needs = methods(int(raised.value.needs))
+    assert needs == raised.value.needs
+    assert found == {"words": "int8", "conv": "int8", "depthwise": "int8", "alone": "int4"}
+    assert methods(needs + 600)[0] == {**found, "alone": "int8"}
+
+
 def test_wrong_uses() -> None:
     with pytest.raises(ValueError, match="both a plan and a target are given"):
         pc.compress(model(), pc.Int8(), target=machine(int8=1.0))
     with pytest.raises(ValueError, match="has times of dense, expected some of Int8"):
         pc.compress(model(), target=machine())
-    with pytest.raises(ValueError, match="no linear layer to compress for a target"):
-        pc.compress(nn.Sequential(nn.Conv2d(1, 2, 3)), target=machine(int8=1.0))
+    with pytest.raises(ValueError, match="no layer to compress for a target"):
+        pc.compress(nn.Sequential(nn.LSTM(4, 4)), target=machine(int8=1.0))
     x, there = torch.randn(4, 64), machine(int8=1.0)
     with pytest.raises(ValueError, match="has no times of int4, expected one of dense, Int8"):
         pc.search(model(), {"int4": pc.Int4()}, [x], {"ms": 1}, example_inputs=x, target=there)

@@ -28,6 +28,7 @@ from pycompress.race import input_shapes
 from pycompress.replacing import FilePath
 from pycompress.search.choices import Candidates, named
 from pycompress.search.timing import clock, here
+from pycompress.weights.int8 import Int8Weight
 
 VERSION = 1
 DENSE = "dense"  # among the names of candidates: the layer as it is
@@ -39,6 +40,8 @@ Cell = tuple[int, int, int, float]  # m, n, k, microseconds
 
 # What compress(target=) chooses from, most exact first: methods that need no data.
 PRECISIONS: dict[str, Method] = {repr(method): method for method in (Int8(), Int8(7), Int4(), Int4(activation_bits=16))}
+
+_SMALL = Int8(embeddings=True)  # for what no times are measured of, where memory is short
 
 
 class DoesNotFit(ValueError):  # noqa: N818 - an answer
@@ -192,7 +195,8 @@ class Machine:
     def plan_for(self, model: nn.Module, example_inputs: Inputs | None = None) -> WrittenPlan:
         """A plan without data: each layer as fast as its precision allows, all as exact as the memory allows.
 
-        Layers are dense or int8, whichever is faster here; if the model does not fit then, int8; then int8 or 4-bit; then 4-bit.
+        Linear layers are dense or int8, whichever is faster here; if the model does not fit then, int8; then convolutions and
+        embeddings, of which there are no times, are int8 too; then linear layers int8 or 4-bit; then 4-bit.
 
         Args:
             example_inputs: to know how many rows layers meet; None: one.
@@ -203,24 +207,29 @@ class Machine:
         if not known:
             have, wanted = ", ".join(self.times), ", ".join(PRECISIONS)
             raise ValueError(f"compress: the target {self.name} has times of {have}, expected some of {wanted}")
-        layers = [t for t in targets_of(model, Int8()) if t.method is not None and t.kind.name == "linear"]
-        if not layers:
-            raise ValueError("compress: the model has no linear layer to compress for a target, expected one")
+        takers = [t for t in targets_of(model, _SMALL) if t.method is not None and _becomes_int8(t)]
+        if not takers:
+            raise ValueError(
+                "compress: the model has no layer to compress for a target, expected one such as nn.Linear"
+            )
+        layers = [target for target in takers if target.kind.name == "linear"]
         noted = {} if example_inputs is None else input_shapes(model, layers, example_inputs)
         rows = {id(t.module): sum(math.prod(x.shape[:-1]) for x in noted.get(id(t.module), [])) or 1 for t in layers}
         needs = []
-        for weights in ({DENSE, "int8"}, {"int8"}, {"int8", "int4"}, {"int4"}):
+        for weights, others in (
+            ({DENSE, "int8"}, None), ({"int8"}, None), ({"int8"}, _SMALL), ({"int8", "int4"}, _SMALL), ({"int4"}, _SMALL),
+        ):  # fmt: skip
             options = {DENSE: None} if DENSE in weights else dict[str, Method | None]()
             options |= {name: method for name, method in known.items() if method.name in weights}
             if not options:
                 continue
-            plan = {
+            plan: dict[str, Method | None] = {t.names[0]: others for t in takers if others is not None} | {
                 t.names[0]: options[self._fastest([*options], rows[id(t.module)], *t.kind.shape(t.module))]
                 for t in layers
             }
-            needs.append(_needed(model, layers, plan))
+            needs.append(_needed(model, takers, plan))
             if needs[-1] <= self.memory_bytes:
-                return WrittenPlan(plan, {"machine": self.name})
+                return WrittenPlan(plan or {"*": None}, {"machine": self.name})
         raise DoesNotFit(self.name, min(needs), self.memory_bytes)
 
     def _fastest(self, names: Sequence[str], m: int, n: int, k: int) -> str:
@@ -229,11 +238,17 @@ class Machine:
         return next(name for name, us in zip(names, times, strict=True) if us <= (1 + _NOISE) * min(times))
 
 
+def _becomes_int8(target: Target) -> bool:
+    """Whether it gets an int8 matrix [n, k]: recurrent layers get several."""
+    kind = layer_for(target.kind, Int8.name)
+    return kind is not None and kind.weight_type is Int8Weight
+
+
 def _needed(model: nn.Module, layers: Sequence[Target], plan: Mapping[str, Method | None]) -> float:
     """Bytes of a model's parameters and buffers with this plan."""
     tensors = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     for target in layers:
-        method = plan[target.names[0]]
+        method = plan.get(target.names[0])
         if method is not None:  # (of a weight that several layers share it is written twice)
             tensors[id(target.kind.stored(target.module))] = _bytes(method, target.kind.shape(target.module))
     return float(sum(tensors.values()))
