@@ -152,7 +152,14 @@ def test_convolutions_and_embeddings_get_smaller_where_memory_is_short() -> None
     assert methods(needs + 600)[0] == {**found, "alone": "int8"}
 
 
+def test_precisions_go_by_the_method_not_by_its_name() -> None:
+    there = Machine("a board", (), 1, 10**9, {"dense": cells(4.0), "eight": cells(1.0)}, methods={"eight": pc.Int8()})
+    assert {layer.method for layer in pc.summary(pc.compress(model(), target=there)).layers} == {"int8"}
+
+
 def test_wrong_uses() -> None:
+    with pytest.raises(ValueError, match="fits the target a board as it is, and has embeddings only"):
+        pc.compress(nn.Sequential(nn.Embedding(9, 8)), target=machine(int8=1.0))
     with pytest.raises(ValueError, match="both a plan and a target are given"):
         pc.compress(model(), pc.Int8(), target=machine(int8=1.0))
     with pytest.raises(ValueError, match="has times of dense, expected some of Int8"):
@@ -224,7 +231,7 @@ def test_a_plan_for_each_machine_that_was_measured(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         import_module("pycompress.search.timing"), "layer_us", lambda *_: (1.0, 1.0)
     )  # here: nothing counts
-    monkeypatch.setattr(import_module("pycompress.search.search"), "model_us", lambda *_: (3.0, 1.0))
+    monkeypatch.setattr(import_module("pycompress.search.plans"), "model_us", lambda *_: (3.0, 1.0))
     machines = {path.stem: Machine.load(path) for path in sorted(MACHINES.iterdir())}
     assert [*machines] == ["avx2", "avx512_vnni", "scalar"]
     x = torch.randn(128, 256)

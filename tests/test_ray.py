@@ -112,7 +112,7 @@ def test_a_front_is_the_same(cluster: None, target: bool, tmp_path: Path, monkey
         size = sum(p.numel() * p.element_size() for p in (*other.parameters(), *other.buffers()))
         return 100.0, 0.1 + size / 1e5
 
-    monkeypatch.setattr(import_module("pycompress.search.search"), "model_us", model_us)
+    monkeypatch.setattr(import_module("pycompress.search.plans"), "model_us", model_us)
     monkeypatch.setattr(import_module("pycompress.search.timing"), "layer_us", lambda *_: (40.0, 10.0))
     cells = {name: tuple((m, n, n, us * m * n * n) for m in (1, 99) for n in (8, 99)) for name, us in
              {"dense": 4.0, "int8": 1.0, "int4": 2.0, "thin": 0.5}.items()}  # fmt: skip

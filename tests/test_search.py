@@ -65,7 +65,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return us(dense), us(other) / us(dense)
 
     monkeypatch.setattr(import_module("pycompress.search.timing"), "layer_us", layer_us)
-    monkeypatch.setattr(import_module("pycompress.search.search"), "model_us", model_us)
+    monkeypatch.setattr(import_module("pycompress.search.plans"), "model_us", model_us)
     return log
 
 

@@ -1,7 +1,8 @@
 """Which compression for which layer: sensitivity, measured costs, machines, and the front of plans."""
 
 from pycompress.search.front import Cost, Front, Point, Shape
-from pycompress.search.machine import DoesNotFit, Machine, profile
+from pycompress.search.machine import DoesNotFit, Machine
+from pycompress.search.profile import profile
 from pycompress.search.search import search
 from pycompress.search.sensitivity import Loss, Sensitivity, sensitivity
 
