@@ -94,7 +94,7 @@ def batches(pairs: list[tuple[str, int]], rows: int = 50) -> Iterator[tuple[list
 
 
 def search(model: nn.Module, train: list[tuple[str, int]], choose: list[tuple[str, int]]) -> tuple[Front, Calibration]:
-    """Plans under LIMITS of the fine-tuned model; what its layers meet is gathered on texts that it was trained on."""
+    """Plans for the fine-tuned model under its limits; what its layers meet is gathered on texts that it was trained on."""
     judged = [*batches(choose)]
 
     def accuracy(one: nn.Module) -> float:
