@@ -89,7 +89,11 @@ def test_all_of_the_file_is_there(model: nn.Module, version: int) -> None:
 def test_a_layer_gives_what_it_gave(model: nn.Module, name: str) -> None:
     layer = model.get_submodule(name)
     assert isinstance(layer, CompressedLayer)
-    assert torch.equal(layer.canonical().decompress(), EXPECTED[f"{name}/decompressed"]), "to the bit"
+    matrix, expected = layer.canonical().decompress(), EXPECTED[f"{name}/decompressed"]
+    if name in CHAINS:  # of factors in float32, which another processor multiplies in another order
+        assert ((matrix - expected).abs() <= slack(layer) * magnitudes(layer).canonical().decompress()).all()
+    else:
+        assert torch.equal(matrix, expected), "to the bit"
     x, expected = EXPECTED[f"{name}/x"], EXPECTED[f"{name}/y"]
     with torch.inference_mode():
         y = layer(x)
@@ -102,9 +106,17 @@ def test_a_layer_gives_what_it_gave(model: nn.Module, name: str) -> None:
 def bound(layer: CompressedLayer, x: Tensor) -> Tensor:
     """Of the difference between two orders of the same float32 sums: each is off by at most eps times its number of terms, times
     what it would be if all terms were positive."""
-    weight = layer.canonical()
-    sizes = [tensor[0].numel() for tensor in weight.tensors().values()]
+    with torch.inference_mode():
+        return slack(layer) * magnitudes(layer)(x.abs())
+
+
+def slack(layer: CompressedLayer) -> float:
+    sizes = [tensor[0].numel() for tensor in layer.canonical().tensors().values()]
+    return 2 * 2.0**-24 * (sum(sizes) + 1)
+
+
+def magnitudes(layer: CompressedLayer) -> CompressedLayer:
+    """The layer with all its numbers positive."""
     positive = copy.deepcopy(layer)
     positive.load_state_dict({name: tensor.abs() for name, tensor in layer.state_dict().items()})
-    with torch.inference_mode():
-        return 2 * 2.0**-24 * (sum(sizes) + 1) * positive(x.abs())
+    return positive

@@ -8,7 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pycompress.calibration.products import BLOCK, BLOCKS, add_products, fits_float32, mirror
+from pycompress.calibration.products import BLOCK, BLOCKS, STEP, add_products, fits_float32, mirror, wide
 from pycompress.methods.histogram import Histogram
 from pycompress.methods.inputs import LAST_CALLS, InputStatistics, kept
 
@@ -30,7 +30,7 @@ class Sums:
     def __init__(self, users: set[int], k: int, parts: frozenset[str], room: Room) -> None:
         self.users, self.k, self.parts, self._room = users, k, parts, room
         self.rows = 0
-        width = max(k, 2)  # a single column would be a dot product, which threads split
+        width = wide(k)  # of products that threads split in one way
         zeros = torch.zeros(width, dtype=torch.float64, device="cpu")
         self.first = zeros if parts & {"moments", "diagonals"} else None
         self.square = zeros.clone() if "diagonals" in parts and "moments" not in parts else None
@@ -84,9 +84,9 @@ class Sums:
         self._flush()
         k, moment = self.k, self.second
         if moment is not None:
-            moment = moment[:k, :k]
             mirror(moment)
             moment /= self.rows
+            moment = moment[:k, :k]
         mean, square = (None if sums is None else sums[:k] / self.rows for sums in (self.first, self.square))
         low, high = (None if ends is None else ends[:k] for ends in (self.low, self.high))
         values = {} if self.values is None else kept(self.values)
@@ -100,7 +100,7 @@ class Sums:
         return self.extremes.roll(-(self.calls % LAST_CALLS), 0)
 
     def _widened(self, rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, 1)) if self.k == 1 else rows
+        return rows if self.k % STEP == 0 else torch.nn.functional.pad(rows, (0, wide(self.k) - self.k))
 
     def _wait(self, rows: Tensor, largest: float) -> None:
         if not len(rows):
