@@ -37,23 +37,17 @@ def test_from_a_trained_encoder_to_a_page(example: ModuleType, tmp_path: Path, m
     monkeypatch.setattr(example.demo, "load", lambda: (encoder, tokenizer))
     monkeypatch.setattr(example, "CANDIDATES", {"int8": pc.Int8()})
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
-    found = example.main(steps=1, choose=16, tests=16, latency=(1,), path=str(page))
-    assert set(found) == {"searched", "sparse afterwards", "sparse, prepared"}
-    for own in found.values():
-        assert own.failed == {}
-        assert own.notes == []
-        assert own.rows == 16
-        for name in ("accuracy", "f1"):
-            figure = own[name]
-            assert figure.difference.low <= figure.difference.value <= figure.difference.high
-            assert figure.difference.value == pytest.approx(figure.model.value - figure.baseline.value)
-        assert own.compression_ratio > 1.01  # of one layer, beside the embeddings of 30,522 tokens
-    for name in (
-        "sparse afterwards",
-        "sparse, prepared",
-    ):  # three quarters of the weights of the encoder's layers are zero
-        assert found[name].sizes.macs < 0.5 * found[name].baseline_sizes.macs
-    assert found["searched"].latencies[0].speedup is not None
+    front, own = example.main(steps=1, choose=16, tests=16, latency=(1,), path=str(page))
+    assert {point.uniform for point in front.measured} >= {"dense", "int8"}
+    assert own.failed == {}
+    assert own.notes == []
+    assert own.rows == 16
+    for name in ("accuracy", "f1"):
+        figure = own[name]
+        assert figure.difference.low <= figure.difference.value <= figure.difference.high
+        assert figure.difference.value == pytest.approx(figure.model.value - figure.baseline.value)
+    assert own.compression_ratio > 1.01  # of one layer, beside the embeddings of 30,522 tokens
+    assert own.latencies[0].speedup is not None
     text = page.read_text(encoding="utf-8")
     assert "encoder.encoder.layer.0.output.dense" in text
     assert "docstrings of Python&#39;s standard library to train on" in text
