@@ -58,5 +58,7 @@ def deploy(
         click.echo(json_text({**asdict(done), "layers": layers, "ok": done.ok, "verdict": done.verdict}))
     else:
         click.echo(str(done))
+        if not TARGETS[target].open_sizes:
+            click.echo("it runs at the sizes of the example inputs only")
     if done.checked is not None and not done.ok:
         raise click.exceptions.Exit(1)
