@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,7 @@ import pycompress as pc
 from pycompress.search import Front, Machine
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 pytestmark = pytest.mark.slow
 
 CANDIDATES = {"int8": pc.Int8(), "int4": pc.Int4(), "thin": pc.LowRank(12, rank_guard=False)}
@@ -47,9 +50,11 @@ def metric(log: Path, then: Callable[[int], None] = lambda count: None) -> Calla
     x = batches()[0]
 
     def quality(model: nn.Module) -> float:
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
-        then(len(log.read_text().splitlines()))
+        line = f"{os.getpid():9} {torch.get_num_threads():6}\n".encode()
+        with open(log, "ab", buffering=0) as file:
+            file.write(line)
+            count = file.tell() // len(line)  # behind its own line, whoever else writes: each number comes once
+        then(count)
         return -float(model(x).square().mean())
 
     return quality
@@ -134,11 +139,40 @@ def test_a_front_is_the_same(cluster: None, target: bool, tmp_path: Path, monkey
 
 def test_no_cluster_of_the_users(tmp_path: Path) -> None:
     """One is made, and ends."""
-    if ray.is_initialized():
-        ray.shutdown()
+    ray.shutdown()  # (that of the tests before)
     found = sensitivity(metric(tmp_path / "log"), "ray")
     assert all(own.exact is not None for own in found.values())
     assert not ray.is_initialized()
+
+
+def test_nodes_with_fewer_processors_than_threads_of_which_one_is_lost(two_threads: None, tmp_path: Path) -> None:
+    ray.shutdown()  # (that of the tests before)
+    log, asked, driver = tmp_path / "log", tmp_path / "asked", os.getpid()
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other, stays = two.add_node(num_cpus=1), two.head_node.node_id
+
+    def lose() -> None:
+        while not asked.exists():
+            time.sleep(0.01)
+        two.remove_node(other, allow_graceful=False)
+
+    def wait(count: int) -> None:
+        """On the node that is lost, until it is."""
+        if os.getpid() != driver and ray.get_runtime_context().get_node_id() != stays:
+            asked.touch()
+            time.sleep(60)
+
+    try:
+        ray.init(address=two.address, log_to_driver=False, logging_level="ERROR")
+        threading.Thread(target=lose, daemon=True).start()
+        found = sensitivity(metric(log, wait), "ray")
+    finally:
+        ray.shutdown()
+        two.shutdown()
+    assert asked.exists()
+    local = sensitivity(metric(tmp_path / "here"))
+    assert {key: own.exact for key, own in found.items()} == {key: own.exact for key, own in local.items()}
+    assert {int(line.split()[1]) for line in log.read_text().splitlines()} == {2}
 
 
 def test_wrong_uses(monkeypatch: pytest.MonkeyPatch) -> None:

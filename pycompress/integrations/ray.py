@@ -29,9 +29,11 @@ class Pool:
 
     Args:
         build: makes what answers questions, in each worker once; it travels to them by cloudpickle, with all that it holds.
-        threads: of each worker, which takes up as many processors.
+        threads: of each worker, which takes up as many processors, or all of a node that has fewer.
     Attributes:
         size: how many questions are answered at a time; 0 outside of the block.
+    Raises:
+        RuntimeError: no node of the cluster has a processor.
     """
 
     def __init__(self, build: Callable[[], Answerer], threads: int) -> None:
@@ -45,8 +47,11 @@ class Pool:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            processors = int(ray.cluster_resources().get("CPU", 1))
-            each = max(1, min(self._threads, processors))
+            processors = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            if not any(processors):
+                raise RuntimeError('workers="ray": no node of the cluster has a processor, expected one at least')
+            # A worker is on one node, and would wait for ever for more processors than any has.
+            each = min(self._threads, max(processors))
             # Kernels are chosen, and OpenMP's threads made, when a process starts; Ray would give each one thread.
             variables = {"OMP_NUM_THREADS": str(self._threads), "PYCOMPRESS_ISA": os.environ.get("PYCOMPRESS_ISA", "")}
             self._ask = ray.remote(_answered).options(
@@ -54,7 +59,7 @@ class Pool:
             )
             # In a list, so that it is fetched by who has not made it yet, and by no other.
             self._sent = [ray.put(self._build)]
-            self.size = max(1, processors // each)
+            self.size = sum(own // each for own in processors)
         except BaseException:
             self.__exit__()
             raise
