@@ -232,8 +232,7 @@ def test_a_plan_for_each_machine_that_was_measured(monkeypatch: pytest.MonkeyPat
         import_module("pycompress.search.timing"), "layer_us", lambda *_: (1.0, 1.0)
     )  # here: nothing counts
     monkeypatch.setattr(import_module("pycompress.search.plans"), "model_us", lambda *_: (3.0, 1.0))
-    machines = {path.stem: Machine.load(path) for path in sorted(MACHINES.iterdir())}
-    assert [*machines] == ["avx2", "avx512_vnni", "scalar"]
+    machines = {name: Machine.load(MACHINES / f"{name}.toml") for name in ("avx2", "avx512_vnni", "scalar")}
     x = torch.randn(128, 256)
 
     def chosen(name: str, **arguments: Any) -> set[Any]:
@@ -254,6 +253,20 @@ def test_a_plan_for_each_machine_that_was_measured(monkeypatch: pytest.MonkeyPat
         for name, there in machines.items()
     }
     assert kept == {"avx2": {8}, "avx512_vnni": {8}, "scalar": {None}}
+
+
+def test_with_two_threads_more_stays_dense_in_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("pycompress.search.timing"), "layer_us", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(import_module("pycompress.search.plans"), "model_us", lambda *_: (3.0, 1.0))
+    one, two = (Machine.load(MACHINES / f"{name}.toml") for name in ("avx512_vnni", "avx512_vnni_two_threads"))
+    dense = [
+        3 * there.us("dense", 128, 256, 256) / 1000 for there in (one, two)
+    ]  # two layers, and the rest as long as one
+    assert (one.threads, two.threads) == (1, 2)
+    assert dense[1] < 0.75 * dense[0]
+    limit = sum(dense) / 2
+    assert plan(two, ms=limit) == {None}
+    assert pc.Int8() in plan(one, ms=limit)
 
 
 def test_only_if_faster_there() -> None:
