@@ -174,7 +174,8 @@ def compress(
           such as the closure of a function.
     Raises:
         TypeError: the plan is no method and no mapping of globs to methods, there is none and nothing is prepared, there is nothing
-            to compress in that type, or the model holds something that cannot be copied (it is named).
+            to compress in that type, or the model holds something that cannot be copied (it is named); ``only_if_faster`` is
+            neither a bool nor a machine.
         ValueError: a glob matches nothing, a weight holds NaN or Inf (the layer is named) or is not on the CPU, ``only_if_faster``
             without ``example_inputs``, ``skip_padding`` without ``blocks``, ``inplace`` where the model itself is the layer, a
             calibration that is still running or that never saw a layer whose method makes use of it, a plan for a prepared model, a
@@ -187,6 +188,10 @@ def compress(
         if plan is not None:
             raise ValueError("compress: both a plan and a target are given, expected one of them")
         plan = target.plan_for(model, example_inputs)
+    if not isinstance(only_if_faster, bool) and not hasattr(only_if_faster, "layer_us"):
+        raise TypeError(
+            f"compress: only_if_faster is {only_if_faster!r}, expected True, False, or the profile of a machine"
+        )
     if only_if_faster and example_inputs is None:
         raise ValueError(
             "compress: only_if_faster needs example_inputs, to measure the layers on the shapes that they meet"

@@ -160,6 +160,8 @@ def test_precisions_go_by_the_method_not_by_its_name() -> None:
 def test_wrong_uses() -> None:
     with pytest.raises(ValueError, match="fits the target a board as it is, and has embeddings only"):
         pc.compress(nn.Sequential(nn.Embedding(9, 8)), target=machine(int8=1.0))
+    with pytest.raises(TypeError, match="only_if_faster is 1, expected True, False, or the profile of a machine"):
+        pc.compress(model(), pc.Int8(), example_inputs=torch.randn(4, 64), only_if_faster=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="both a plan and a target are given"):
         pc.compress(model(), pc.Int8(), target=machine(int8=1.0))
     with pytest.raises(ValueError, match="has times of dense, expected some of Int8"):
